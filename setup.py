@@ -14,8 +14,8 @@ PACKAGES = [
 # Data is listed, never swept up from what git tracks, so that what a wheel holds is decided here alone.
 PACKAGE_DATA = {
     "omnimoe": ["py.typed"],
-    "omnimoe.data": ["shipped/**"],
-    "omnimoe.tokenizers": ["weights/**"],
+    "omnimoe.data": ["*.md", "shipped/**"],
+    "omnimoe.tokenizers": ["*.md", "weights/**"],
     "omnimoe.zoo": ["**/README.md", "**/weights/**"],
 }
 
