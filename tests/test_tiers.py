@@ -25,7 +25,8 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("config",),
     "data": ("tokenizers", "modalities"),
     "backbone": ("experts",),
-    "model": ("backbone", "modalities"),
+    "model_config": ("backbone", "modalities"),
+    "model": ("model_config",),
     "zoo": ("model", "tokenizers"),
     "hub": ("model", "tokenizers", "zoo"),
     "flops": ("model",),
@@ -49,6 +50,8 @@ WITHOUT_TRANSFORMERS = {
 
 # `from omnimoe import name` reads names up to those of the model, so it is open to the parts that may import the model.
 PUBLIC_NAMES_FROM = "model"
+
+PACKAGES = sorted((ROOT / "omnimoe").rglob("__init__.py"))
 
 
 @functools.cache
@@ -155,6 +158,15 @@ def test_the_reading_of_imports(path, source, complaint):
     found = complaints(Path(path), source)
     assert bool(found) == (complaint is not None), found
     assert complaint is None or complaint in found[0]
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_takes_the_name_of_a_library_its_package_imports(path):
+    """Importing ``op.torch`` sets ``torch`` in the namespace of ``op``, where the library was a moment ago."""
+    siblings = {file.stem for file in path.parent.glob("*.py")}
+    nodes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Import)]
+    bound = {alias.asname or alias.name.partition(".")[0] for node in nodes for alias in node.names}
+    assert siblings & bound == set(), "rename the module"
 
 
 def test_the_table_is_in_order():
