@@ -1,0 +1,56 @@
+"""Attention implementations of transformers, called with a mask made from our rule.
+
+``"eager"`` and ``"sdpa"`` are ours, since they take the rule as it is. Others (``"flex_attention"``,
+``"flash_attention_2"`` and what a user registered) come from transformers' interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from omnimoe.layers.attention import Attention, eager, scaled_dot_product
+from omnimoe.layers.masks import AttentionMask
+
+
+def attention_function(name: str, interface: Callable[[str, Any], Callable | None]) -> Callable:
+    """The function that attends, by name.
+
+    Args:
+        name: of an attention implementation.
+        interface: transformers' look-up, ``(name, default) -> function``.
+
+    Returns:
+        ``(module, query (B, H, Q, C), key, value, mask) -> (mixed (B, Q, H, C), weights or None)``.
+
+    Raises:
+        ValueError: if no such implementation is there.
+    """
+    if name == "eager":
+        return eager
+    if name == "sdpa":
+        return scaled_dot_product
+    implementation = interface(name, None)
+    if implementation is None:
+        raise ValueError(f"no attention implementation {name!r}; take 'sdpa', 'eager' or one that transformers lists")
+    is_flash = "flash" in name
+
+    def attend(
+        module: Attention, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+    ) -> tuple[Tensor, Tensor | None]:
+        given: Any = None
+        if "flex" in name:
+            given = mask.flex()
+        elif is_flash and not (mask.is_plain_causal or mask.needs_no_mask):
+            raise ValueError(
+                f"{name!r} takes no mask, but the rule {mask.rule!r} with padding or packing needs one; take 'sdpa' or "
+                "'flex_attention'"
+            )
+        elif not is_flash and not mask.needs_no_mask:
+            given = mask.additive(query.dtype)
+        is_causal = is_flash and mask.is_plain_causal
+        return implementation(module, query, key, value, given, scaling=module.scaling, dropout=0.0, is_causal=is_causal)
+
+    return attend

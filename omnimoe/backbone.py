@@ -1,0 +1,163 @@
+"""Tier 5: the stack of blocks. ``x, routing = block(x, rows, mask, cache)``, as many times as there are layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from omnimoe.config import Config, ConfigError, Configurable
+from omnimoe.experts import Experts, FeedForward
+from omnimoe.layers import Attention, AttentionMask, BaseAttention, Norm, Rope, RowLayout
+from omnimoe.routers import Routing
+
+PLACEMENTS = ("pre", "post")
+
+
+class Block(nn.Module, Configurable):
+    """Attention and experts, each with a norm and a residual.
+
+    ``"pre"`` normalises what enters a branch: ``x + f(norm(x))``. ``"post"`` normalises what leaves it,
+    ``x + norm(f(x))``, as the 34B Chameleon ("swin norm") and Mixture-of-Transformers do.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Config):
+        """A layer."""
+
+        attention: BaseAttention.Config = field(default_factory=Attention.Config)
+        """What mixes positions."""
+        experts: Experts.Config = field(default_factory=FeedForward.Config)
+        """What works on rows one by one."""
+        norm: Norm.Config = field(default_factory=Norm.Config)
+        """Both norms of the layer."""
+        norm_placement: str = "pre"
+        """``"pre"`` or ``"post"``."""
+
+        def __post_init__(self) -> None:
+            if self.norm_placement not in PLACEMENTS:
+                raise ConfigError(f"unknown norm_placement {self.norm_placement!r}; known: {', '.join(PLACEMENTS)}")
+
+        @property
+        def needs_key_order(self) -> bool:
+            """Whether anything in the layer has copies by key."""
+            return self.attention.needs_key_order or self.experts.needs_key_order or self.norm.towers != "shared"
+
+    def __init__(self, config: Block.Config, *, hidden_size: int, num_modalities: int, layer_idx: int) -> None:
+        super().__init__()
+        self.norm_placement = config.norm_placement
+        shared = {"hidden_size": hidden_size, "num_modalities": num_modalities}
+        self.self_attn = config.attention.build(**shared, layer_idx=layer_idx)
+        self.mlp = config.experts.build(**shared, layer_idx=layer_idx)
+        self.attention_norm = config.norm.build(**shared)
+        self.mlp_norm = config.norm.build(**shared)
+
+    def forward(
+        self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any = None
+    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+        """One layer.
+
+        Args:
+            x: ``(N, D)`` rows.
+            rows: their layout.
+            mask: who may attend to whom.
+            cache: keys and values of what came before, or None.
+
+        Returns:
+            ``(N, D)`` rows, the routing where one was made, and the attention weights where they were kept.
+        """
+        is_pre = self.norm_placement == "pre"
+        mixed = self.self_attn(self.attention_norm(x, rows) if is_pre else x, rows, mask, cache)
+        mixed, weights = mixed if isinstance(mixed, tuple) else (mixed, None)
+        x = x + (mixed if is_pre else self.attention_norm(mixed, rows))
+        worked, routing = self.mlp(self.mlp_norm(x, rows) if is_pre else x, rows)
+        return x + (worked if is_pre else self.mlp_norm(worked, rows)), routing, weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRange(Config):
+    """Changes to the layers ``start, start + step, ...`` below ``stop``; a field left None keeps the model's."""
+
+    start: int = 0
+    """First layer."""
+    stop: int | None = None
+    """One past the last layer; None for all that follow."""
+    step: int = 1
+    """Every how many layers."""
+    attention: BaseAttention.Config | None = None
+    """Attention of these layers."""
+    experts: Experts.Config | None = None
+    """Experts of these layers."""
+    norm: Norm.Config | None = None
+    """Norms of these layers."""
+    norm_placement: str | None = None
+    """Placement in these layers."""
+
+    def change(self, block: Block.Config) -> Block.Config:
+        """The block of a layer in the range."""
+        names = ("attention", "experts", "norm", "norm_placement")
+        return block.replace(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+
+
+LayerRange.target = LayerRange
+
+
+class Backbone(nn.Module):
+    """The layers.
+
+    Args:
+        blocks: the config of each layer.
+        hidden_size: D.
+        num_modalities: keys a row may have.
+    """
+
+    def __init__(self, blocks: list[Block.Config], *, hidden_size: int, num_modalities: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            block.build(hidden_size=hidden_size, num_modalities=num_modalities, layer_idx=layer_idx)
+            for layer_idx, block in enumerate(blocks)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: RowLayout,
+        mask: AttentionMask,
+        positions: Tensor,
+        cache: Any = None,
+        *,
+        checkpoint: Callable | None = None,
+        observe: Callable[[Tensor], None] | None = None,
+    ) -> tuple[Tensor, list[Routing | None], list[Tensor | None]]:
+        """All layers in turn.
+
+        Args:
+            x: ``(N, D)`` rows.
+            rows: their layout.
+            mask: who may attend to whom.
+            positions: ``(N, A)``, the rotary position of each row.
+            cache: keys and values of what came before, or None.
+            checkpoint: calls a layer so that its activations are recomputed in backward, or None to keep them.
+            observe: is shown the rows before each layer.
+
+        Returns:
+            ``(N, D)`` rows, and each layer's routing and attention weights.
+        """
+        routings, attentions, tables = [], [], {}
+        for layer in self.layers:
+            if observe is not None:
+                observe(x)
+            placed = rows
+            config = getattr(layer.self_attn, "config", None)
+            if isinstance(config, Attention.Config) and config.rope is not None:
+                which = (config.rope, layer.self_attn.head_dim)
+                if which not in tables:
+                    tables[which] = rows.with_rotary(*Rope(config.rope, head_dim=which[1]).table(positions))
+                placed = tables[which]
+            call = layer if checkpoint is None else lambda *given, layer=layer: checkpoint(layer.__call__, *given)
+            x, routing, weights = call(x, placed, mask, cache)
+            routings.append(routing)
+            attentions.append(weights)
+        return x, routings, attentions

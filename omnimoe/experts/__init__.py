@@ -1,0 +1,7 @@
+"""Tier 4: what stands in a block in the place of the feed-forward network."""
+
+from omnimoe.experts.base import EXPERTS, Experts, register_experts
+from omnimoe.experts.feed_forward import FeedForward
+from omnimoe.experts.routed import RoutedExperts
+
+__all__ = ["EXPERTS", "Experts", "FeedForward", "RoutedExperts", "register_experts"]

@@ -1,0 +1,45 @@
+"""What a block calls in the place of its feed-forward network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from omnimoe.config import Config, Configurable, register
+from omnimoe.registry import Registry
+
+EXPERTS: Registry = Registry("experts")
+
+
+def register_experts(name: str, *, exist_ok: bool = False):
+    """Decorator that files an :class:`Experts` class under ``name``."""
+    return register(EXPERTS, name, exist_ok=exist_ok)
+
+
+class Experts(nn.Module, Configurable):
+    """Works on rows one by one, with or without a router.
+
+    Contract: ``forward(x (N, D), rows) -> (y (N, D), Routing or None)``.
+    """
+
+    registry: ClassVar[Registry] = EXPERTS
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Config):
+        """Nothing to choose."""
+
+        @property
+        def needs_key_order(self) -> bool:
+            """Whether rows must come in key order."""
+            return True
+
+        @property
+        def is_causal(self) -> bool:
+            """Whether a row's output depends on that row alone."""
+            return True
+
+        def active_params(self, hidden_size: int, modality: int) -> float | None:
+            """Weights in matrix products that a token of ``modality`` meets on average; None where unknown."""
+            return None

@@ -1,0 +1,51 @@
+"""A feed-forward bank without learned routing: one copy is a dense network, one a tower is Mixture-of-Transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omnimoe.experts.base import Experts, register_experts
+from omnimoe.layers import BankMLP, RowLayout, TowerMap, num_copies, resolve_towers
+from omnimoe.routers import Routing
+
+
+@register_experts("feed_forward")
+class FeedForward(Experts):
+    """SwiGLU through the copy of the row's key."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Experts.Config):
+        """A feed-forward network, one copy a tower."""
+
+        intermediate_size: int = 1024
+        """Width F of a copy."""
+        activation: str = "silu"
+        """A name of ``omnimoe.ops.ACTIVATIONS``."""
+        gated: bool = True
+        """Multiply by the activated gate."""
+        towers: TowerMap = "shared"
+        """The copy each key's rows meet."""
+
+        @property
+        def needs_key_order(self) -> bool:
+            return self.towers != "shared"
+
+        def active_params(self, hidden_size: int, modality: int) -> float:
+            return (3 if self.gated else 2) * hidden_size * self.intermediate_size
+
+    def __init__(self, config: FeedForward.Config, *, hidden_size: int, num_modalities: int, layer_idx: int) -> None:
+        super().__init__()
+        self.towers = resolve_towers(config.towers, num_modalities)
+        self.experts = BankMLP(
+            num_copies(self.towers), hidden_size, config.intermediate_size, config.activation, config.gated
+        )
+
+    def forward(self, x: Tensor, rows: RowLayout) -> tuple[Tensor, Routing | None]:
+        """``(N, D)`` rows to ``(N, D)``, and no routing, since none was learned."""
+        if self.experts.num_copies == 1:
+            return self.experts(x, torch.full((1,), len(x), dtype=torch.int32, device=x.device)), None
+        ends, copies = rows.segments(self.towers)
+        return self.experts(x, ends, copies), None

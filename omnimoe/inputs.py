@@ -1,0 +1,96 @@
+"""Checks of what a caller passes to the model, each with the value and the remedy in its message.
+
+Shapes and dtypes are checked everywhere. Values are read only on the CPU, where reading costs nothing; on an accelerator
+a wrong id would cost a synchronisation to find, so check batches before they are moved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omnimoe.model_config import OmniMoeConfig
+
+
+class InputError(ValueError):
+    """An input of the wrong shape, dtype or range."""
+
+
+def check_ids(name: str, ids: Tensor | None, shape: tuple[int, int], low: int, high: int, remedy: str) -> None:
+    """Refuses ids of another shape or dtype, or outside ``[low, high)``.
+
+    Args:
+        name: the argument's name.
+        ids: what was passed; None is fine.
+        shape: ``(B, T)`` it must have.
+        low: smallest id allowed.
+        high: one past the largest.
+        remedy: what to do about an id out of range.
+
+    Raises:
+        InputError: with the value found.
+    """
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor):
+        raise InputError(f"{name} must be an integer tensor of shape {shape}, got {type(ids).__name__}")
+    if tuple(ids.shape[:2]) != shape:
+        raise InputError(f"{name} must have shape {shape}, as input_ids, got {tuple(ids.shape)}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"{name} must be int64, got {ids.dtype}; convert it with .long()")
+    if ids.device.type == "cpu" and ids.numel():
+        least, most = (int(found) for found in ids.aminmax())
+        if least < low or most >= high:
+            wrong = least if least < low else most
+            raise InputError(f"{name} holds {wrong}, outside [{low}, {high}); {remedy}")
+
+
+def check_batch(
+    config: OmniMoeConfig,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    modality_ids: Tensor | None,
+    key_ids: Tensor | None,
+    segment_ids: Tensor | None,
+) -> tuple[int, int]:
+    """Checks the main inputs against each other.
+
+    Returns:
+        B and T.
+
+    Raises:
+        InputError: if they do not fit.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("pass exactly one of input_ids and inputs_embeds")
+    given = input_ids if input_ids is not None else inputs_embeds
+    wanted = 2 if input_ids is not None else 3
+    if given.ndim != wanted:
+        form = "(B, T)" if wanted == 2 else "(B, T, D)"
+        raise InputError(f"{'input_ids' if wanted == 2 else 'inputs_embeds'} must be {form}, got {tuple(given.shape)}")
+    shape = (int(given.shape[0]), int(given.shape[1]))
+    if shape[1] == 0:
+        raise InputError(f"the sequence is empty: input_ids have shape {shape}; pass at least one token")
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(config.modality_names))
+    check_ids("input_ids", input_ids, shape, 0, config.vocab_size, f"the vocabulary has {config.vocab_size} rows")
+    check_ids("modality_ids", modality_ids, shape, 0, len(config.modalities), f"the modalities are {names}")
+    keys = ", ".join(config.keys) or names
+    check_ids("key_ids", key_ids, shape, 0, config.num_keys, f"the keys are {keys}")
+    check_ids("segment_ids", segment_ids, shape, -1, 2**31, "number documents from 0, padding is -1")
+    return shape
+
+
+def check_features(config: OmniMoeConfig, name: str, rows: Tensor, expected: int) -> None:
+    """Refuses features of an unknown or discrete modality, or of another number of rows than the sequence has places.
+
+    Raises:
+        InputError: with the counts.
+    """
+    known = [modality.name for modality in config.modalities if not modality.is_discrete]
+    if name not in known:
+        raise InputError(f"features for {name!r}, but the continuous modalities are {known or 'none'}")
+    if rows.ndim != 2 or rows.shape[0] != expected:
+        raise InputError(
+            f"features[{name!r}] must be (n, C) with one row for each of the {expected} positions whose modality is "
+            f"{name!r}, got {tuple(rows.shape)}"
+        )

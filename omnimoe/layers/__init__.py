@@ -1,0 +1,31 @@
+"""Tier 2: modules with parameters. A weight site is a bank of copies; rows say which copy each token meets."""
+
+from omnimoe.layers.attention import ATTENTIONS, Attention, BaseAttention, register_attention
+from omnimoe.layers.bank import Bank, TowerMap, num_copies, resolve_towers
+from omnimoe.layers.linear import BankLinear
+from omnimoe.layers.masks import MASK_RULES, AttentionMask, register_mask_rule
+from omnimoe.layers.mlp import BankMLP
+from omnimoe.layers.norm import BankHeadLayerNorm, BankRMSNorm, Norm
+from omnimoe.layers.rope import Rope
+from omnimoe.layers.rows import RowLayout
+
+__all__ = [
+    "ATTENTIONS",
+    "MASK_RULES",
+    "Attention",
+    "AttentionMask",
+    "Bank",
+    "BankHeadLayerNorm",
+    "BankLinear",
+    "BankMLP",
+    "BankRMSNorm",
+    "BaseAttention",
+    "Norm",
+    "Rope",
+    "RowLayout",
+    "TowerMap",
+    "num_copies",
+    "register_attention",
+    "register_mask_rule",
+    "resolve_towers",
+]

@@ -1,0 +1,196 @@
+"""Attention whose projections are banks. The attention operation itself never looks at banks.
+
+Queries, keys and values are projected by copy on contiguous slices, then put in time order for one attention over the
+whole sequence, and the result goes back to rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnimoe.config import Config, ConfigError, Configurable, register
+from omnimoe.layers.bank import TowerMap, resolve_towers
+from omnimoe.layers.linear import BankLinear
+from omnimoe.layers.masks import AttentionMask
+from omnimoe.layers.norm import BankHeadLayerNorm, BankRMSNorm
+from omnimoe.layers.rope import Rope, rope
+from omnimoe.layers.rows import RowLayout
+from omnimoe.registry import Registry
+
+ATTENTIONS: Registry = Registry("attention")
+
+QK_NORMS = ("none", "rms", "layer")
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "qk_norm")
+
+
+def register_attention(name: str, *, exist_ok: bool = False):
+    """Decorator that files an :class:`Attention` class under ``name``."""
+    return register(ATTENTIONS, name, exist_ok=exist_ok)
+
+
+class BaseAttention(nn.Module, Configurable):
+    """What a block calls to mix positions.
+
+    Contract: ``forward(x (N, D), rows, mask, cache) -> (N, D)``, or that and the attention weights.
+    """
+
+    registry: ClassVar[Registry] = ATTENTIONS
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Config):
+        """Nothing to choose."""
+
+        @property
+        def needs_key_order(self) -> bool:
+            """Whether rows must come in key order."""
+            return True
+
+        def kv_shape(self) -> tuple[int, int]:
+            """Heads and head dimension that a cache keeps; ``(0, 0)`` where none is kept."""
+            return 0, 0
+
+
+@register_attention("attention")
+class Attention(BaseAttention):
+    """Grouped-query attention with rotary positions, q/k norms and a tower map a site."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BaseAttention.Config):
+        """Grouped-query attention."""
+
+        num_heads: int = 8
+        """Query heads."""
+        num_kv_heads: int | None = None
+        """Key and value heads; as many as query heads where None."""
+        head_dim: int | None = None
+        """Width of a head; hidden_size / num_heads where None."""
+        bias: bool = False
+        """Biases on q, k and v."""
+        output_bias: bool = False
+        """A bias on o."""
+        qk_norm: str = "none"
+        """``"rms"`` over the head dimension with one scale for all heads (Qwen3, MoT's code), ``"layer"`` with scale and
+        shift for every head (Chameleon), or ``"none"``."""
+        qk_norm_eps: float = 1e-5
+        """Added to the variance in the q/k norm."""
+        rope: Rope.Config | None = field(default_factory=Rope.Config)
+        """Rotary positions, or None for no positions."""
+        towers: TowerMap = "shared"
+        """The copy each key's rows meet, at every site that ``site_towers`` does not name."""
+        site_towers: dict[str, TowerMap] = field(default_factory=dict)
+        """Tower maps of single sites: q_proj, k_proj, v_proj, o_proj, qk_norm."""
+
+        def __post_init__(self) -> None:
+            if self.qk_norm not in QK_NORMS:
+                raise ConfigError(f"unknown qk_norm {self.qk_norm!r}; known: {', '.join(QK_NORMS)}")
+            if self.num_heads % (self.num_kv_heads or self.num_heads):
+                raise ConfigError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+            unknown = set(self.site_towers) - set(SITES)
+            if unknown:
+                raise ConfigError(f"unknown sites {sorted(unknown)} in site_towers; known: {', '.join(SITES)}")
+
+        @property
+        def needs_key_order(self) -> bool:
+            return any(towers != "shared" for towers in (self.towers, *self.site_towers.values()))
+
+    def __init__(self, config: Attention.Config, *, hidden_size: int, num_modalities: int, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        if config.head_dim is None and hidden_size % config.num_heads:
+            raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_heads {config.num_heads}, or set head_dim")
+        self.head_dim = config.head_dim or hidden_size // config.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+
+        def towers(site: str) -> tuple[int, ...]:
+            return resolve_towers(config.site_towers.get(site, config.towers), num_modalities)
+
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = BankLinear(towers("q_proj"), hidden_size, heads, config.bias)
+        self.k_proj = BankLinear(towers("k_proj"), hidden_size, kv_heads, config.bias)
+        self.v_proj = BankLinear(towers("v_proj"), hidden_size, kv_heads, config.bias)
+        self.o_proj = BankLinear(towers("o_proj"), heads, hidden_size, config.output_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm == "rms":
+            self.q_norm = BankRMSNorm(towers("qk_norm"), self.head_dim, config.qk_norm_eps)
+            self.k_norm = BankRMSNorm(towers("qk_norm"), self.head_dim, config.qk_norm_eps)
+        elif config.qk_norm == "layer":
+            self.q_norm = BankHeadLayerNorm(towers("qk_norm"), self.num_heads, self.head_dim, config.qk_norm_eps)
+            self.k_norm = BankHeadLayerNorm(towers("qk_norm"), self.num_kv_heads, self.head_dim, config.qk_norm_eps)
+
+    def forward(
+        self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mixes positions.
+
+        Args:
+            x: ``(N, D)`` rows.
+            rows: their layout, with the rotary table.
+            mask: who may attend to whom.
+            cache: a transformers cache that already holds what came before, or None.
+
+        Returns:
+            ``(N, D)`` rows, and ``(B, H, Q, K)`` attention weights where the implementation gives them.
+        """
+        query = self.q_proj(x, rows).view(len(x), self.num_heads, self.head_dim)
+        key = self.k_proj(x, rows).view(len(x), self.num_kv_heads, self.head_dim)
+        value = self.v_proj(x, rows).view(len(x), self.num_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query, rows), self.k_norm(key, rows)
+        if rows.cos is not None and rows.sin is not None and self.config.rope is not None:
+            query, key = rope(query, rows.cos, rows.sin), rope(key, rows.cos, rows.sin)
+        query, key, value = (rows.to_time(part).transpose(1, 2) for part in (query, key, value))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        mixed, weights = self._attend(query, key, value, mask)
+        mixed = mixed.reshape(rows.batch_size, rows.sequence_length, self.num_heads * self.head_dim)
+        return self.o_proj(rows.to_rows(mixed), rows), weights
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor | None]:
+        if mask.attend is not None:
+            return mask.attend(self, query, key, value, mask)
+        return scaled_dot_product(self, query, key, value, mask)
+
+
+def scaled_dot_product(
+    module: Attention, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+) -> tuple[Tensor, None]:
+    """PyTorch's fused attention under a mask rule.
+
+    Args:
+        module: gives the scaling and the number of queries a key serves.
+        query: ``(B, H, Q, C)``.
+        key: ``(B, H_kv, K, C)``.
+        value: ``(B, H_kv, K, C)``.
+        mask: who may attend to whom.
+
+    Returns:
+        ``(B, Q, H, C)`` and None, since the fused kernel keeps no weights.
+    """
+    if module.num_key_value_groups > 1:
+        key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+        value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    is_causal = mask.is_plain_causal and mask.query_length == key.shape[2] and mask.query_length > 1
+    bias = None if is_causal or mask.needs_no_mask else mask.dense()
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=is_causal, scale=module.scaling)
+    return mixed.transpose(1, 2), None
+
+
+def eager(module: Attention, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
+    """The same in plain operations, giving the attention weights ``(B, H, Q, K)``; shapes as :func:`scaled_dot_product`."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = (query @ key.transpose(2, 3)) * module.scaling
+    if not mask.needs_no_mask:
+        scores = scores + mask.additive(scores.dtype)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).transpose(1, 2), weights

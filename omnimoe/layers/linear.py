@@ -1,0 +1,42 @@
+"""Linear maps as banks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnimoe.layers.bank import Bank, select
+from omnimoe.layers.rows import RowLayout
+from omnimoe.ops import grouped_mm
+
+
+class BankLinear(Bank):
+    """A linear map with one copy a tower.
+
+    Args:
+        towers: the copy of each key, resolved.
+        in_features: D.
+        out_features: F.
+        bias: add a bias, one a copy.
+    """
+
+    initial = {"weight": "normal", "bias": 0.0}
+
+    def __init__(self, towers: tuple[int, ...], in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(towers)
+        self.weight = nn.Parameter(torch.empty(self.num_copies, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(self.num_copies, out_features)) if bias else None
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
+        """``(N, D)`` rows to ``(N, F)``, each through the copy of its key."""
+        if self.num_copies == 1:
+            return F.linear(x, self.weight.squeeze(0), None if self.bias is None else self.bias.squeeze(0))
+        weight, ends = select(self.weight, self.towers, rows)
+        bias = None if self.bias is None else select(self.bias, self.towers, rows)[0]
+        return grouped_mm(x, weight, ends, bias)
+
+    def extra_repr(self) -> str:
+        copies, out_features, in_features = self.weight.shape
+        return f"copies={copies}, in_features={in_features}, out_features={out_features}, bias={self.bias is not None}"

@@ -1,0 +1,172 @@
+"""Mask rules: who may attend to whom, each defined once.
+
+A rule is a function of two views, one of the querying and one of the attended positions, whose fields broadcast against
+each other. Evaluated on whole axes it gives a dense mask; evaluated on single indices it is FlexAttention's
+``mask_mod``. Padding and segment borders (packing) hold under every rule and are added here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from omnimoe.registry import Registry
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Positions:
+    """What a rule may know of positions. The fields broadcast: query fields ``(..., Q, 1)``, key fields ``(..., 1, K)``.
+
+    Args:
+        order: int64, place in the sequence, counted through the cache.
+        key_ids: int64, the key that picks the tower.
+        block_ids: int64, the block a position belongs to, -1 for none.
+    """
+
+    order: Tensor
+    key_ids: Tensor
+    block_ids: Tensor
+
+
+MaskRule = Callable[[Positions, Positions], Tensor]
+"""``(query, key) -> bool``, True where the query may attend to the key."""
+
+MASK_RULES: Registry[MaskRule] = Registry("mask rule")
+register_mask_rule = MASK_RULES.register
+
+
+@register_mask_rule("causal")
+def causal(query: Positions, key: Positions) -> Tensor:
+    """A position attends to itself and to what came before."""
+    return query.order >= key.order
+
+
+@register_mask_rule("bidirectional")
+def bidirectional(query: Positions, key: Positions) -> Tensor:
+    """Everything attends to everything: an encoder."""
+    return query.order == query.order + 0 * key.order
+
+
+@register_mask_rule("block_causal")
+def block_causal(query: Positions, key: Positions) -> Tensor:
+    """Causal, but bidirectional inside a block: Transfusion's rule, with a block a picture."""
+    return (query.order >= key.order) | ((query.block_ids == key.block_ids) & (key.block_ids >= 0))
+
+
+@register_mask_rule("prefix")
+def prefix(query: Positions, key: Positions) -> Tensor:
+    """Causal after a prefix, block 0, that every position sees whole."""
+    return (query.order >= key.order) | (key.block_ids == 0)
+
+
+@register_mask_rule("one_way")
+def one_way(query: Positions, key: Positions) -> Tensor:
+    """Causal, and a tower sees only towers of its own or a lower key: a later tower reads an earlier one, never back."""
+    return (query.order >= key.order) & (key.key_ids <= query.key_ids)
+
+
+CAUSAL_RULES = frozenset({"causal", "one_way"})
+"""Rules under which no position depends on a later one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionMask:
+    """The mask of one forward: a rule and the facts it is evaluated on.
+
+    Args:
+        rule: name of the rule.
+        query_length: Q.
+        key_length: K, with what a cache holds before the queries.
+        past_length: positions in the cache before the first query.
+        device: where masks are made.
+        valid: ``(B, K)`` bool, False at padding; None without padding.
+        segment_ids: ``(B, K)`` int64, the document of each position in a packed row; None without packing.
+        key_ids: ``(B, Q)`` int64.
+        block_ids: ``(B, Q)`` int64, -1 for none; None without blocks.
+        attend: computes the attention; a function with the signature of transformers' attention interface.
+            None takes PyTorch's scaled dot product.
+    """
+
+    rule: str
+    query_length: int
+    key_length: int
+    past_length: int
+    device: torch.device
+    valid: Tensor | None = None
+    segment_ids: Tensor | None = None
+    key_ids: Tensor
+    block_ids: Tensor | None = None
+    attend: Callable | None = None
+    _cached: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """Causal with nothing to hide: kernels need no mask."""
+        return self.rule == "causal" and self.valid is None and self.segment_ids is None
+
+    @property
+    def needs_no_mask(self) -> bool:
+        """Every query may see every key: a step of plain causal decoding, or a plain encoder."""
+        whole = self.rule == "bidirectional" and self.valid is None and self.segment_ids is None
+        return whole or (self.is_plain_causal and self.query_length == 1)
+
+    def allowed(self, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether queries may attend to keys, by index; the arguments broadcast, as FlexAttention's ``mask_mod`` has it.
+
+        Args:
+            batch: int64 indices into B.
+            query: int64 indices into Q.
+            key: int64 indices into K.
+
+        Returns:
+            Bool, the broadcast shape of the arguments. A padding query is allowed itself, so that no row is empty.
+        """
+        order = query + self.past_length
+        seen = MASK_RULES.get(self.rule)(self._view(batch, query, order), self._view(batch, key - self.past_length, key))
+        if self.segment_ids is not None:
+            seen = seen & (self.segment_ids[batch, order] == self.segment_ids[batch, key])
+        if self.valid is not None:
+            seen = (seen & self.valid[batch, key]) | (order == key)
+        return seen
+
+    def _view(self, batch: Tensor, index: Tensor, order: Tensor) -> Positions:
+        inside = (index >= 0) & (index < self.query_length)
+        index = index.clamp(0, self.query_length - 1)
+        key_ids = self.key_ids[batch, index]
+        none = torch.full_like(key_ids, -1)
+        blocks = none if self.block_ids is None else torch.where(inside, self.block_ids[batch, index], none)
+        return Positions(order=order, key_ids=key_ids, block_ids=blocks)
+
+    def dense(self) -> Tensor:
+        """``(B, 1, Q, K)`` bool, True where attention is allowed; made once per forward."""
+        if "dense" not in self._cached:
+            batch = torch.arange(self.key_ids.shape[0], device=self.device).view(-1, 1, 1)
+            query = torch.arange(self.query_length, device=self.device).view(1, -1, 1)
+            key = torch.arange(self.key_length, device=self.device).view(1, 1, -1)
+            self._cached["dense"] = self.allowed(batch, query, key).unsqueeze(1)
+        return self._cached["dense"]
+
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """``(B, 1, Q, K)`` of zeros, and the lowest number of ``dtype`` where attention is not allowed."""
+        if dtype not in self._cached:
+            low = torch.zeros((), dtype=dtype, device=self.device), torch.finfo(dtype).min
+            self._cached[dtype] = torch.where(self.dense(), low[0], low[1])
+        return self._cached[dtype]
+
+    def flex(self):
+        """The same rule as a FlexAttention block mask."""
+        if "flex" not in self._cached:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            self._cached["flex"] = create_block_mask(
+                lambda batch, head, query, key: self.allowed(batch, query, key),
+                self.key_ids.shape[0],
+                None,
+                self.query_length,
+                self.key_length,
+                device=str(self.device),
+            )
+        return self._cached["flex"]

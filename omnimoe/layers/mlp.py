@@ -1,0 +1,53 @@
+"""The feed-forward bank, in the parameter layout that the ecosystem reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from omnimoe.layers.bank import Bank
+from omnimoe.ops import experts_mlp
+
+
+class BankMLP(Bank):
+    """Copies of a gated feed-forward network: SwiGLU with the default activation.
+
+    Args:
+        num_copies: G; which copy a row meets is decided outside.
+        hidden_size: D.
+        intermediate_size: F.
+        activation: a name of ``omnimoe.ops.ACTIVATIONS``.
+        gated: multiply by the activated gate; without it the network has two matrices.
+    """
+
+    initial = {"gate_up_proj": "normal", "down_proj": "normal"}
+
+    def __init__(
+        self, num_copies: int, hidden_size: int, intermediate_size: int, activation: str = "silu", gated: bool = True
+    ) -> None:
+        super().__init__(tuple(range(num_copies)))
+        self.activation = activation
+        rows = (2 if gated else 1) * intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num_copies, rows, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_copies, hidden_size, intermediate_size))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, offsets: Tensor, copies: list[int] | None = None) -> Tensor:
+        """Runs of rows through their copies.
+
+        Args:
+            x: ``(R, D)``, rows in runs.
+            offsets: ``(S,)`` int32, the end of each run.
+            copies: the copy of each run; None where run i meets copy i.
+
+        Returns:
+            ``(R, D)``.
+        """
+        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+        if copies is not None and copies != list(range(self.num_copies)):
+            gate_up_proj, down_proj = gate_up_proj[copies], down_proj[copies]
+        return experts_mlp(x, gate_up_proj, down_proj, offsets, self.activation)
+
+    def extra_repr(self) -> str:
+        copies, hidden_size, intermediate_size = self.down_proj.shape
+        return f"copies={copies}, hidden_size={hidden_size}, intermediate_size={intermediate_size}"

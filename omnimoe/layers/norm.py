@@ -1,0 +1,94 @@
+"""Normalisations as banks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnimoe.config import Config, Configurable
+from omnimoe.layers.bank import Bank, TowerMap, resolve_towers, select
+from omnimoe.layers.rows import RowLayout
+from omnimoe.ops import rms_norm
+
+
+class BankRMSNorm(Bank):
+    """RMSNorm with one scale a tower; statistics in float32.
+
+    Args:
+        towers: the copy of each key, resolved.
+        width: length of the normalised axis.
+        eps: added to the mean square.
+    """
+
+    initial = {"weight": 1.0}
+
+    def __init__(self, towers: tuple[int, ...], width: int, eps: float = 1e-5) -> None:
+        super().__init__(towers)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(self.num_copies, width))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
+        """``(N, ..., D)`` rows to the same shape and dtype."""
+        if self.num_copies == 1:
+            return rms_norm(x, self.weight, None, self.eps)
+        weight, ends = select(self.weight, self.towers, rows)
+        return rms_norm(x, weight, ends, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"copies={self.num_copies}, width={self.weight.shape[1]}, eps={self.eps}"
+
+
+class BankHeadLayerNorm(Bank):
+    """LayerNorm over each head with a scale and a shift of its own for every head, as Chameleon's q/k norm.
+
+    Args:
+        towers: the copy of each key, resolved.
+        num_heads: H.
+        head_dim: C.
+        eps: added to the variance.
+
+    Source: https://arxiv.org/abs/2405.09818.
+    """
+
+    initial = {"weight": 1.0, "bias": 0.0}
+
+    def __init__(self, towers: tuple[int, ...], num_heads: int, head_dim: int, eps: float = 1e-5) -> None:
+        super().__init__(towers)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(self.num_copies, num_heads, head_dim))
+        self.bias = nn.Parameter(torch.empty(self.num_copies, num_heads, head_dim))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
+        """``(N, H, C)`` rows to the same shape and dtype."""
+        normal = F.layer_norm(x, x.shape[-1:], eps=self.eps).to(x.dtype)
+        if self.num_copies == 1:
+            return torch.addcmul(self.bias.to(x.dtype), normal, self.weight.to(x.dtype))
+        ends = rows.segments(self.towers)[0]
+        run = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=torch.int32), right=True)
+        copy = torch.tensor(rows.segments(self.towers)[1], device=x.device)[run]
+        return torch.addcmul(self.bias.to(x.dtype)[copy], normal, self.weight.to(x.dtype)[copy])
+
+    def extra_repr(self) -> str:
+        copies, num_heads, head_dim = self.weight.shape
+        return f"copies={copies}, num_heads={num_heads}, head_dim={head_dim}, eps={self.eps}"
+
+
+class Norm(BankRMSNorm, Configurable):
+    """The norm of a block's branch, or the final norm."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Config):
+        """RMSNorm."""
+
+        eps: float = 1e-5
+        """Added to the mean square."""
+        towers: TowerMap = "shared"
+        """The copy each key's rows meet."""
+
+    def __init__(self, config: Norm.Config, *, hidden_size: int, num_modalities: int) -> None:
+        super().__init__(resolve_towers(config.towers, num_modalities), hidden_size, config.eps)

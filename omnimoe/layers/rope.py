@@ -1,0 +1,71 @@
+"""Rotary positions in one, two or three axes.
+
+With several axes the frequencies of a head are dealt out in contiguous sections: the first section turns with the
+first axis (time), the next with the second (height), the last with the third (width), as in Qwen2-VL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omnimoe.config import Config, ConfigError, Configurable
+from omnimoe.ops import rope
+
+
+class Rope(Configurable):
+    """Turns positions into the rotary table of a head.
+
+    Source: https://arxiv.org/abs/2104.09864; several axes, https://arxiv.org/abs/2409.12191.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Config):
+        """Rotary positions."""
+
+        theta: float = 10_000.0
+        """Base of the frequencies."""
+        sections: tuple[int, ...] = ()
+        """Frequencies of each axis, summing to half the head dimension; empty for a single axis."""
+
+    def __init__(self, config: Rope.Config, *, head_dim: int) -> None:
+        if head_dim % 2:
+            raise ConfigError(f"rotary positions turn pairs, so head_dim must be even, got {head_dim}")
+        if config.sections and sum(config.sections) != head_dim // 2:
+            raise ConfigError(f"rope sections {config.sections} must sum to half of head_dim {head_dim}")
+        self.config = config
+        self.head_dim = head_dim
+
+    @property
+    def num_axes(self) -> int:
+        """Axes a position has."""
+        return max(1, len(self.config.sections))
+
+    def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angle of each pair.
+
+        Args:
+            positions: ``(N, A)``, A the number of axes; ``(N, 1)`` gives every axis the same position.
+
+        Returns:
+            ``(N, C/2)`` float32 each.
+
+        Raises:
+            ValueError: if A is neither 1 nor the number of axes.
+        """
+        if positions.shape[-1] not in (1, self.num_axes):
+            raise ValueError(f"positions have {positions.shape[-1]} axes, rope has {self.num_axes}")
+        pair = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device)
+        frequency = self.config.theta ** -(pair / self.head_dim)
+        if positions.shape[-1] == 1:
+            turned = positions.float()
+        else:
+            axis = torch.arange(self.num_axes).repeat_interleave(torch.tensor(self.config.sections))
+            turned = positions.float()[:, axis.to(positions.device)]
+        angle = turned * frequency
+        return angle.cos(), angle.sin()
+
+
+__all__ = ["Rope", "rope"]

@@ -1,0 +1,167 @@
+"""Rows: the tokens of a batch without padding, put in key order once per forward.
+
+The residual stream stays in this order through all layers, so that the copy a bank applies to a tower's rows sees one
+contiguous slice. Only attention sees time order, through :meth:`RowLayout.to_time` and :meth:`RowLayout.to_rows`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from omnimoe.ops import permute
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowLayout:
+    """Where each row comes from and which copy of a bank it meets. Made by :meth:`build`, once per forward.
+
+    Args:
+        batch_size: B.
+        sequence_length: T.
+        key_ids: ``(N,)`` int64, the key that picks a copy, in row order; the modality unless the caller says otherwise.
+        modality_ids: ``(N,)`` int64.
+        offsets: ``(K,)`` int32, the end of each key's rows, where :attr:`is_sorted`.
+        is_sorted: rows are in key order; otherwise in time order.
+        time_index: ``(N,)`` int64 into the B·T positions, or None where row i is position i.
+        row_index: ``(B·T,)`` int64, the row of each position, 0 at padding; None with ``time_index``.
+        valid: ``(B·T,)`` bool, False at padding; None without padding.
+        cos: ``(N, C/2)`` float32, rotary cosines of each row; set by the backbone.
+        sin: ``(N, C/2)`` float32.
+        routes_causally: a router may look at nothing but the row itself; set while a cache is in use.
+    """
+
+    batch_size: int
+    sequence_length: int
+    key_ids: Tensor
+    modality_ids: Tensor
+    offsets: Tensor
+    is_sorted: bool
+    time_index: Tensor | None = None
+    row_index: Tensor | None = None
+    valid: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    routes_causally: bool = False
+    _per_towers: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def build(
+        cls,
+        key_ids: Tensor,
+        *,
+        num_keys: int,
+        modality_ids: Tensor | None = None,
+        valid: Tensor | None = None,
+        sort: bool = True,
+        routes_causally: bool = False,
+    ) -> RowLayout:
+        """Drops padding and, if asked, sorts by key; equal keys keep their order in time.
+
+        Without padding nothing is read back to the host. With it, the number of rows is, once.
+
+        Args:
+            key_ids: ``(B, T)`` int64 in ``[0, num_keys)``.
+            num_keys: K.
+            modality_ids: ``(B, T)`` int64; ``key_ids`` where None.
+            valid: ``(B, T)`` bool, False at padding.
+            sort: put rows in key order; False keeps time order, for models in which nothing has copies.
+            routes_causally: see the class.
+        """
+        batch_size, sequence_length = key_ids.shape
+        keys = key_ids.reshape(-1)
+        modalities = keys if modality_ids is None else modality_ids.reshape(-1)
+        kept = None if valid is None else valid.reshape(-1).nonzero().squeeze(1)
+        if kept is not None:
+            keys, modalities = keys[kept], modalities[kept]
+        time_index = kept
+        if sort and num_keys > 1:
+            keys, order = keys.sort(stable=True)
+            modalities = modalities[order]
+            time_index = order if kept is None else kept[order]
+        row_index = None
+        if time_index is not None:
+            row_index = torch.zeros(batch_size * sequence_length, dtype=torch.int64, device=keys.device)
+            row_index[time_index] = torch.arange(len(time_index), device=keys.device)
+        is_sorted = sort or num_keys == 1
+        ends = torch.arange(num_keys, device=keys.device)
+        return cls(
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            key_ids=keys,
+            modality_ids=modalities,
+            offsets=torch.searchsorted(keys, ends, right=True).to(torch.int32) if is_sorted else ends.to(torch.int32),
+            is_sorted=is_sorted,
+            time_index=time_index,
+            row_index=row_index,
+            valid=None if valid is None else valid.reshape(-1),
+            routes_causally=routes_causally,
+        )
+
+    def __len__(self) -> int:
+        return len(self.key_ids)
+
+    def to_time(self, x: Tensor) -> Tensor:
+        """``(N, ...)`` in row order to ``(B, T, ...)`` in time order; padding comes out as zeros."""
+        if self.time_index is not None:
+            x = permute(x, self.row_index, self.time_index, self.valid)
+        return x.view(self.batch_size, self.sequence_length, *x.shape[1:])
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """``(B, T, ...)`` in time order to ``(N, ...)`` in row order, the inverse of :meth:`to_time`."""
+        x = x.reshape(self.batch_size * self.sequence_length, *x.shape[2:])
+        return x if self.time_index is None else permute(x, self.time_index, self.row_index, self.valid)
+
+    def segments(self, towers: tuple[int, ...]) -> tuple[Tensor, list[int]]:
+        """Runs of rows that meet the same copy, for a tower map.
+
+        Args:
+            towers: ``(K,)``, the copy of each key.
+
+        Returns:
+            ``(S,)`` int32, the end of each run, and the copy of each run. Neighbouring keys with one copy make one run.
+        """
+        if towers not in self._per_towers:
+            if not self.is_sorted:
+                raise ValueError(f"rows are in time order, but a bank with the tower map {towers} needs key order")
+            last = [key for key in range(len(towers)) if key + 1 == len(towers) or towers[key + 1] != towers[key]]
+            ends = self.offsets if len(last) == len(towers) else self.offsets[last]
+            self._per_towers[towers] = ends, [towers[key] for key in last]
+        return self._per_towers[towers]
+
+    def where(self, modality_id: int) -> Tensor:
+        """``(n,)`` int64, the rows of one modality, in order of time."""
+        found = (self.modality_ids == modality_id).nonzero().squeeze(1)
+        if self.time_index is None or self.is_sorted:
+            return found
+        return found[self.time_index[found].argsort()]
+
+    def key_spans(self) -> list[tuple[int, int]]:
+        """``(start, stop)`` of each key's rows, read back to the host once per forward."""
+        if "spans" not in self._per_towers:
+            if not self.is_sorted:
+                raise ValueError("rows are in time order; a part that works by key must leave needs_key_order True")
+            ends = self.offsets.tolist()
+            self._per_towers["spans"] = list(zip([0, *ends[:-1]], ends, strict=True))
+        return self._per_towers["spans"]
+
+    def span(self, key: int) -> RowLayout:
+        """The rows of one key as a layout of their own, for a router that works inside a group."""
+        start, stop = self.key_spans()[key]
+        return dataclasses.replace(
+            self,
+            key_ids=self.key_ids[start:stop],
+            modality_ids=self.modality_ids[start:stop],
+            cos=None if self.cos is None else self.cos[start:stop],
+            sin=None if self.sin is None else self.sin[start:stop],
+            time_index=None if self.time_index is None else self.time_index[start:stop],
+            row_index=None,
+            is_sorted=False,
+            _per_towers={},
+        )
+
+    def with_rotary(self, cos: Tensor, sin: Tensor) -> RowLayout:
+        """A copy that carries the rotary table of its rows."""
+        return dataclasses.replace(self, cos=cos, sin=sin)

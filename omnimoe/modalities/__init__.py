@@ -1,0 +1,8 @@
+"""Tier 4: modalities own what a token is, how it enters, what predicts it and how that is scored."""
+
+from omnimoe.modalities.base import MODALITIES, Modality, register_modality
+from omnimoe.modalities.patches import Patches
+from omnimoe.modalities.tokens import Tokens
+from omnimoe.modalities.vocabulary import TokenRange
+
+__all__ = ["MODALITIES", "Modality", "Patches", "TokenRange", "Tokens", "register_modality"]

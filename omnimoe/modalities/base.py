@@ -1,0 +1,66 @@
+"""What a modality brings to the model: rows in, predictions and unreduced losses out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from omnimoe.config import Config, Configurable, register
+from omnimoe.registry import Registry
+
+MODALITIES: Registry = Registry("modality")
+
+
+def register_modality(name: str, *, exist_ok: bool = False):
+    """Decorator that files a :class:`Modality` class under ``name``."""
+    return register(MODALITIES, name, exist_ok=exist_ok)
+
+
+class Modality(nn.Module, Configurable):
+    """A continuous modality: its rows come as vectors in ``features[name]`` and leave through its own head.
+
+    Contract: ``embed(inputs (n, C), timesteps (n,) or None) -> (n, D)``, ``head(x (n, D)) -> (n, C)``,
+    ``loss(outputs (n, C), targets (n, C)) -> (n,)`` float32. Discrete modalities are :class:`~omnimoe.modalities.Tokens`.
+    """
+
+    registry: ClassVar[Registry] = MODALITIES
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Config):
+        """A modality."""
+
+        name: str
+        """The modality's name, unique in the model."""
+        begin_id: int | None = None
+        """Token that opens a span, an id of the whole vocabulary; None for the base modality."""
+        end_id: int | None = None
+        """Token that closes a span."""
+        num_tokens: int | None = None
+        """Positions of every span, where that is fixed."""
+        loss_weight: float = 1.0
+        """Weight of this modality's losses in ``out.loss``."""
+        placeholder_id: int | None = None
+        """Token that stands at the positions of a continuous modality; lets modality ids be read off input ids."""
+
+        @property
+        def is_discrete(self) -> bool:
+            """Whether the modality owns rows of the vocabulary."""
+            return False
+
+        def active_params(self, hidden_size: int) -> int:
+            """Weights in matrix products that one of its rows meets on the way in and out."""
+            return 0
+
+    def embed(self, inputs: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """``(n, C)`` to ``(n, D)``."""
+        raise TypeError(f"{type(self).__name__} does not define embed(inputs, timesteps) -> (n, D)")
+
+    def head(self, x: Tensor) -> Tensor:
+        """``(n, D)`` to ``(n, C)``."""
+        raise TypeError(f"{type(self).__name__} does not define head(x) -> (n, C)")
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``(n, C)`` twice to ``(n,)``: by default the mean squared error of each row."""
+        return (outputs.float() - targets.float()).square().mean(-1)

@@ -1,0 +1,562 @@
+"""Tier 6: the model, as a transformers model. One batch is followed here from ids to losses.
+
+What is unusual: rows are packed and put in key order once (``RowLayout``); modality ids may be left out, since the
+partition of the vocabulary gives them; routings, losses and statistics are returned and never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from omnimoe.attend import attention_function
+from omnimoe.backbone import Backbone, Block
+from omnimoe.inputs import InputError, check_batch, check_features, check_ids
+from omnimoe.layers import AttentionMask, RowLayout
+from omnimoe.model_config import OmniMoeConfig
+from omnimoe.registry import Registry
+from omnimoe.routers import Router, Routing
+
+MODELS: Registry[Callable[[], OmniMoeConfig]] = Registry("model")
+register_model = MODELS.register
+
+
+@dataclass
+class OmniMoeModelOutput(ModelOutput):
+    """What the stack returns.
+
+    Args:
+        last_hidden_state: ``(B, T, D)``, after the final norm; zeros at padding.
+        past_key_values: the cache, if one is in use.
+        hidden_states: ``(B, T, D)`` before each layer and after the last, if asked for.
+        attentions: ``(B, H, T, K)`` of each layer, if asked for and the attention implementation gives them.
+        router_logits: ``(N, E)`` float32 of each routed layer, raw, rows in time order.
+        routings: the :class:`~omnimoe.routers.Routing` of each layer, None where nothing is routed; rows as in ``rows``.
+        rows: the row layout of this forward.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    routings: tuple[Routing | None, ...] | None = None
+    rows: RowLayout | None = None
+
+
+@dataclass
+class OmniMoeOutput(ModelOutput):
+    """What the model with heads returns.
+
+    Args:
+        loss: scalar, if anything was to be predicted: the mean over predicted tokens, weighted by modality, plus the
+            weighted mean of each continuous modality, plus ``aux_loss``. 0 where every label is ignored.
+        logits: ``(B, T, V)``.
+        losses: mean loss of each modality, by what is predicted; 0 where there was nothing.
+        counts: how many positions each of ``losses`` is over.
+        token_losses: ``(B, T)`` float32, unreduced: the loss of predicting the token at each position, in nats.
+        predictions: ``(n, C)`` of each continuous modality whose features were given.
+        aux_loss: scalar, the balance losses of all routers, times their coefficients, averaged over routed layers.
+        past_key_values: as in :class:`OmniMoeModelOutput`, and so the rest.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    counts: dict[str, Tensor] | None = None
+    token_losses: Tensor | None = None
+    predictions: dict[str, Tensor] | None = None
+    aux_loss: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    routings: tuple[Routing | None, ...] | None = None
+    rows: RowLayout | None = None
+
+
+class OmniMoePreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, from transformers."""
+
+    config: OmniMoeConfig
+    config_class = OmniMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for name, start in getattr(module, "initial", {}).items():
+            parameter = getattr(module, name, None)
+            if parameter is None:
+                continue
+            if start == "normal":
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+            else:
+                init.constant_(parameter, float(start))
+        if isinstance(module, Router):
+            for name, start in module.initial_buffers().items():
+                init.copy_(getattr(module, name), start)
+
+
+class OmniMoeModel(OmniMoePreTrainedModel):
+    """Embeddings, the backbone and the final norm."""
+
+    def __init__(self, config: OmniMoeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.modalities = nn.ModuleDict(
+            {held.name: held.build(hidden_size=config.hidden_size) for held in config.modalities if not held.is_discrete}
+        )
+        self.backbone = Backbone(config.blocks, hidden_size=config.hidden_size, num_modalities=config.num_keys)
+        self.norm = config.final_norm.build(hidden_size=config.hidden_size, num_modalities=config.num_keys)
+        self.gradient_checkpointing = False
+        self._tables: dict[torch.device, Tensor] = {}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def modality_ids_of(self, input_ids: Tensor) -> Tensor:
+        """The modality of each id by the partition of the vocabulary, ``(B, T)`` to ``(B, T)`` int64."""
+        device = input_ids.device
+        if device not in self._tables or len(self._tables[device]) != self.config.vocab_size:
+            self._tables[device] = self.config.modality_of_ids().to(device)
+        return self._tables[device][input_ids]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        modality_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        block_ids: Tensor | None = None,
+        features: dict[str, Tensor] | None = None,
+        timesteps: dict[str, Tensor] | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> OmniMoeModelOutput:
+        """Runs the stack.
+
+        Args:
+            input_ids: ``(B, T)`` int64. At positions of a continuous modality any id may stand.
+            modality_ids: ``(B, T)`` int64 into ``config.modalities``; by the partition of the vocabulary where None.
+            attention_mask: ``(B, T)`` or, with a cache, ``(B, past + T)``: 1 or True for tokens, 0 for padding.
+            position_ids: ``(B, T)`` or ``(B, T, A)`` int64 rotary positions; time order where None, from 0 in each
+                segment.
+            segment_ids: ``(B, T)`` int64, the document of each position in a packed row, -1 for padding. Documents do
+                not see each other.
+            key_ids: ``(B, T)`` int64, the key that picks copies; the modality where None.
+            block_ids: ``(B, T)`` int64, blocks for the rules that know them, -1 for none; the spans of
+                ``config.bidirectional_modalities`` where None.
+            features: rows of each continuous modality, ``(n, C)``, in order of batch and time.
+            timesteps: noise time of those rows, ``(n,)`` in [0, 1].
+            inputs_embeds: ``(B, T, D)`` in place of ``input_ids``.
+            past_key_values: a transformers cache.
+            use_cache: make a cache where none is given.
+            output_hidden_states: return what enters each layer.
+            output_attentions: return attention weights (``attn_implementation="eager"``).
+
+        Returns:
+            :class:`OmniMoeModelOutput`.
+
+        Raises:
+            InputError: for inputs of a wrong shape, dtype or range.
+        """
+        config = self.config
+        batch_size, length = check_batch(config, input_ids, inputs_embeds, modality_ids, key_ids, segment_ids)
+        device = (input_ids if input_ids is not None else inputs_embeds).device
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+
+        if modality_ids is None:
+            if input_ids is None and len(config.modalities) > 1:
+                raise InputError("inputs_embeds carry no ids to read modalities from; pass modality_ids")
+            empty = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
+            modality_ids = empty if input_ids is None else self.modality_ids_of(input_ids)
+        if key_ids is None:
+            if config.keys:
+                raise InputError(f"copies are picked by the keys {config.keys}; pass key_ids")
+            key_ids = modality_ids
+        valid = _valid(attention_mask, segment_ids, batch_size, past, length)
+        rows = RowLayout.build(
+            key_ids,
+            num_keys=config.num_keys,
+            modality_ids=modality_ids,
+            valid=None if valid is None else valid[:, past:],
+            sort=config.needs_key_order,
+            routes_causally=past_key_values is not None,
+        )
+        mask = self._mask(past_key_values, past, length, valid, segment_ids, key_ids, modality_ids, block_ids, device)
+        positions = _positions(position_ids, segment_ids, batch_size, past, length, device)
+
+        x = self._embed(input_ids, inputs_embeds, features, timesteps, rows)
+        seen: list[Tensor] = []
+        x, routings, attentions = self.backbone(
+            x,
+            rows,
+            mask,
+            rows.to_rows(positions),
+            past_key_values,
+            checkpoint=self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None,
+            observe=seen.append if output_hidden_states else None,
+        )
+        hidden = rows.to_time(self.norm(x, rows))
+        return OmniMoeModelOutput(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*(rows.to_time(part) for part in seen), hidden) if output_hidden_states else None,
+            attentions=tuple(part for part in attentions if part is not None) if output_attentions else None,
+            routings=tuple(routings),
+            rows=rows,
+        )
+
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        features: dict[str, Tensor] | None,
+        timesteps: dict[str, Tensor] | None,
+        rows: RowLayout,
+    ) -> Tensor:
+        if inputs_embeds is None:
+            x = self.embed_tokens(rows.to_rows(input_ids))
+        else:
+            x = rows.to_rows(inputs_embeds)
+        untouched = set(self.modalities)
+        for name, given in (features or {}).items():
+            index = rows.where(self._modality_id(name))
+            check_features(self.config, name, given, len(index))
+            embedded = self.modalities[name].embed(given, (timesteps or {}).get(name))
+            x = x.index_copy(0, index, embedded.to(x.dtype))
+            untouched.discard(name)
+        for name in sorted(untouched):
+            # an absent modality takes part with no rows: its gradients are zero, not missing
+            x = x + 0 * sum(parameter.sum() for parameter in self.modalities[name].parameters()).to(x.dtype)
+        return x
+
+    def _modality_id(self, name: str) -> int:
+        if name not in self.config.modality_names:
+            raise InputError(f"unknown modality {name!r}; the modalities are {', '.join(self.config.modality_names)}")
+        return self.config.modality_names.index(name)
+
+    def _mask(
+        self,
+        cache: Any,
+        past: int,
+        length: int,
+        valid: Tensor | None,
+        segment_ids: Tensor | None,
+        key_ids: Tensor,
+        modality_ids: Tensor,
+        block_ids: Tensor | None,
+        device: torch.device,
+    ) -> AttentionMask:
+        config = self.config
+        if past and segment_ids is not None:
+            raise InputError("segment_ids pack several documents into a row, which a cache does not hold; drop one of them")
+        if past and config.mask == "one_way":
+            raise InputError("the mask rule 'one_way' has no cached decoding, since a cache does not keep keys' towers")
+        if block_ids is None and config.bidirectional_modalities:
+            block_ids = _runs(modality_ids, [self._modality_id(name) for name in config.bidirectional_modalities])
+        key_length = past + length
+        if cache is not None and config.num_layers:
+            key_length = cache.get_mask_sizes(length, 0)[0]
+            if valid is not None and valid.shape[1] < key_length:
+                valid = nn.functional.pad(valid, (0, key_length - valid.shape[1]))
+        name = config._attn_implementation or "sdpa"
+        return AttentionMask(
+            rule=config.mask,
+            query_length=length,
+            key_length=key_length,
+            past_length=past,
+            device=device,
+            valid=valid,
+            segment_ids=segment_ids,
+            key_ids=key_ids,
+            block_ids=block_ids,
+            attend=attention_function(name, ALL_ATTENTION_FUNCTIONS.get_interface),
+        )
+
+
+class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
+    """The model with its heads: one over the vocabulary, one for each continuous modality."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: OmniMoeConfig) -> None:
+        super().__init__(config)
+        self.model = OmniMoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        modality_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        features: dict[str, Tensor] | None = None,
+        timesteps: dict[str, Tensor] | None = None,
+        targets: dict[str, Tensor] | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> OmniMoeOutput:
+        """Runs the model and, where there is something to predict, scores it.
+
+        Args:
+            input_ids: ``(B, T)`` int64; see :meth:`OmniMoeModel.forward` for what is not listed here.
+            modality_ids: ``(B, T)`` int64.
+            attention_mask: ``(B, T)`` or ``(B, past + T)``.
+            position_ids: ``(B, T)`` or ``(B, T, A)``.
+            segment_ids: ``(B, T)``.
+            labels: ``(B, T)`` int64, the ids themselves: the shift to the next token happens here. -100 is ignored, and
+                so is padding and the first token of a segment.
+            features: rows of continuous modalities.
+            timesteps: their noise times.
+            targets: what their heads must give, ``(n, C)``.
+            past_key_values: a cache.
+            inputs_embeds: ``(B, T, D)``.
+            use_cache: make a cache.
+            logits_to_keep: logits of the last positions only, that many; 0 for all; or an index tensor.
+            output_router_logits: return the raw router logits of each routed layer.
+
+        Returns:
+            :class:`OmniMoeOutput`.
+
+        Raises:
+            InputError: for inputs of a wrong shape, dtype or range.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            modality_ids=modality_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            features=features,
+            timesteps=timesteps,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden, rows = out.last_hidden_state, out.rows
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
+        predictions = {
+            name: self.model.modalities[name].head(rows.to_rows(hidden)[rows.where(self.model._modality_id(name))])
+            for name in features or {}
+        }
+        aux_loss = _aux_loss(out.routings)
+        scores = _Scores(self.config)
+        if labels is not None:
+            scores.add_tokens(self.model, logits, labels, segment_ids, attention_mask)
+        for name, target in (targets or {}).items():
+            if name not in predictions:
+                raise InputError(f"targets for {name!r} without features; pass the noisy rows as features[{name!r}]")
+            scores.add_rows(name, self.model.modalities[name].loss(predictions[name], target))
+        loss = scores.total(hidden) if labels is not None or targets else None
+        if loss is not None and aux_loss is not None:
+            loss = loss + aux_loss
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        return OmniMoeOutput(
+            loss=loss,
+            logits=logits,
+            losses=scores.losses or None,
+            counts=scores.counts or None,
+            token_losses=scores.token_losses,
+            predictions=predictions or None,
+            aux_loss=aux_loss,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            router_logits=_router_logits(out) if output_router_logits else None,
+            routings=out.routings,
+            rows=rows,
+        )
+
+    def update_routers(self, routings: tuple[Routing | None, ...]) -> None:
+        """Lets routers that adapt outside of the gradient take in a training step; call it after the optimizer's step.
+
+        Args:
+            routings: ``out.routings`` of the step.
+        """
+        for layer, routing in zip(self.model.backbone.layers, routings, strict=True):
+            router = getattr(layer.mlp, "router", None)
+            if routing is not None and router is not None:
+                router.update(routing)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """What ``generate`` passes at a step: modality ids of the prompt serve the first step, the partition the rest."""
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        given, step = inputs.get("modality_ids"), inputs.get("input_ids")
+        if given is not None and (step is None or given.shape != step.shape):
+            inputs["modality_ids"] = None
+        return inputs
+
+
+@dataclass
+class _Scores:
+    """Collects unreduced losses, labelled by what was predicted."""
+
+    config: OmniMoeConfig
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    token_losses: Tensor | None = None
+    _terms: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    def add_tokens(
+        self,
+        model: OmniMoeModel,
+        logits: Tensor,
+        labels: Tensor,
+        segment_ids: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> None:
+        """Scores the next token everywhere that a label stands."""
+        shape = (labels.shape[0], labels.shape[1])
+        if logits.shape[:2] != labels.shape:
+            raise InputError(f"labels must be {tuple(logits.shape[:2])}, as the logits, got {tuple(labels.shape)}")
+        check_ids("labels", labels, shape, -100, self.config.vocab_size, "-100 marks what is not predicted")
+        wanted = labels[:, 1:]
+        if segment_ids is not None:
+            inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
+            wanted = wanted.masked_fill(~inside, -100)
+        if attention_mask is not None:
+            wanted = wanted.masked_fill(~attention_mask[:, -labels.shape[1] :][:, 1:].bool(), -100)
+        flat = nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
+            wanted.reshape(-1),
+            ignore_index=-100,
+            reduction="none",
+        )
+        each = flat.view(wanted.shape)
+        self.token_losses = nn.functional.pad(each, (1, 0))
+        counted = wanted != -100
+        predicted = model.modality_ids_of(wanted.clamp_min(0))
+        for modality_id, modality in enumerate(self.config.modalities):
+            if modality.is_discrete:
+                chosen = counted & (predicted == modality_id)
+                self._add(modality.name, (each * chosen).sum(), chosen.sum())
+
+    def add_rows(self, name: str, each: Tensor) -> None:
+        """Takes the losses ``(n,)`` of a continuous modality."""
+        self._add(name, each.sum(), torch.tensor(len(each), device=each.device))
+
+    def _add(self, name: str, total: Tensor, count: Tensor) -> None:
+        self.losses[name] = total / count.clamp_min(1)
+        self.counts[name] = count
+        self._terms.append((name, total))
+
+    def total(self, hidden: Tensor) -> Tensor:
+        """One scalar: tokens share one mean, continuous modalities have their own."""
+        weights = {modality.name: modality.loss_weight for modality in self.config.modalities}
+        discrete = {modality.name for modality in self.config.modalities if modality.is_discrete}
+        loss = 0.0 * hidden.float().sum()
+        count = sum((self.counts[name] for name, _ in self._terms if name in discrete), torch.zeros(()).to(hidden.device))
+        for name, total in self._terms:
+            loss = loss + weights[name] * total / (count if name in discrete else self.counts[name]).clamp_min(1)
+        return loss
+
+
+def _aux_loss(routings: tuple[Routing | None, ...]) -> Tensor | None:
+    routed = [routing for routing in routings if routing is not None]
+    terms = [loss for routing in routed for loss in routing.losses.values()]
+    return torch.stack(terms).sum() / len(routed) if terms else None
+
+
+def _router_logits(out: OmniMoeModelOutput) -> tuple[Tensor, ...]:
+    rows, found = out.rows, []
+    order = slice(None) if rows.time_index is None else rows.time_index.argsort()
+    for routing in out.routings:
+        if routing is not None and routing.router_logits is not None:
+            found.append(routing.router_logits[order])
+    return tuple(found)
+
+
+def _valid(
+    attention_mask: Tensor | None, segment_ids: Tensor | None, batch_size: int, past: int, length: int
+) -> Tensor | None:
+    """``(B, past + T)`` bool, or None where nothing is padding."""
+    if attention_mask is None:
+        if segment_ids is None or segment_ids.device.type != "cpu" or bool((segment_ids >= 0).all()):
+            return None
+        return segment_ids >= 0
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < past + length:
+        raise InputError(
+            f"attention_mask must be ({batch_size}, {past + length}), one entry for every cached and every new position, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    valid = attention_mask[:, : past + length].bool()
+    if valid.device.type == "cpu" and bool(valid.all()):
+        return None
+    return valid
+
+
+def _positions(
+    position_ids: Tensor | None, segment_ids: Tensor | None, batch_size: int, past: int, length: int, device: torch.device
+) -> Tensor:
+    """``(B, T, A)`` rotary positions."""
+    if position_ids is not None:
+        if position_ids.shape[-2 if position_ids.ndim == 3 else -1] != length:
+            raise InputError(f"position_ids must be (B, {length}) or (B, {length}, axes), got {tuple(position_ids.shape)}")
+        position_ids = position_ids if position_ids.ndim == 3 else position_ids.unsqueeze(-1)
+        return position_ids.expand(batch_size, -1, -1)
+    time = torch.arange(past, past + length, device=device).expand(batch_size, -1)
+    if segment_ids is not None:
+        starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+        time = time - torch.where(starts, time, 0).cummax(dim=1).values
+    return time.unsqueeze(-1)
+
+
+def _runs(modality_ids: Tensor, blocked: list[int]) -> Tensor:
+    """``(B, T)`` int64: a number for each run of one blocked modality, -1 elsewhere."""
+    starts = nn.functional.pad(modality_ids[:, 1:] != modality_ids[:, :-1], (1, 0), value=True)
+    inside = torch.isin(modality_ids, torch.tensor(blocked, device=modality_ids.device))
+    return starts.cumsum(1).masked_fill(~inside, -1)
+
+
+AutoConfig.register("omnimoe", OmniMoeConfig, exist_ok=True)
+AutoModel.register(OmniMoeConfig, OmniMoeModel, exist_ok=True)
+AutoModelForCausalLM.register(OmniMoeConfig, OmniMoeForCausalLM, exist_ok=True)
+
+__all__ = [
+    "MODELS",
+    "Block",
+    "OmniMoeConfig",
+    "OmniMoeForCausalLM",
+    "OmniMoeModel",
+    "OmniMoeModelOutput",
+    "OmniMoeOutput",
+    "register_model",
+]

@@ -1,0 +1,242 @@
+"""The model's config: a transformers config whose parts are the dataclasses of the tiers below."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import field
+from typing import Any, ClassVar, Self
+
+import torch
+from transformers import PreTrainedConfig
+
+from omnimoe.backbone import PLACEMENTS, Block, LayerRange
+from omnimoe.config import Config, ConfigError
+from omnimoe.experts import Experts, FeedForward
+from omnimoe.layers import MASK_RULES, Attention, BaseAttention, Norm
+from omnimoe.layers.masks import CAUSAL_RULES
+from omnimoe.modalities import Modality, TokenRange, Tokens
+
+_PARTS: dict[str, type[Config]] = {
+    "attention": BaseAttention.Config,
+    "experts": Experts.Config,
+    "norm": Norm.Config,
+    "final_norm": Norm.Config,
+}
+_LISTS: dict[str, type[Config]] = {"modalities": Modality.Config, "layers": LayerRange}
+
+
+class OmniMoeConfig(PreTrainedConfig):
+    """Declares a model: its modalities, and one layer's attention, experts and norms with changes by layer range.
+
+    Example:
+        >>> text, image = Tokens.Config(name="text", vocab_size=512), Tokens.Config(name="image", vocab_size=256)
+        >>> config = OmniMoeConfig(hidden_size=64, num_layers=2, modalities=(text, image))
+        >>> config.vocab_size, config.modality_names
+        (768, ('text', 'image'))
+    """
+
+    model_type: ClassVar[str] = "omnimoe"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "num_layers"}
+
+    hidden_size: int = 256
+    """Width D of the residual stream."""
+    num_layers: int = 4
+    """Layers L."""
+    modalities: tuple[Modality.Config, ...] = (Tokens.Config(name="text", vocab_size=256),)
+    """The modalities; a modality's place here is its id."""
+    attention: BaseAttention.Config = field(default_factory=Attention.Config)
+    """Attention of every layer."""
+    experts: Experts.Config = field(default_factory=FeedForward.Config)
+    """Experts of every layer."""
+    norm: Norm.Config = field(default_factory=Norm.Config)
+    """Norms of every layer."""
+    norm_placement: str = "pre"
+    """``"pre"`` or ``"post"`` ("swin")."""
+    final_norm: Norm.Config = field(default_factory=Norm.Config)
+    """The norm before the heads."""
+    layers: tuple[LayerRange, ...] = ()
+    """Changes to ranges of layers, applied in order."""
+    keys: tuple[str, ...] = ()
+    """Names of the keys that pick copies, where they are not the modalities: ``("und", "gen")``. The caller then passes
+    ``key_ids``."""
+    mask: str = "causal"
+    """Name of the mask rule; ``"bidirectional"`` makes an encoder."""
+    bidirectional_modalities: tuple[str, ...] = ()
+    """Modalities whose spans are blocks under the rule ``"block_causal"``."""
+    markers: str = "text"
+    """Group of boundary tokens: ``"text"`` leaves them to the modality whose range holds them, ``"own"`` gives a span's
+    begin and end token to the span's modality."""
+    vocab_size: int | None = None
+    """Rows of the embedding table; what the modalities need where None."""
+    tie_word_embeddings: bool = False
+    """One matrix for embedding and head."""
+    initializer_range: float = 0.02
+    """Standard deviation of new weights."""
+    max_position_embeddings: int = 4096
+    """Longest sequence the model was made for."""
+    pad_token_id: int | None = None
+    """Padding, where the vocabulary has one."""
+    bos_token_id: int | None = None
+    """Begin of a document."""
+    eos_token_id: int | list[int] | None = None
+    """End of a document."""
+    use_cache: bool = True
+    """Keep keys and values in generation."""
+    output_router_logits: bool = False
+    """Return each layer's raw router logits."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, kind in _PARTS.items():
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, kind.from_dict(getattr(self, name)))
+        for name, kind in _LISTS.items():
+            read = (kind.from_dict(item) if isinstance(item, dict) else item for item in getattr(self, name))
+            setattr(self, name, tuple(read))
+        self.keys = tuple(self.keys)
+        self.bidirectional_modalities = tuple(self.bidirectional_modalities)
+        needed = max((held.stop for held in self.token_ranges.values()), default=0)
+        if self.vocab_size is None:
+            self.vocab_size = needed
+        self._check(needed)
+        super().__post_init__(**kwargs)
+
+    def _check(self, needed: int) -> None:
+        names = self.modality_names
+        if len(set(names)) != len(names) or not names:
+            raise ConfigError(f"a model needs at least one modality and each its own name, got {names}")
+        if self.hidden_size < 1 or self.num_layers < 0:
+            raise ConfigError(f"hidden_size {self.hidden_size} and num_layers {self.num_layers} must be positive")
+        if self.norm_placement not in PLACEMENTS:
+            raise ConfigError(f"unknown norm_placement {self.norm_placement!r}; known: {', '.join(PLACEMENTS)}")
+        if self.mask not in MASK_RULES:
+            raise ConfigError(f"unknown mask rule {self.mask!r}{MASK_RULES.hint(self.mask)}")
+        if self.markers not in ("text", "own"):
+            raise ConfigError(f"markers must be 'text' or 'own', got {self.markers!r}")
+        unknown = set(self.bidirectional_modalities) - set(names)
+        if unknown:
+            raise ConfigError(f"bidirectional_modalities names {sorted(unknown)}, but the modalities are {names}")
+        if self.vocab_size < needed:
+            raise ConfigError(f"vocab_size {self.vocab_size} is less than the {needed} rows that the modalities own")
+        for modality in self.modalities:
+            for role in ("begin_id", "end_id", "placeholder_id"):
+                token = getattr(modality, role)
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ConfigError(f"{role} {token} of modality {modality.name!r} is outside the {self.vocab_size} rows")
+
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        """The modalities in the order of their ids."""
+        return tuple(modality.name for modality in self.modalities)
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that tower maps are written over: the modalities unless ``keys`` names others."""
+        return len(self.keys) or len(self.modalities)
+
+    @property
+    def token_ranges(self) -> dict[str, TokenRange]:
+        """The rows of the vocabulary that each discrete modality owns."""
+        ranges, start = {}, 0
+        for modality in self.modalities:
+            if isinstance(modality, Tokens.Config):
+                first = start if modality.vocab_start is None else modality.vocab_start
+                ranges[modality.name] = TokenRange(
+                    name=modality.name,
+                    start=first,
+                    size=modality.vocab_size,
+                    begin_id=modality.begin_id,
+                    end_id=modality.end_id,
+                    num_tokens=modality.num_tokens,
+                )
+                start = first + modality.vocab_size
+        return ranges
+
+    def modality_of_ids(self, *, markers: str | None = None) -> torch.Tensor:
+        """The modality of every row of the vocabulary.
+
+        Args:
+            markers: overrides the field of the same name.
+
+        Returns:
+            ``(V,)`` int64 on the CPU; rows that nobody owns belong to modality 0.
+        """
+        table = torch.zeros(self.vocab_size, dtype=torch.int64)
+        ranges = self.token_ranges
+        for modality_id, modality in enumerate(self.modalities):
+            if modality.name in ranges:
+                table[ranges[modality.name].start : ranges[modality.name].stop] = modality_id
+        for modality_id, modality in enumerate(self.modalities):
+            if modality.placeholder_id is not None:
+                table[modality.placeholder_id] = modality_id
+            if (markers or self.markers) == "own":
+                for token in (modality.begin_id, modality.end_id):
+                    if token is not None:
+                        table[token] = modality_id
+        return table
+
+    @property
+    def blocks(self) -> list[Block.Config]:
+        """The config of each layer."""
+        base = Block.Config(
+            attention=self.attention, experts=self.experts, norm=self.norm, norm_placement=self.norm_placement
+        )
+        blocks = [base] * self.num_layers
+        for changed in self.layers:
+            stop = self.num_layers if changed.stop is None else min(changed.stop, self.num_layers)
+            for layer_idx in range(changed.start, stop, changed.step):
+                blocks[layer_idx] = changed.change(blocks[layer_idx])
+        return blocks
+
+    @property
+    def needs_key_order(self) -> bool:
+        """Whether anything in the model has copies by key, so that rows are sorted."""
+        return self.final_norm.towers != "shared" or any(block.needs_key_order for block in self.blocks)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no position depends on a later one: the mask, and every router."""
+        return self.mask in CAUSAL_RULES and all(block.experts.is_causal for block in self.blocks)
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the first layer's kind."""
+        return getattr(self.attention, "num_heads", 1)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key and value heads of the first layer's kind."""
+        return getattr(self.attention, "num_kv_heads", None) or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return getattr(self.attention, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; the vocabulary follows the modalities unless it is given.
+
+        Raises:
+            ConfigError: if a field does not exist; the message names the nearest one.
+        """
+        own = {spec.name for spec in dataclasses.fields(self)}
+        for name in changes:
+            if name not in own and name not in self.attribute_map:
+                near = difflib.get_close_matches(name, sorted(own), n=1)
+                raise ConfigError(f"OmniMoeConfig has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        values = {name: getattr(self, name) for name in own}
+        if "modalities" in changes:
+            values["vocab_size"] = None
+        for name, value in changes.items():
+            values[self.attribute_map.get(name, name)] = value
+        return type(self)(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, parts as ``{"type": name, ...}``."""
+        plain = super().to_dict()
+        for name in _PARTS:
+            plain[name] = getattr(self, name).to_dict()
+        for name in _LISTS:
+            plain[name] = [item.to_dict() for item in getattr(self, name)]
+        return plain

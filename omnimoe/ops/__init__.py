@@ -1,0 +1,14 @@
+"""Tier 1: pure functions on tensors, without parameters and without configs.
+
+Each op is a folder: ``__init__`` holds the contract and the choice of implementation, ``reference`` the plain PyTorch
+definition that all others must match.
+"""
+
+from omnimoe.ops.combine import combine
+from omnimoe.ops.experts_mlp import ACTIVATIONS, experts_mlp
+from omnimoe.ops.grouped_mm import grouped_mm
+from omnimoe.ops.permute import permute
+from omnimoe.ops.rms_norm import rms_norm
+from omnimoe.ops.rope import rope
+
+__all__ = ["ACTIVATIONS", "combine", "experts_mlp", "grouped_mm", "permute", "rms_norm", "rope"]

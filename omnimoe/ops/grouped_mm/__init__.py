@@ -1,0 +1,61 @@
+"""The grouped matrix product: every projection of every bank of copies is one call of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omnimoe.ops.grouped_mm import reference, slices
+from omnimoe.ops.grouped_mm import torch as torch_op
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiplies each block of consecutive rows of ``x`` by the matrix of its group.
+
+    With one group a tower this is a modality-untied projection; with one group an expert it is one
+    projection of a mixture of experts. Rows past the last offset come out as zeros.
+
+    Args:
+        x: ``(R, D)`` floating point, rows in group order.
+        weight: ``(G, F, D)``, one matrix a group, dtype and device of ``x``; under autocast both are cast.
+        offsets: ``(G,)`` int32, the end of each group's rows, not decreasing, at most ``R``.
+            A group may be empty.
+        bias: ``(G, F)``, added to the rows of each group.
+
+    Returns:
+        ``(R, F)`` in the dtype of ``x`` (under autocast, of autocast); sums are taken in float32, or in float64 for it.
+
+    Raises:
+        ValueError: if ``x`` and ``weight`` differ in ``D``, or ``offsets`` is not ``(G,)`` int32; on the
+            CPU also if it decreases or ends beyond ``R``.
+
+    Source: the grouped GEMM of MegaBlocks, https://arxiv.org/abs/2211.15841.
+
+    Example:
+        >>> weight = torch.stack([torch.eye(2), 2 * torch.eye(2)])
+        >>> grouped_mm(torch.ones(2, 2), weight, torch.tensor([1, 2], dtype=torch.int32)).tolist()
+        [[1.0, 1.0], [2.0, 2.0]]
+    """
+    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2]:
+        raise ValueError(f"x must be (R, D) and weight (G, F, D), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if offsets.dtype != torch.int32 or offsets.shape != weight.shape[:1]:
+        raise ValueError(
+            f"offsets must be ({weight.shape[0]},) int32, one end a group, got {tuple(offsets.shape)} {offsets.dtype}"
+        )
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ValueError(f"bias must be {tuple(weight.shape[:2])}, got {tuple(bias.shape)}")
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x and weight must share a dtype, got {x.dtype} and {weight.dtype}; cast one of them")
+    return _implementation(x)(x, weight, offsets, bias)
+
+
+def _implementation(x: Tensor):
+    if x.device.type == "cpu":
+        return slices.grouped_mm
+    if x.device.type == "cuda" and torch_op.can_handle(x):
+        return torch_op.grouped_mm
+    return reference.grouped_mm

@@ -1,0 +1,106 @@
+"""Two levels: the modality of a row picks a group of experts, a learned router chooses inside the group (MoMa)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from omnimoe.config import ConfigError
+from omnimoe.layers import RowLayout
+from omnimoe.routers.base import Router, Routing, register_router
+from omnimoe.routers.expert_choice import ExpertChoiceRouter
+
+
+@register_router("by_modality")
+class ByModalityRouter(Router):
+    """Any router, once a modality, each over the experts of that modality alone.
+
+    Source: MoMa, https://arxiv.org/abs/2407.21770.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Router.Config):
+        """A router inside every modality's group of experts."""
+
+        experts: tuple[int, ...] = ()
+        """Experts of each modality; they sum to the experts of the bank."""
+        router: Router.Config = field(default_factory=ExpertChoiceRouter.Config)
+        """The router inside a group."""
+        gate_lone_expert: bool = False
+        """Whether the only expert of a group is routed and gated too; otherwise it is a plain feed-forward network."""
+
+        @property
+        def is_causal(self) -> bool:
+            return self.router.is_causal or self._plain() == set(range(len(self.experts)))
+
+        def _plain(self) -> set[int]:
+            return set() if self.gate_lone_expert else {i for i, count in enumerate(self.experts) if count == 1}
+
+        def experts_per_token(self, num_experts: int, modality: int) -> float:
+            if modality in self._plain():
+                return 1.0
+            return self.router.experts_per_token(self.experts[modality], modality)
+
+        def router_params(self, hidden_size: int, num_experts: int, modality: int | None = None) -> int:
+            groups = range(len(self.experts)) if modality is None else (modality,)
+            return sum(
+                self.router.router_params(hidden_size, self.experts[group], modality)
+                for group in groups
+                if group not in self._plain()
+            )
+
+    def __init__(
+        self, config: ByModalityRouter.Config, *, hidden_size: int, num_experts: int, num_modalities: int
+    ) -> None:
+        super().__init__()
+        if len(config.experts) != num_modalities or sum(config.experts) != num_experts or min(config.experts) < 1:
+            raise ConfigError(
+                f"experts {config.experts} must give each of {num_modalities} modalities at least one expert "
+                f"and sum to the bank's {num_experts}"
+            )
+        self.config = config
+        self.num_experts = num_experts
+        self.routers = nn.ModuleList(
+            None
+            if modality in config._plain()
+            else config.router.build(hidden_size=hidden_size, num_experts=count, num_modalities=num_modalities)
+            for modality, count in enumerate(config.experts)
+        )
+
+    def forward(self, x: Tensor, rows: RowLayout) -> Routing:
+        """``(N, D)`` rows in key order; entries come modality by modality."""
+        logits = x.new_full((len(x), self.num_experts), float("-inf"), dtype=torch.float32)
+        parts, losses, cutoffs, first = [], {}, [], 0
+        for modality, (router, (start, stop)) in enumerate(zip(self.routers, rows.key_spans(), strict=True)):
+            count = self.config.experts[modality]
+            if router is None:
+                index = torch.arange(start, stop, device=x.device)
+                parts.append((index, torch.full_like(index, first), x.new_ones(stop - start)))
+                cutoffs.append(logits.new_full((count,), float("nan")))
+            else:
+                inner = router(x[start:stop], rows.span(modality))
+                parts.append((inner.token_index + start, inner.expert_ids + first, inner.expert_weights))
+                if inner.router_logits is not None:
+                    logits = logits.index_put(
+                        (
+                            torch.arange(start, stop, device=x.device).unsqueeze(1),
+                            torch.arange(first, first + count, device=x.device).unsqueeze(0),
+                        ),
+                        inner.router_logits,
+                    )
+                cutoffs.append(logits.new_full((count,), float("nan")) if inner.cutoff is None else inner.cutoff)
+                for name, loss in inner.losses.items():
+                    losses[name] = losses.get(name, 0) + loss * ((stop - start) / max(1, len(x)))
+            first += count
+        token_index, expert_ids, weights = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return Routing(token_index, expert_ids, weights, logits, losses, torch.cat(cutoffs))
+
+    def update(self, routing: Routing) -> None:
+        """Hands each group's part on."""
+        if routing.cutoff is None:
+            return
+        for router, cutoff in zip(self.routers, routing.cutoff.split(list(self.config.experts)), strict=True):
+            if router is not None:
+                router.update(Routing(routing.token_index, routing.expert_ids, routing.expert_weights, cutoff=cutoff))
