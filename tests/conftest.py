@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch.utils._device import _device_constructors
 
 torch.set_num_threads(1)
@@ -32,8 +33,10 @@ torch.set_num_threads(1)
 settings.register_profile("omnimoe", deadline=None, derandomize=True)
 settings.load_profile("omnimoe")
 
-# As a context, torch.device("meta") knows constructors by identity and collects them once: before any is wrapped.
+# As a context, torch.device("meta") knows constructors by identity, and so does torch.compile; both collect them once,
+# which must be before any is wrapped.
 _device_constructors()
+get_torch_obj_rule_map()
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 _INTEGER = (torch.int16, torch.int32, torch.int64)

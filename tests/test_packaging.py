@@ -59,10 +59,10 @@ def test_every_data_file_is_installed(setup_file):
 
 def test_one_version():
     package = importlib.import_module("omnimoe")
-    assert package.__version__ == PROJECT["version"] == importlib.metadata.version("omnimoe")
+    assert package.__version__ == importlib.metadata.version("omnimoe"), "install again: pip install -e ."
     newest = re.search(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None
-    assert newest[1] == PROJECT["version"]
+    assert newest[1] == package.__version__
 
 
 def test_the_command_exists():
@@ -89,6 +89,18 @@ def test_every_public_name_resolves():
     for name in package.__all__:
         assert getattr(package, name) is not None
     assert set(package.__all__) <= set(dir(package))
+
+
+def test_a_module_never_hides_the_public_name_it_is_called_like():
+    """Importing ``omnimoe.flops`` sets ``flops`` on the package, where the function of that name should be."""
+    code = (
+        "import importlib, pkgutil, types, omnimoe\n"
+        "names = {found.name for found in pkgutil.iter_modules(omnimoe.__path__)} & set(omnimoe.__all__)\n"
+        "for name in names: importlib.import_module(f'omnimoe.{name}')\n"
+        "print(*(name for name in names if isinstance(getattr(omnimoe, name), types.ModuleType)))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert child.stdout.split() == []
 
 
 def test_examples_in_the_docstrings_of_the_zoo():

@@ -25,8 +25,10 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("config",),
     "data": ("tokenizers", "modalities"),
     "backbone": ("experts",),
+    "attend": ("layers",),
     "model_config": ("backbone", "modalities"),
-    "model": ("model_config",),
+    "inputs": ("model_config",),
+    "model": ("attend", "inputs"),
     "zoo": ("model", "tokenizers"),
     "hub": ("model", "tokenizers", "zoo"),
     "flops": ("model",),
@@ -45,7 +47,19 @@ IMPORTS: dict[str, tuple[str, ...]] = {
 
 # Parts that are plain PyTorch; transformers enters at the model. (The `tokenizers` library is not transformers.)
 WITHOUT_TRANSFORMERS = {
-    *("registry", "config", "ops", "layers", "routers", "experts", "modalities", "tokenizers", "data", "backbone"),
+    *(
+        "registry",
+        "config",
+        "ops",
+        "layers",
+        "routers",
+        "experts",
+        "modalities",
+        "tokenizers",
+        "data",
+        "backbone",
+        "attend",
+    ),
 }
 
 # `from omnimoe import name` reads names up to those of the model, so it is open to the parts that may import the model.
