@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -15,7 +16,9 @@ def combine(y: Tensor, token_index: Tensor, weights: Tensor, num_rows: int) -> T
         num_rows: N.
 
     Returns:
-        ``(N, D)`` in the dtype of ``y``; the product is taken in float32. A row that no expert took is zero.
+        ``(N, D)`` in the dtype of ``y``; products and sums are taken in float32 (float64 for it) and rounded once. A row
+        that no expert took is zero.
     """
-    weighted = (y * weights.unsqueeze(1)).to(y.dtype)
-    return y.new_zeros(num_rows, y.shape[1]).index_add(0, token_index, weighted)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    weighted = y.to(wide) * weights.to(wide).unsqueeze(1)
+    return y.new_zeros(num_rows, y.shape[1], dtype=wide).index_add(0, token_index, weighted).to(y.dtype)

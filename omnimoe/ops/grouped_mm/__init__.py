@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omnimoe.ops.grouped_mm import reference, slices
-from omnimoe.ops.grouped_mm import torch as torch_op
+from omnimoe.ops.grouped_mm import native, reference, slices
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,12 +49,12 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None =
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must share a dtype, got {x.dtype} and {weight.dtype}; cast one of them")
-    return _implementation(x)(x, weight, offsets, bias)
+    return _implementation(x, weight)(x, weight, offsets, bias)
 
 
-def _implementation(x: Tensor):
+def _implementation(x: Tensor, weight: Tensor):
     if x.device.type == "cpu":
         return slices.grouped_mm
-    if x.device.type == "cuda" and torch_op.can_handle(x):
-        return torch_op.grouped_mm
+    if x.device.type == "cuda" and native.can_handle(x, weight):
+        return native.grouped_mm
     return reference.grouped_mm
