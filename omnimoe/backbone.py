@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from omnimoe.config import Config, ConfigError, Configurable
+from omnimoe.config import Config as ConfigBase
 from omnimoe.experts import Experts, FeedForward
 from omnimoe.layers import Attention, AttentionMask, BaseAttention, Norm, Rope, RowLayout
 from omnimoe.routers import Routing
@@ -24,7 +25,7 @@ class Block(nn.Module, Configurable):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(ConfigBase):
         """A layer."""
 
         attention: BaseAttention.Config = field(default_factory=Attention.Config)

@@ -68,8 +68,8 @@ class OmniMoeConfig(PreTrainedConfig):
     markers: str = "text"
     """Group of boundary tokens: ``"text"`` leaves them to the modality whose range holds them, ``"own"`` gives a span's
     begin and end token to the span's modality."""
-    vocab_size: int | None = None
-    """Rows of the embedding table; what the modalities need where None."""
+    vocab_size: int = 0
+    """Rows of the embedding table; 0 takes what the modalities need."""
     tie_word_embeddings: bool = False
     """One matrix for embedding and head."""
     initializer_range: float = 0.02
@@ -97,7 +97,7 @@ class OmniMoeConfig(PreTrainedConfig):
         self.keys = tuple(self.keys)
         self.bidirectional_modalities = tuple(self.bidirectional_modalities)
         needed = max((held.stop for held in self.token_ranges.values()), default=0)
-        if self.vocab_size is None:
+        if not self.vocab_size:
             self.vocab_size = needed
         self._check(needed)
         super().__post_init__(**kwargs)
@@ -123,7 +123,9 @@ class OmniMoeConfig(PreTrainedConfig):
             for role in ("begin_id", "end_id", "placeholder_id"):
                 token = getattr(modality, role)
                 if token is not None and not 0 <= token < self.vocab_size:
-                    raise ConfigError(f"{role} {token} of modality {modality.name!r} is outside the {self.vocab_size} rows")
+                    raise ConfigError(
+                        f"{role} {token} of modality {modality.name!r} is outside the {self.vocab_size} rows"
+                    )
 
     @property
     def modality_names(self) -> tuple[str, ...]:
@@ -224,10 +226,11 @@ class OmniMoeConfig(PreTrainedConfig):
         for name in changes:
             if name not in own and name not in self.attribute_map:
                 near = difflib.get_close_matches(name, sorted(own), n=1)
-                raise ConfigError(f"OmniMoeConfig has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"OmniMoeConfig has no field {name!r}{meant}")
         values = {name: getattr(self, name) for name in own}
         if "modalities" in changes:
-            values["vocab_size"] = None
+            values["vocab_size"] = 0
         for name, value in changes.items():
             values[self.attribute_map.get(name, name)] = value
         return type(self)(**values)

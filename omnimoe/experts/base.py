@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from omnimoe.config import Config, Configurable, register
+from omnimoe.config import Config as ConfigBase
+from omnimoe.config import Configurable, register
 from omnimoe.registry import Registry
 
 EXPERTS: Registry = Registry("experts")
@@ -27,7 +28,7 @@ class Experts(nn.Module, Configurable):
     registry: ClassVar[Registry] = EXPERTS
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(ConfigBase):
         """Nothing to choose."""
 
         @property

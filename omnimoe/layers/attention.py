@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnimoe.config import Config, ConfigError, Configurable, register
+from omnimoe.config import Config as ConfigBase
+from omnimoe.config import ConfigError, Configurable, register
 from omnimoe.layers.bank import TowerMap, resolve_towers
 from omnimoe.layers.linear import BankLinear
 from omnimoe.layers.masks import AttentionMask
@@ -42,7 +43,7 @@ class BaseAttention(nn.Module, Configurable):
     registry: ClassVar[Registry] = ATTENTIONS
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(ConfigBase):
         """Nothing to choose."""
 
         @property

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnimoe.config import Config, Configurable
+from omnimoe.config import Config as ConfigBase
+from omnimoe.config import Configurable
 from omnimoe.layers.bank import Bank, TowerMap, resolve_towers, select
 from omnimoe.layers.rows import RowLayout
 from omnimoe.ops import rms_norm
@@ -82,7 +83,7 @@ class Norm(BankRMSNorm, Configurable):
     """The norm of a block's branch, or the final norm."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(ConfigBase):
         """RMSNorm."""
 
         eps: float = 1e-5

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omnimoe.config import Config, ConfigError, Configurable
+from omnimoe.config import Config as ConfigBase
+from omnimoe.config import ConfigError, Configurable
 from omnimoe.ops import rope
 
 
@@ -22,7 +23,7 @@ class Rope(Configurable):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(ConfigBase):
         """Rotary positions."""
 
         theta: float = 10_000.0

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from omnimoe.config import Config, Configurable, register
+from omnimoe.config import Config as ConfigBase
+from omnimoe.config import Configurable, register
 from omnimoe.registry import Registry
 
 MODALITIES: Registry = Registry("modality")
@@ -28,7 +29,7 @@ class Modality(nn.Module, Configurable):
     registry: ClassVar[Registry] = MODALITIES
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(ConfigBase):
         """A modality."""
 
         name: str

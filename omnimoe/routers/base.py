@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from omnimoe.config import Config, Configurable, register
-from omnimoe.layers import RowLayout
+from omnimoe.config import Config as ConfigBase
+from omnimoe.config import Configurable, register
 from omnimoe.registry import Registry
 
 ROUTERS: Registry = Registry("router")
@@ -53,7 +53,7 @@ class Router(nn.Module, Configurable):
     is_causal: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(ConfigBase):
         """Nothing to choose."""
 
         @property
