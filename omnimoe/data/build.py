@@ -31,7 +31,15 @@ logger = logging.getLogger(__name__)
 
 MAX_KJV, MAX_WORDNET, MAX_JARGON = 1_200_000, 2_400_000, 700_000
 _MERGED_LANGUAGES = frozenset({"en", "de", "es", "fr", "it", "nl", "pt"})
-SOURCES: tuple[Source, ...] = (*emoji.STYLES, emoji.LABELS, openclipart.OPENCLIPART, texts.DIGITS, texts.KJV, texts.WORDNET, texts.JARGON)
+SOURCES: tuple[Source, ...] = (
+    *emoji.STYLES,
+    emoji.LABELS,
+    openclipart.OPENCLIPART,
+    texts.DIGITS,
+    texts.KJV,
+    texts.WORDNET,
+    texts.JARGON,
+)
 
 
 class _Store:
@@ -49,9 +57,22 @@ class _Store:
             self.pictures.append(pixels)
         return self._picture_index[digest]
 
-    def row(self, source: str, text: str, lang: str, image: int, key: str, style: str, license: str, **extra: Any) -> None:
-        self.rows.append({"source": source, "text": text, "lang": lang, "image": image, "audio": -1, "key": key,
-                          "style": style, "license": license, **extra})  # fmt: skip
+    def row(
+        self, source: str, text: str, lang: str, image: int, key: str, style: str, license: str, **extra: Any
+    ) -> None:
+        self.rows.append(
+            {
+                "source": source,
+                "text": text,
+                "lang": lang,
+                "image": image,
+                "audio": -1,
+                "key": key,
+                "style": style,
+                "license": license,
+                **extra,
+            }
+        )
 
 
 def build_corpus(name: str = "P", *, out: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
@@ -99,7 +120,15 @@ def _build_p(work: Path, cache: str | os.PathLike[str] | None) -> None:
     _add_emoji(store, drawn, cache)
     for drawing in openclipart.read_openclipart(texts.wordnet_words(cache), cache):
         index = store.picture(drawing.pixels)
-        store.row("openclipart", drawing.title, "en", index, concept_key(drawing.title), "openclipart", openclipart.OPENCLIPART.license)
+        store.row(
+            "openclipart",
+            drawing.title,
+            "en",
+            index,
+            concept_key(drawing.title),
+            "openclipart",
+            openclipart.OPENCLIPART.license,
+        )
     pictures, digits = texts.read_digits(cache)
     for pixels, digit in zip(pictures, digits, strict=True):
         word = texts.DIGIT_WORDS[digit]
@@ -167,29 +196,54 @@ def _running_text(store: _Store, cache: str | os.PathLike[str] | None) -> list[d
     ):
         for name, text in found:
             key = f"{source.name} {name}"
-            documents.append({"source": source.name, "key": key, "text": text, "lang": "en", "split": digest_split(key), "license": source.license})
+            documents.append(
+                {
+                    "source": source.name,
+                    "key": key,
+                    "text": text,
+                    "lang": "en",
+                    "split": digest_split(key),
+                    "license": source.license,
+                }
+            )
     # Keywords name the concept, so they follow its split.
     done = set()
     for row in store.rows:
         if row.get("tags") and row["text"] not in done and row["split"] != "drawing":
             done.add(row["text"])
-            documents.append({"source": "emojibase", "key": row["key"], "text": f"{row['text']}: {', '.join(row['tags'])}", "lang": "en",
-                              "split": row["split"], "license": emoji.LABELS.license})  # fmt: skip
+            documents.append(
+                {
+                    "source": "emojibase",
+                    "key": row["key"],
+                    "text": f"{row['text']}: {', '.join(row['tags'])}",
+                    "lang": "en",
+                    "split": row["split"],
+                    "license": emoji.LABELS.license,
+                }
+            )
     return documents
 
 
 def license_page() -> str:
     """What the corpus is made of, under which licences and by whom, in Markdown."""
     lines = [
-        "# Sources and licences of set P", "",
-        "Every source allows use, change and distribution, some with credit. Pictures were rendered to 64 x 64 pixels on white; "
-        "that is the only change. Set names in `rows.jsonl` are those of the first column.", "",
-        "| source | what is used | licence | credit | package |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        "# Sources and licences of set P",
+        "",
+        "Every source allows use, change and distribution, some with credit. Pictures were rendered to 64 x 64 "
+        "pixels on white; "
+        "that is the only change. Set names in `rows.jsonl` are those of the first column.",
+        "",
+        "| source | what is used | licence | credit | package |",
+        "|---|---|---|---|---|",
+    ]
     for source in SOURCES:
         package = f"{source.kind} {source.package} {source.version}"
-        lines.append(f"| {source.name} | {source.used} | {source.license} | [{source.credit}]({source.homepage}) | {package} |")
-    lines.append(f"| speech | English speech of the captions | {speech.HIBARI_LICENSE} | {speech.HIBARI_CREDIT} | wheel hibari-tts |")
+        lines.append(
+            f"| {source.name} | {source.used} | {source.license} | [{source.credit}]({source.homepage}) | {package} |"
+        )
+    lines.append(
+        f"| speech | speech of the captions | {speech.HIBARI_LICENSE} | {speech.HIBARI_CREDIT} | wheel hibari-tts |"
+    )
     return "\n".join(lines) + "\n\n" + files("omnimoe.data").joinpath("NOTICES.md").read_text(encoding="utf-8")
 
 

@@ -23,35 +23,97 @@ logger = logging.getLogger(__name__)
 
 
 def _icons(name: str, version: str, sha256: str, license: str, credit: str, homepage: str) -> Source:
-    return Source(name=name, kind="npm", package=f"@iconify-json/{name}", version=version, sha256=sha256,
-                  license=license, credit=credit, homepage=homepage, used="emoji drawings")  # fmt: skip
+    return Source(
+        name=name,
+        kind="npm",
+        package=f"@iconify-json/{name}",
+        version=version,
+        sha256=sha256,
+        license=license,
+        credit=credit,
+        homepage=homepage,
+        used="emoji drawings",
+    )
 
 
 LABELS = Source(
-    name="emojibase", kind="npm", package="emojibase-data", version="17.0.0",
-    sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", license="MIT AND Unicode-3.0",
+    name="emojibase",
+    kind="npm",
+    package="emojibase-data",
+    version="17.0.0",
+    sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+    license="MIT AND Unicode-3.0",
     credit="Miles Johnson; labels from the Unicode Common Locale Data Repository, Unicode, Inc.",
-    homepage="https://emojibase.dev", used="emoji labels in many languages, English keywords",
-)  # fmt: skip
+    homepage="https://emojibase.dev",
+    used="emoji labels in many languages, English keywords",
+)
 
 STYLES: tuple[Source, ...] = (
-    _icons("noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", "Apache-2.0",
-           "Google Inc (Noto Emoji)", "https://github.com/googlefonts/noto-emoji"),
-    _icons("noto-v1", "1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37", "Apache-2.0",
-           "Google Inc (Noto Emoji, first version)", "https://github.com/googlefonts/noto-emoji"),
-    _icons("twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", "CC-BY-4.0",
-           "Twitter, Inc and other contributors (Twemoji)", "https://github.com/jdecked/twemoji"),
-    _icons("fluent-emoji", "1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b", "MIT",
-           "Microsoft Corporation (Fluent Emoji)", "https://github.com/microsoft/fluentui-emoji"),
-    _icons("fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175", "MIT",
-           "Microsoft Corporation (Fluent Emoji)", "https://github.com/microsoft/fluentui-emoji"),
-    _icons("emojione", "1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e", "CC-BY-4.0",
-           "EmojiOne and EmojiTwo contributors", "https://github.com/EmojiTwo/emojitwo"),
-    _icons("fxemoji", "1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef", "Apache-2.0",
-           "Mozilla (FxEmojis)", "https://github.com/mozilla/fxemoji"),
-    _icons("streamline-emojis", "1.2.4", "5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc", "CC-BY-4.0",
-           "Streamline (Streamline Emojis)", "https://github.com/webalys-hq/streamline-vectors"),
-)  # fmt: skip
+    _icons(
+        "noto",
+        "1.2.9",
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        "Apache-2.0",
+        "Google Inc (Noto Emoji)",
+        "https://github.com/googlefonts/noto-emoji",
+    ),
+    _icons(
+        "noto-v1",
+        "1.2.5",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+        "Apache-2.0",
+        "Google Inc (Noto Emoji, first version)",
+        "https://github.com/googlefonts/noto-emoji",
+    ),
+    _icons(
+        "twemoji",
+        "1.2.5",
+        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        "CC-BY-4.0",
+        "Twitter, Inc and other contributors (Twemoji)",
+        "https://github.com/jdecked/twemoji",
+    ),
+    _icons(
+        "fluent-emoji",
+        "1.2.7",
+        "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+        "MIT",
+        "Microsoft Corporation (Fluent Emoji)",
+        "https://github.com/microsoft/fluentui-emoji",
+    ),
+    _icons(
+        "fluent-emoji-flat",
+        "1.2.6",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "MIT",
+        "Microsoft Corporation (Fluent Emoji)",
+        "https://github.com/microsoft/fluentui-emoji",
+    ),
+    _icons(
+        "emojione",
+        "1.2.3",
+        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+        "CC-BY-4.0",
+        "EmojiOne and EmojiTwo contributors",
+        "https://github.com/EmojiTwo/emojitwo",
+    ),
+    _icons(
+        "fxemoji",
+        "1.2.2",
+        "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
+        "Apache-2.0",
+        "Mozilla (FxEmojis)",
+        "https://github.com/mozilla/fxemoji",
+    ),
+    _icons(
+        "streamline-emojis",
+        "1.2.4",
+        "5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc",
+        "CC-BY-4.0",
+        "Streamline (Streamline Emojis)",
+        "https://github.com/webalys-hq/streamline-vectors",
+    ),
+)
 
 _NAMED_BY_CODE = ("noto", "twemoji", "fluent-emoji-flat")
 _COMPONENT_GROUP = 2
@@ -88,11 +150,20 @@ def read_emoji(cache: str | os.PathLike[str] | None = None) -> list[Emoji]:
         if entry.get("group") in (None, _COMPONENT_GROUP):
             continue
         code = _code(entry["hexcode"])
-        emoji.append(Emoji(code=code, label=_caption(entry["label"]), tags=tuple(entry.get("tags", ())), labels=labels.get(code, {})))
+        emoji.append(
+            Emoji(
+                code=code,
+                label=_caption(entry["label"]),
+                tags=tuple(entry.get("tags", ())),
+                labels=labels.get(code, {}),
+            )
+        )
     return emoji
 
 
-def render_style(style: Source, emoji: list[Emoji], cache: str | os.PathLike[str] | None = None) -> dict[str, list[np.ndarray]]:
+def render_style(
+    style: Source, emoji: list[Emoji], cache: str | os.PathLike[str] | None = None
+) -> dict[str, list[np.ndarray]]:
     """The pictures of one style.
 
     Returns:
@@ -122,7 +193,7 @@ def render_style(style: Source, emoji: list[Emoji], cache: str | os.PathLike[str
 
 
 def _icon_names(style: Source, emoji: list[Emoji], cache: str | os.PathLike[str] | None) -> list[tuple[str, str]]:
-    """Pairs of icon name and emoji code. Three sets list code points; the others use the same names, spelled variously."""
+    """Pairs of icon name and emoji code. Three sets list code points; the others use the same names."""
     by_name: dict[str, str] = {}
     known = {e.code for e in emoji}
     for other in STYLES:
@@ -160,7 +231,8 @@ def _document(icons: dict, name: str) -> str:
         entry = icons["icons"].get(name)
     width, height = entry.get("width", icons.get("width", 16)), entry.get("height", icons.get("height", 16))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{width}" height="{height}" '
         f'viewBox="{entry.get("left", 0)} {entry.get("top", 0)} {width} {height}">{entry["body"]}</svg>'
     )
 

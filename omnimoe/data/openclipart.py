@@ -22,15 +22,28 @@ from omnimoe.data.sources import Source, cache_folder, fetch
 logger = logging.getLogger(__name__)
 
 OPENCLIPART = Source(
-    name="openclipart", kind="deb", package="openclipart-svg", version="1:0.18+dfsg-19",
-    sha256="989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5", license="LicenseRef-public-domain",
-    credit="Contributors of the Open Clip Art Library", homepage="https://openclipart.org", used="titled drawings",
-)  # fmt: skip
+    name="openclipart",
+    kind="deb",
+    package="openclipart-svg",
+    version="1:0.18+dfsg-19",
+    sha256="989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
+    license="LicenseRef-public-domain",
+    credit="Contributors of the Open Clip Art Library",
+    homepage="https://openclipart.org",
+    used="titled drawings",
+)
 
 MAX_PER_TITLE = 6
 _MAX_BYTES = 400_000
-_SERIES = re.compile(r"(^|/)(stars?|gradients?|icons?|flowchart|callouts|jigsaw|cards|dice|backgrounds|flags/signal)(/|$)|lemon|etiquette|flat_icon", re.I)
-_JUNK = re.compile(r"gramastar|untitled|unnamed|test|clip ?art|open ?clip|collection|template|logo|icon|gradient|pattern|\bsvg\b|theme|button|various|road signs|symbol signs|@|https?:", re.I)
+_SERIES = re.compile(
+    r"(^|/)(stars?|gradients?|icons?|flowchart|callouts|jigsaw|cards|dice|backgrounds|flags/signal)(/|$)|lemon|etiquette|flat_icon",
+    re.I,
+)
+_JUNK = re.compile(
+    r"gramastar|untitled|unnamed|test|clip ?art|open ?clip|collection|template|logo|icon|gradient"
+    r"|pattern|\bsvg\b|theme|button|various|road signs|symbol signs|@|https?:",
+    re.I,
+)
 _TITLE = re.compile(r"<cc:Work[^>]*>.*?<dc:title[^>]*>([^<]*)</dc:title>", re.S | re.I)
 _LICENSE = re.compile(r"<(?:cc:)?license\s+rdf:(?:resource|about)=\"([^\"]*)\"", re.I)
 
@@ -100,7 +113,7 @@ def usable_title(path: Path, root: Path, words: frozenset[str], skipped: collect
         if not 2 < len(title) <= 48 or _JUNK.search(title):
             continue
         parts = re.findall(r"[a-z]+", title)
-        known = sum(w == "a" or len(w) > 1 and (w in words or w.removesuffix("s") in words) for w in parts)
+        known = sum(w == "a" or (len(w) > 1 and (w in words or w.removesuffix("s") in words)) for w in parts)
         if parts and max(map(len, parts)) > 2 and known >= 0.75 * len(parts):
             return title
         reason = "title not English words"
@@ -115,5 +128,7 @@ def clean_title(title: str) -> str:
     title = re.sub(r"^clipart by [^-]*-", "", strip_text(title), flags=re.I).replace("_", " ")
     title = re.sub(r"\.(svg|png)$|\bby [A-Z][\w. ]*$|\([^)]*\)", " ", title)
     title = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", title)
-    title = re.sub(r"[-#\s]*\b(v|version|no|nr|number)?\.?\s*\d+\w{0,2}\b\s*$|(?<=[a-z])\d+$", "", strip_text(title), flags=re.I)
+    title = re.sub(
+        r"[-#\s]*\b(v|version|no|nr|number)?\.?\s*\d+\w{0,2}\b\s*$|(?<=[a-z])\d+$", "", strip_text(title), flags=re.I
+    )
     return strip_text(title.strip(" -.,:;!?'\"")).lower()

@@ -34,7 +34,9 @@ def render_svg(svg: str, side: int = SIDE) -> np.ndarray:
     try:
         import resvg_py
     except ImportError:
-        raise ImportError("resvg_py is not installed and drawings are rendered with it: pip install 'omnimoe[data]'") from None
+        raise ImportError(
+            "resvg_py is not installed and drawings are rendered with it: pip install 'omnimoe[data]'"
+        ) from None
     try:
         # Documents sized in mm or pt need a resolution; without one the renderer refuses them.
         png = resvg_py.svg_to_bytes(svg_string=svg, width=_RENDER, height=_RENDER, dpi=96, skip_system_fonts=True)

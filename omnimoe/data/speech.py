@@ -37,7 +37,9 @@ def speak(texts: list[str], cache: str | os.PathLike[str] | None = None) -> list
         import hibari
         import scipy.signal  # noqa: F401
     except ImportError as error:
-        raise SourceError(f"{error.name} is not installed and speech is made with it: pip install 'omnimoe[data]'") from None
+        raise SourceError(
+            f"{error.name} is not installed and speech is made with it: pip install 'omnimoe[data]'"
+        ) from None
     folder = cache_folder(cache) / f"speech-hibari-{version('hibari-tts')}"
     folder.mkdir(exist_ok=True)
     voice = None

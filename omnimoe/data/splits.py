@@ -47,7 +47,11 @@ def text_key(lang: str, text: str) -> tuple[str, str]:
 
 
 def assign_splits(
-    rows: Sequence[dict[str, Any]], *, look_alikes: Sequence[Hashable] = (), always_train: Iterable[str] = (), held_drawings: int = 10
+    rows: Sequence[dict[str, Any]],
+    *,
+    look_alikes: Sequence[Hashable] = (),
+    always_train: Iterable[str] = (),
+    held_drawings: int = 10,
 ) -> None:
     """Writes ``group`` and ``split`` into every row.
 
@@ -113,7 +117,9 @@ def check_leaks(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
             if first != split:
                 leaks.append(f"{thing[0]} {thing[1]!r} is in {first} and {split}")
     if leaks:
-        raise LeakError(f"{len(leaks)} leaks between splits: {'; '.join(leaks[:5])}; assign the splits anew with assign_splits")
+        raise LeakError(
+            f"{len(leaks)} leaks between splits: {'; '.join(leaks[:5])}; assign the splits anew with assign_splits"
+        )
     return counts
 
 

@@ -17,32 +17,58 @@ from omnimoe.data.pictures import SIDE, strip_text
 from omnimoe.data.sources import Source, SourceError, fetch
 
 KJV_READER = Source(
-    name="kjv-reader", kind="deb", package="bible-kjv", version="4.38", license="GPL-2.0-or-later",
-    credit="Chip Chapin, Matthew Vernon", homepage="https://packages.debian.org/bible-kjv",
+    name="kjv-reader",
+    kind="deb",
+    package="bible-kjv",
+    version="4.38",
+    license="GPL-2.0-or-later",
+    credit="Chip Chapin, Matthew Vernon",
+    homepage="https://packages.debian.org/bible-kjv",
     used="only run, to read the text; nothing of it is kept",
-)  # fmt: skip
+)
 KJV = Source(
-    name="kjv", kind="deb", package="bible-kjv-text", version="4.38",
-    sha256="d61b6aad4c51ba9e2800b825325fa6a09e99a0d02a9bb6dc4724fcc4995a1b7a", license="LicenseRef-public-domain",
-    credit="King James Version, 1611; data file by Chip Chapin", homepage="https://packages.debian.org/bible-kjv-text",
+    name="kjv",
+    kind="deb",
+    package="bible-kjv-text",
+    version="4.38",
+    sha256="d61b6aad4c51ba9e2800b825325fa6a09e99a0d02a9bb6dc4724fcc4995a1b7a",
+    license="LicenseRef-public-domain",
+    credit="King James Version, 1611; data file by Chip Chapin",
+    homepage="https://packages.debian.org/bible-kjv-text",
     used="text of the Bible",
-)  # fmt: skip
+)
 WORDNET = Source(
-    name="wordnet", kind="deb", package="wordnet-base", version="1:3.0-37",
-    sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752", license="LicenseRef-WordNet-3.0",
-    credit="WordNet 3.0, Copyright 2006 by Princeton University", homepage="https://wordnet.princeton.edu",
+    name="wordnet",
+    kind="deb",
+    package="wordnet-base",
+    version="1:3.0-37",
+    sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+    license="LicenseRef-WordNet-3.0",
+    credit="WordNet 3.0, Copyright 2006 by Princeton University",
+    homepage="https://wordnet.princeton.edu",
     used="words and glosses of concrete nouns",
-)  # fmt: skip
+)
 JARGON = Source(
-    name="jargon", kind="deb", package="dict-jargon", version="4.4.7-3.1",
-    sha256="405f8168d7994ed2cb71407bb95493daec2e9aa66fc0461dafa74a9d6728a8c1", license="LicenseRef-public-domain",
-    credit="The Jargon File, version 4.4.7, 29 Dec 2003", homepage="http://catb.org/jargon", used="entries",
-)  # fmt: skip
+    name="jargon",
+    kind="deb",
+    package="dict-jargon",
+    version="4.4.7-3.1",
+    sha256="405f8168d7994ed2cb71407bb95493daec2e9aa66fc0461dafa74a9d6728a8c1",
+    license="LicenseRef-public-domain",
+    credit="The Jargon File, version 4.4.7, 29 Dec 2003",
+    homepage="http://catb.org/jargon",
+    used="entries",
+)
 DIGITS = Source(
-    name="digits", kind="wheel", package="scikit-learn", version="1.9.1", license="BSD-3-Clause AND CC-BY-4.0",
-    credit="E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits (UCI); copy of the scikit-learn developers",
-    homepage="https://doi.org/10.24432/C50P49", used="handwritten digits",
-)  # fmt: skip
+    name="digits",
+    kind="wheel",
+    package="scikit-learn",
+    version="1.9.1",
+    license="BSD-3-Clause AND CC-BY-4.0",
+    credit="E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits (UCI); copy by scikit-learn",
+    homepage="https://doi.org/10.24432/C50P49",
+    used="handwritten digits",
+)
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGITS_SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
@@ -54,17 +80,22 @@ def read_kjv(cache: str | os.PathLike[str] | None = None) -> Iterator[tuple[str,
     """Chapters of the King James Bible as ``(name, text)``."""
     reader, data = fetch(KJV_READER, cache) / "usr/bin/bible", fetch(KJV, cache) / "usr/lib"
     try:
-        done = subprocess.run([reader, "-p", data, "-f", "gen1:1-rev22:21"], capture_output=True, text=True, check=True)  # noqa: S603
+        done = subprocess.run([reader, "-p", data, "-f", "gen1:1-rev22:21"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or error
-        raise SourceError(f"the reader of package bible-kjv does not run: {detail}; it needs libreadline8 (apt-get install libreadline8)") from None
+        raise SourceError(
+            f"the reader of package bible-kjv does not run: {detail}; "
+            "it needs libreadline8 (apt-get install libreadline8)"
+        ) from None
     chapters: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():
         verse = re.match(r"^(\d?[A-Za-z]+)(\d+):(\d+) (.*)$", line)
         if verse:
             chapters.setdefault(f"{verse[1]} {verse[2]}", []).append(verse[4].strip())
     if len(chapters) < 1000:
-        raise SourceError(f"read {len(chapters)} chapters from package bible-kjv-text, expected 1189; its output format differs")
+        raise SourceError(
+            f"read {len(chapters)} chapters from package bible-kjv-text, expected 1189; its output format differs"
+        )
     for name, verses in chapters.items():
         yield name, strip_text(" ".join(verses))
 
@@ -82,7 +113,25 @@ def read_wordnet(cache: str | os.PathLike[str] | None = None) -> Iterator[tuple[
 
 def wordnet_words(cache: str | os.PathLike[str] | None = None) -> frozenset[str]:
     """All words of WordNet's entries, and a few that it leaves out, in lower case."""
-    words = {"and", "the", "of", "with", "without", "for", "to", "from", "at", "an", "or", "his", "her", "your", "this", "into", "onto"}
+    words = {
+        "and",
+        "the",
+        "of",
+        "with",
+        "without",
+        "for",
+        "to",
+        "from",
+        "at",
+        "an",
+        "or",
+        "his",
+        "her",
+        "your",
+        "this",
+        "into",
+        "onto",
+    }
     for part in ("noun", "verb", "adj", "adv"):
         for line in _wordnet_lines(f"index.{part}", cache):
             words.update(re.findall(r"[a-z]+", line.split(" ", 1)[0]))
@@ -112,7 +161,10 @@ def read_digits(cache: str | os.PathLike[str] | None = None) -> tuple[np.ndarray
     raw = path.read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     if digest != _DIGITS_SHA256:
-        raise SourceError(f"{path.name} of scikit-learn has sha256 {digest}, pinned is {_DIGITS_SHA256}; fetch scikit-learn {DIGITS.version}")
+        raise SourceError(
+            f"{path.name} of scikit-learn has sha256 {digest}, pinned is {_DIGITS_SHA256}; "
+            f"fetch scikit-learn {DIGITS.version}"
+        )
     table = np.loadtxt(gzip.decompress(raw).decode().splitlines(), delimiter=",")
     ink = np.clip(255 - table[:, :64].reshape(-1, 8, 8) * 255 / 16, 0, 255).astype(np.uint8)
     pictures = np.full((len(ink), SIDE, SIDE), 255, np.uint8)

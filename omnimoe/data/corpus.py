@@ -1,0 +1,313 @@
+"""A tokenized corpus in memory: token ids of texts, pictures and clips, a table of rows, and their splits.
+
+On disk it is ``tokens.npz`` (integers only, never pickled) and ``corpus.json``; set P ships with the package in that
+form. A row joins a text with a picture and a clip where there are any; several rows may share one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from omnimoe.data.splits import SPLITS
+
+MODALITIES = ("text", "image", "speech")
+FORMAT = 1
+_ROW_COLUMNS = ("text", "image", "audio", "split", "group", "lang", "source", "style")
+_DOCUMENT_COLUMNS = ("text", "split", "source")
+
+
+class CorpusError(ValueError):
+    """A corpus that is missing, damaged, or has no rows of the kind asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ragged:
+    """Sequences of different lengths end to end: ``values (total,)`` and ``offsets (n + 1,)``."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """``(n,)`` int64."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row: local ids ``(n,)`` int64 of each modality, or None where the row has none.
+
+    ``split``, ``lang``, ``source`` and ``style`` are names, ``group`` is the number of the component that shares a
+    split, ``index`` the row in the table.
+    """
+
+    index: int
+    split: str
+    lang: str
+    source: str
+    style: str
+    group: int
+    text: np.ndarray
+    image: np.ndarray | None
+    speech: np.ndarray | None
+
+    def get(self, modality: str) -> np.ndarray | None:
+        """Ids of ``"text"``, ``"image"`` or ``"speech"``."""
+        if modality not in MODALITIES:
+            raise CorpusError(f"unknown modality {modality!r}; a row has {', '.join(MODALITIES)}")
+        return getattr(self, modality)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Token ids and tables of one corpus. Make one with :meth:`load`.
+
+    Args:
+        name: its name.
+        texts: local ids of all texts, captions first.
+        images: ``(n, 64)`` local ids of the pictures.
+        clips: local ids of the clips.
+        rows: column name to ``(rows,)`` int32: indices into the above (-1 for none) and into the names of ``meta``.
+        documents: the same for running text.
+        meta: names of splits, languages, sources and styles, vocabulary sizes, grid and rates.
+    """
+
+    name: str
+    texts: Ragged
+    images: np.ndarray
+    clips: Ragged
+    rows: dict[str, np.ndarray] = field(repr=False)
+    documents: dict[str, np.ndarray] = field(repr=False)
+    meta: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def load(cls, name: str | os.PathLike[str] = "p") -> Self:
+        """Loads a shipped corpus by name, or a folder.
+
+        Args:
+            name: ``"p"``, or a folder written by ``tokenize_corpus`` or ``build_corpus``; a built folder is tokenized
+                on the first call (minutes) and the result kept in its subfolder ``tokens``.
+
+        Raises:
+            CorpusError: if there is none, or the files are damaged.
+        """
+        if isinstance(name, str) and name.lower() in shipped_corpora():
+            with as_file(files("omnimoe.data") / "shipped" / name.lower()) as folder:
+                return cls._read(folder)
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise CorpusError(
+                f"no corpus {str(name)!r}: neither a folder nor one of those shipped: "
+                f"{', '.join(shipped_corpora()) or 'none'}"
+            )
+        if not (folder / "tokens.npz").exists() and (folder / "rows.jsonl").exists():
+            from omnimoe.data.tokenize import tokenize_corpus
+
+            if not (folder / "tokens" / "tokens.npz").exists():
+                tokenize_corpus(folder, folder / "tokens")
+            folder = folder / "tokens"
+        return cls._read(folder)
+
+    @classmethod
+    def _read(cls, folder: Path) -> Self:
+        try:
+            meta = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+            with np.load(folder / "tokens.npz", allow_pickle=False) as stored:
+                arrays = {key: stored[key] for key in stored.files}
+        except FileNotFoundError as error:
+            raise CorpusError(
+                f"{folder} is not a corpus: {Path(error.filename).name} is missing; write one with tokenize_corpus"
+            ) from None
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise CorpusError(f"{folder} is damaged: {error}; write it anew with tokenize_corpus") from None
+        if meta.get("format") != FORMAT:
+            raise CorpusError(
+                f"{folder} has format {meta.get('format')!r}, this version reads {FORMAT}; tokenize the corpus anew"
+            )
+        try:
+            corpus = cls(
+                name=meta["name"],
+                texts=_ragged(arrays, "text"),
+                images=arrays["image_values"].astype(np.int64),
+                clips=_ragged(arrays, "speech"),
+                rows={key: arrays[f"row_{key}"].astype(np.int32) for key in _ROW_COLUMNS},
+                documents={key: arrays[f"document_{key}"].astype(np.int32) for key in _DOCUMENT_COLUMNS},
+                meta=meta,
+            )
+        except KeyError as error:
+            raise CorpusError(f"{folder} is damaged: {error} is missing; write it anew with tokenize_corpus") from None
+        corpus._check(folder)
+        return corpus
+
+    def __len__(self) -> int:
+        return len(self.rows["text"])
+
+    def __getitem__(self, index: int) -> Example:
+        image, audio = int(self.rows["image"][index]), int(self.rows["audio"][index])
+        return Example(
+            index=index,
+            split=SPLITS[self.rows["split"][index]],
+            lang=self._name("languages", self.rows["lang"][index]),
+            source=self._name("sources", self.rows["source"][index]),
+            style=self._name("styles", self.rows["style"][index]),
+            group=int(self.rows["group"][index]),
+            text=self.texts[int(self.rows["text"][index])],
+            image=self.images[image] if image >= 0 else None,
+            speech=self.clips[audio] if audio >= 0 else None,
+        )
+
+    @property
+    def vocab_sizes(self) -> dict[str, int]:
+        """Modality to number of local ids."""
+        return dict(self.meta["vocab_sizes"])
+
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """Modality to ``(rows, columns)`` of a span, for those laid out in space."""
+        return {key: (int(rows), int(columns)) for key, (rows, columns) in self.meta["grids"].items()}
+
+    def select(
+        self,
+        split: str,
+        *,
+        languages: Sequence[str] | None = ("en",),
+        sources: Sequence[str] | None = None,
+        having: Sequence[str] = ("text",),
+    ) -> np.ndarray:
+        """Rows of a split.
+
+        Args:
+            split: ``"train"``, ``"val"``, ``"test"`` or ``"drawing"``.
+            languages: languages of the text; None for all.
+            sources: sources such as ``"emoji"``; None for all.
+            having: modalities a row must have.
+
+        Returns:
+            ``(n,)`` int64 indices, ascending; empty if there are none.
+
+        Raises:
+            CorpusError: if a name is unknown.
+        """
+        keep = self.rows["split"] == _index(SPLITS, split, "split")
+        if languages is not None:
+            keep &= np.isin(self.rows["lang"], [_index(self.meta["languages"], name, "language") for name in languages])
+        if sources is not None:
+            keep &= np.isin(self.rows["source"], [_index(self.meta["sources"], name, "source") for name in sources])
+        for modality in having:
+            column = {"text": "text", "image": "image", "speech": "audio"}.get(modality)
+            if column is None:
+                raise CorpusError(f"unknown modality {modality!r}; a row has {', '.join(MODALITIES)}")
+            keep &= self.rows[column] >= 0
+        return np.flatnonzero(keep)
+
+    def select_documents(self, split: str, *, sources: Sequence[str] | None = None) -> np.ndarray:
+        """Running text of a split, ``(n,)`` int64 indices into :attr:`documents`; ``drawing`` has none."""
+        keep = self.documents["split"] == _index(SPLITS, split, "split")
+        if sources is not None:
+            keep &= np.isin(
+                self.documents["source"], [_index(self.meta["sources"], name, "source") for name in sources]
+            )
+        return np.flatnonzero(keep)
+
+    def examples(self, split: str, **choice: Any) -> Iterator[Example]:
+        """The rows of a split as :class:`Example`, in order; ``choice`` as in :meth:`select`."""
+        return (self[int(index)] for index in self.select(split, **choice))
+
+    def captions(self, split: str, **choice: Any) -> list[str]:
+        """The distinct captions of a split as text, in order of appearance; ``choice`` as in :meth:`select`."""
+        from omnimoe.tokenizers.base import load_tokenizer
+
+        tokenizer = load_tokenizer("text")
+        chosen = dict.fromkeys(self.rows["text"][self.select(split, **choice)].tolist())
+        return list(dict.fromkeys(tokenizer.decode(self.texts[index]) for index in chosen))
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Split to counts: rows, English rows with all three modalities, concepts, pictures, clips, running tokens."""
+        counts = {}
+        for number, split in enumerate(SPLITS):
+            rows = self.rows["split"] == number
+            triples = self.select(split, having=MODALITIES)
+            texts = self.documents["text"][self.documents["split"] == number]
+            counts[split] = {
+                "rows": int(rows.sum()),
+                "triples": len(triples),
+                "groups": len(np.unique(self.rows["group"][triples])),
+                "pictures": len(np.unique(self.rows["image"][rows & (self.rows["image"] >= 0)])),
+                "clips": len(np.unique(self.rows["audio"][triples])),
+                "running_text_tokens": int(self.texts.lengths[texts].sum()),
+            }
+        return counts
+
+    def as_leak_rows(self) -> Iterator[dict[str, Any]]:
+        """The table in the form that :func:`omnimoe.data.splits.check_leaks` reads, texts as ids."""
+        for index in range(len(self)):
+            row = self[index]
+            yield {
+                "split": row.split,
+                "key": f"#{row.group}",
+                "group": row.group,
+                "lang": row.lang,
+                "text": row.text.tobytes().hex(),
+                "image": int(self.rows["image"][index]),
+                "audio": int(self.rows["audio"][index]),
+            }
+
+    def _name(self, kind: str, index: int) -> str:
+        return self.meta[kind][int(index)]
+
+    def _check(self, folder: Path) -> None:
+        sizes = self.vocab_sizes
+        bounds = (("text", self.texts.values), ("image", self.images), ("speech", self.clips.values))
+        for modality, values in bounds:
+            if values.size and not 0 <= int(values.min()) <= int(values.max()) < sizes[modality]:
+                raise CorpusError(
+                    f"{folder} has a {modality} id {int(values.max())}, its vocabulary has "
+                    f"{sizes[modality]}; tokenize the corpus anew"
+                )
+        limits = {"text": len(self.texts), "image": len(self.images), "audio": len(self.clips), "split": len(SPLITS)}
+        for key, limit in limits.items():
+            if len(self) and not -1 <= int(self.rows[key].min()) <= int(self.rows[key].max()) < limit:
+                raise CorpusError(
+                    f"{folder} has a row with {key} {int(self.rows[key].max())}, there are {limit}; "
+                    "tokenize the corpus anew"
+                )
+
+
+def shipped_corpora() -> list[str]:
+    """Names of the corpora that come with the package."""
+    folder = files("omnimoe.data") / "shipped"
+    return (
+        sorted(entry.name for entry in folder.iterdir() if (entry / "tokens.npz").is_file()) if folder.is_dir() else []
+    )
+
+
+def _ragged(arrays: dict[str, np.ndarray], name: str) -> Ragged:
+    offsets = np.concatenate([[0], np.cumsum(arrays[f"{name}_lengths"], dtype=np.int64)])
+    values = arrays[f"{name}_values"].astype(np.int64)
+    if offsets[-1] != len(values):
+        raise CorpusError(
+            f"{name} has {len(values)} ids, its lengths add to {offsets[-1]}; "
+            "write the corpus anew with tokenize_corpus"
+        )
+    return Ragged(values=values, offsets=offsets)
+
+
+def _index(names: Sequence[str], name: str, kind: str) -> int:
+    if name not in names:
+        raise CorpusError(f"unknown {kind} {name!r}; this corpus has {', '.join(names)}")
+    return list(names).index(name)

@@ -1,0 +1,116 @@
+"""Parts of the builder that need no package: pictures, titles, clips, the licence page, refusals."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from omnimoe.data.build import SOURCES, build_corpus, license_page
+from omnimoe.data.openclipart import clean_title, usable_title
+from omnimoe.data.pictures import PictureError, fingerprint, render_svg, to_square
+from omnimoe.data.speech import SAMPLE_RATE, to_clip
+from omnimoe.data.texts import bounded
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}"><rect width="100%" height="100%" fill="{c}"/></svg>'
+
+
+def test_drawings_are_centred_on_white() -> None:
+    pytest.importorskip("resvg_py")
+    pixels = render_svg(SVG.format(w="40mm", h="20mm", c="red"))
+    assert pixels.shape == (64, 64, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels[32, 32].tolist() == [255, 0, 0]
+    assert pixels[4, 32].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("svg", [SVG.format(w=10, h=10, c="white"), "no drawing", ""])
+def test_blank_and_broken_drawings_are_refused(svg: str) -> None:
+    pytest.importorskip("resvg_py")
+    with pytest.raises(PictureError):
+        render_svg(svg)
+
+
+def test_look_alikes_share_a_fingerprint() -> None:
+    shades = np.linspace(0, 190, 64).astype(np.uint8)
+    picture = to_square(Image.fromarray(np.stack([np.tile(shades, (64, 1))] * 3, -1)))
+    near = picture.copy()
+    near[10, 10] ^= 1
+    assert fingerprint(picture) == fingerprint(near)
+    assert fingerprint(picture) != fingerprint(picture[:, ::-1])
+    line = np.full((64, 64, 3), 255, np.uint8)
+    other = line.copy()
+    line[5], other[:, 50] = 0, 0
+    assert fingerprint(line) != fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    ("title", "caption"),
+    [
+        ("Clipart by Nicu Buculei - baloon1_04", "baloon1"),
+        ("Fire_Engine 02", "fire engine"),
+        ("LED Rounded (Green)", "led rounded"),
+        (" The  Lion. ", "the lion"),
+        ("stopSign", "stop sign"),
+    ],
+)
+def test_titles_become_captions(title: str, caption: str) -> None:
+    assert clean_title(title) == caption
+
+
+@pytest.mark.parametrize(
+    ("license", "title", "usable"),
+    [
+        ("http://web.resource.org/cc/PublicDomain", "lion", "lion"),
+        ("http://web.resource.org/cc/PublicDomain", "Lemon SVG theme", "fire engine"),
+        ("http://creativecommons.org/licenses/GPL/2.0/", "lion", None),
+        ("", "lion", None),
+        ("http://web.resource.org/cc/PublicDomain", "simbolo egizio", None),
+    ],
+)
+def test_only_stated_public_domain_with_an_english_title_is_used(
+    tmp_path: Path, license: str, title: str, usable: str | None
+) -> None:
+    path = tmp_path / "animals" / "fire_engine_.svg"
+    path.parent.mkdir()
+    path.write_text(f'<cc:Work><dc:title>{title}</dc:title><cc:license rdf:resource="{license}"/></cc:Work>')
+    words = frozenset({"lion", "fire", "engine"})
+    assert usable_title(path, tmp_path, words, collections.Counter()) == usable
+
+
+def test_clips_are_trimmed_resampled_and_loud() -> None:
+    pytest.importorskip("scipy")
+    tone = np.sin(np.arange(24_000) * 0.1) * 0.1
+    wave = np.concatenate([np.zeros(24_000), tone, np.zeros(24_000)])
+    clip = to_clip(wave, 24_000)
+    assert clip.dtype == np.int16
+    assert len(clip) == pytest.approx(SAMPLE_RATE, rel=0.12)
+    assert np.abs(clip.astype(int)).max() == pytest.approx(0.89 * 32767, rel=0.01)
+
+
+def test_a_bounded_part_is_the_same_each_time_and_in_order() -> None:
+    documents = [(f"d{i:03}", "x" * 100) for i in range(50)]
+    part = bounded(iter(documents), 1000)
+    assert len(part) == 10
+    assert part == sorted(part) == bounded(iter(documents), 1000)
+
+
+def test_every_source_is_on_the_licence_page() -> None:
+    page = license_page()
+    for source in SOURCES:
+        assert source.license in page
+        assert source.credit in page
+    assert all(not source.license.startswith("CC-BY-SA") and "GPL" not in source.license for source in SOURCES)
+    assert len({source.name for source in SOURCES}) == len(SOURCES)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown corpus 'Q'; known: P"):
+        build_corpus("Q", out=tmp_path / "q")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(ValueError, match="not an empty folder"):
+        build_corpus("P", out=tmp_path / "full")
