@@ -190,7 +190,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         device = (input_ids if input_ids is not None else inputs_embeds).device
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
 
         if modality_ids is None:
             if input_ids is None and len(config.modalities) > 1:
@@ -201,6 +201,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             if config.keys:
                 raise InputError(f"copies are picked by the keys {config.keys}; pass key_ids")
             key_ids = modality_ids
+        modality_ids, key_ids = modality_ids.long(), key_ids.long()
         valid = _valid(attention_mask, segment_ids, batch_size, past, length)
         rows = RowLayout.build(
             key_ids,
@@ -246,6 +247,9 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             x = self.embed_tokens(rows.to_rows(input_ids))
         else:
             x = rows.to_rows(inputs_embeds)
+        unused = sorted(set(timesteps or {}) - set(features or {}))
+        if unused:
+            raise InputError(f"timesteps for {unused} without features; pass their rows as features[{unused[0]!r}]")
         untouched = set(self.modalities)
         for name, given in (features or {}).items():
             index = rows.where(self._modality_id(name))
@@ -320,6 +324,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        block_ids: Tensor | None = None,
         labels: Tensor | None = None,
         features: dict[str, Tensor] | None = None,
         timesteps: dict[str, Tensor] | None = None,
@@ -339,8 +345,10 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             attention_mask: ``(B, T)`` or ``(B, past + T)``.
             position_ids: ``(B, T)`` or ``(B, T, A)``.
             segment_ids: ``(B, T)``.
+            key_ids: ``(B, T)``.
+            block_ids: ``(B, T)``.
             labels: ``(B, T)`` int64, the ids themselves: the shift to the next token happens here. -100 is ignored, and
-                so is padding and the first token of a segment.
+                so is padding, what follows padding, and the first token of a segment.
             features: rows of continuous modalities.
             timesteps: their noise times.
             targets: what their heads must give, ``(n, C)``.
@@ -362,6 +370,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             segment_ids=segment_ids,
+            key_ids=key_ids,
+            block_ids=block_ids,
             features=features,
             timesteps=timesteps,
             past_key_values=past_key_values,
@@ -379,12 +389,17 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         aux_loss = _aux_loss(out.routings)
         scores = _Scores(self.config)
         if labels is not None:
-            scores.add_tokens(self.model, logits, labels, segment_ids, attention_mask)
+            scores.add_tokens(self.model, logits, labels, segment_ids, rows.valid)
         for name, target in (targets or {}).items():
             if name not in predictions:
                 raise InputError(f"targets for {name!r} without features; pass the noisy rows as features[{name!r}]")
             scores.add_rows(name, self.model.modalities[name].loss(predictions[name], target))
         loss = scores.total(hidden) if labels is not None or targets else None
+        if loss is not None:
+            # a head that is not scored takes part too: its gradients are zero, not missing
+            unscored = [rows for name, rows in predictions.items() if name not in (targets or {})]
+            unscored += [] if labels is not None else [logits[..., :1]]
+            loss = loss + sum(0.0 * rows.float().sum() for rows in unscored)
         if loss is not None and aux_loss is not None:
             loss = loss + aux_loss
         if output_router_logits is None:
@@ -417,12 +432,39 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
                 router.update(routing)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """What ``generate`` passes at a step: modality ids of the prompt serve the first step, the partition the rest."""
+        """What ``generate`` passes at a step.
+
+        Past the prompt, modality ids come from the partition, the key of the last position goes on, and nothing is in a
+        block; features enter with the prompt.
+        """
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        given, step = inputs.get("modality_ids"), inputs.get("input_ids")
-        if given is not None and (step is None or given.shape != step.shape):
-            inputs["modality_ids"] = None
+        if inputs.get("input_ids") is None:
+            return inputs
+        cache = inputs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        total = past + inputs["input_ids"].shape[1]
+        for name in ("modality_ids", "key_ids", "block_ids"):
+            given = inputs.get(name)
+            if given is None:
+                continue
+            new = total - given.shape[1]
+            if new > 0:
+                tail = given[:, -1:].expand(-1, new)
+                if name == "modality_ids":
+                    tail = self.model.modality_ids_of(input_ids[:, -new:])
+                elif name == "block_ids":
+                    tail = torch.full_like(tail, -1)
+                given = torch.cat((given, tail), dim=1)
+            inputs[name] = given[:, past:total]
+        if past:
+            inputs.pop("features", None)
+            inputs.pop("timesteps", None)
         return inputs
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """Keeps ``(B, past + T)`` for caches of fixed size too: the mask rule makes the rest."""
+        return attention_mask
 
 
 @dataclass
@@ -441,19 +483,22 @@ class _Scores:
         logits: Tensor,
         labels: Tensor,
         segment_ids: Tensor | None,
-        attention_mask: Tensor | None,
+        valid: Tensor | None,
     ) -> None:
         """Scores the next token everywhere that a label stands."""
         shape = (labels.shape[0], labels.shape[1])
         if logits.shape[:2] != labels.shape:
             raise InputError(f"labels must be {tuple(logits.shape[:2])}, as the logits, got {tuple(labels.shape)}")
-        check_ids("labels", labels, shape, -100, self.config.vocab_size, "-100 marks what is not predicted")
-        wanted = labels[:, 1:]
+        named = labels.masked_fill(labels == -100, 0)
+        check_ids("labels", named, shape, 0, self.config.vocab_size, "-100 marks what is not predicted")
+        wanted = labels[:, 1:].long()
         if segment_ids is not None:
             inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
             wanted = wanted.masked_fill(~inside, -100)
-        if attention_mask is not None:
-            wanted = wanted.masked_fill(~attention_mask[:, -labels.shape[1] :][:, 1:].bool(), -100)
+        if valid is not None:
+            # a padding position predicts nothing either
+            real = valid.view(shape)
+            wanted = wanted.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
         flat = nn.functional.cross_entropy(
             logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
             wanted.reshape(-1),
@@ -508,19 +553,21 @@ def _valid(
     attention_mask: Tensor | None, segment_ids: Tensor | None, batch_size: int, past: int, length: int
 ) -> Tensor | None:
     """``(B, past + T)`` bool, or None where nothing is padding."""
-    if attention_mask is None:
-        if segment_ids is None or segment_ids.device.type != "cpu" or bool((segment_ids >= 0).all()):
-            return None
-        return segment_ids >= 0
+    valid = None if segment_ids is None or past else segment_ids >= 0
+    if attention_mask is not None:
+        valid = _checked(attention_mask, batch_size, past, length) & (True if valid is None else valid)
+    if valid is None or (valid.device.type == "cpu" and bool(valid.all())):
+        return None
+    return valid
+
+
+def _checked(attention_mask: Tensor, batch_size: int, past: int, length: int) -> Tensor:
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < past + length:
         raise InputError(
             f"attention_mask must be ({batch_size}, {past + length}), one entry for every cached and every new position, "
             f"got {tuple(attention_mask.shape)}"
         )
-    valid = attention_mask[:, : past + length].bool()
-    if valid.device.type == "cpu" and bool(valid.all()):
-        return None
-    return valid
+    return attention_mask[:, : past + length].bool()
 
 
 def _positions(

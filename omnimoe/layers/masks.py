@@ -110,6 +110,8 @@ class AttentionMask:
     @property
     def needs_no_mask(self) -> bool:
         """Every query may see every key: a step of plain causal decoding, or a plain encoder."""
+        if self.key_length > self.past_length + self.query_length:
+            return False  # a cache of fixed size has places that nothing has been written to
         whole = self.rule == "bidirectional" and self.valid is None and self.segment_ids is None
         return whole or (self.is_plain_causal and self.query_length == 1)
 

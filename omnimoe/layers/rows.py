@@ -134,8 +134,9 @@ class RowLayout:
     def where(self, modality_id: int) -> Tensor:
         """``(n,)`` int64, the rows of one modality, in order of time."""
         found = (self.modality_ids == modality_id).nonzero().squeeze(1)
-        if self.time_index is None or self.is_sorted:
+        if self.time_index is None or not self.is_sorted:
             return found
+        # a modality whose rows have several keys lies in several places
         return found[self.time_index[found].argsort()]
 
     def key_spans(self) -> list[tuple[int, int]]:

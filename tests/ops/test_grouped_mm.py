@@ -1,4 +1,4 @@
-"""The grouped product: every implementation against a float64 loop, forward and backward, and the traps of its peers."""
+"""The grouped product: every implementation against a loop, forward and backward, and the traps of its peers."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def test_every_implementation_gives_the_loops_values_and_gradients(name, dtype, 
     assert y.dtype == dtype
     assert y.shape == wanted.shape
     if rows:
-        assert distance(y, wanted) <= TOLERANCE[dtype] or wanted.norm() == 0 and y.norm() == 0
+        assert distance(y, wanted) <= TOLERANCE[dtype] or (wanted.norm() == 0 and y.norm() == 0)
     for index in range(3 if with_bias else 2):
         found, right = given_[index].grad, wanted_[index].grad
         assert found is not None
         right = torch.zeros_like(found) if right is None else right
-        assert distance(found, right) <= 2 * TOLERANCE[dtype] or right.norm() == 0 and found.norm() == 0
+        assert distance(found, right) <= 2 * TOLERANCE[dtype] or (right.norm() == 0 and found.norm() == 0)
 
 
 @pytest.mark.parametrize("name", ["slices", "reference"])
@@ -104,7 +104,9 @@ def test_gradcheck_in_float64(name):
     weight = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     offsets = ends(2, 0, 4, 1)
-    assert torch.autograd.gradcheck(lambda *given_: IMPLEMENTATIONS[name](*given_[:2], offsets, given_[2]), (x, weight, bias))
+    assert torch.autograd.gradcheck(
+        lambda *given_: IMPLEMENTATIONS[name](*given_[:2], offsets, given_[2]), (x, weight, bias)
+    )
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

@@ -16,8 +16,8 @@ def combine(y: Tensor, token_index: Tensor, weights: Tensor, num_rows: int) -> T
         num_rows: N.
 
     Returns:
-        ``(N, D)`` in the dtype of ``y``; products and sums are taken in float32 (float64 for it) and rounded once. A row
-        that no expert took is zero.
+        ``(N, D)`` in the dtype of ``y``; products and sums are taken in float32 (float64 for it) and rounded once. A
+        row that no expert took is zero.
     """
     wide = torch.promote_types(y.dtype, torch.float32)
     weighted = y.to(wide) * weights.to(wide).unsqueeze(1)
