@@ -1,0 +1,252 @@
+"""Counts what a model computes, in closed form from its config.
+
+One multiply-add is 2 FLOP. Matrix products are counted; norms, softmax, rotary turns and activations are not. Attention
+scores are counted in full, ``4 * S * D`` a token and layer, under a causal mask too: its saving depends on the kernel.
+A backward pass is twice its forward; what a kernel or a checkpoint computes again is not counted. The same conventions
+hold for PyTorch's ``FlopCounterMode`` with :data:`FORMULAS`, against which the closed form is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnimoe.config import Config
+from omnimoe.layers import Attention
+from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+
+KINDS = ("attention_projections", "attention_scores", "experts", "router", "head", "adapters")
+"""What :attr:`Flops.by_kind` is split into; ``adapters`` are the linear maps of continuous modalities, in and out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """FLOP of one batch, forward or forward and backward.
+
+    Args:
+        total: of the batch.
+        tokens: rows without padding.
+        by_kind: the total, split into :data:`KINDS`.
+        by_modality: the total, split by the modality that caused it; ``"padding"`` for what is computed on padding.
+        backward: whether a backward pass is included.
+    """
+
+    total: int
+    tokens: int
+    by_kind: dict[str, int]
+    by_modality: dict[str, int]
+    backward: bool
+
+    @property
+    def per_token(self) -> float:
+        """FLOP for each token that is not padding."""
+        return self.total / max(1, self.tokens)
+
+
+def flops(
+    model: OmniMoeForCausalLM | OmniMoeConfig,
+    batch: Mapping[str, Any] | Tensor | None = None,
+    *,
+    sequence_length: int | None = None,
+    backward: bool = False,
+) -> Flops:
+    """Counts a forward pass without a cache.
+
+    Experts that choose their tokens are counted at the share that their config gives: the capacity of a batch, rounded
+    up, may be up to one token an expert more.
+
+    Args:
+        model: a model, or its config.
+        batch: what the model is called with, ``input_ids (B, T)`` or all of the batch: ``modality_ids``,
+            ``attention_mask``, ``segment_ids`` and ``features`` are read. None for one sequence whose tokens are spread
+            evenly over the modalities.
+        sequence_length: length S of that sequence; the longest the model was made for where None.
+        backward: count the backward pass too.
+
+    Returns:
+        :class:`Flops`.
+
+    Raises:
+        ValueError: if both ``batch`` and ``sequence_length`` are given, or the batch has no tokens to count.
+        TypeError: if a part of the model does not say what it costs.
+    """
+    config = model if isinstance(model, OmniMoeConfig) else model.config
+    if batch is not None and sequence_length is not None:
+        raise ValueError("a batch has its own length; pass either batch or sequence_length")
+    if batch is None:
+        work = _even(config, config.max_position_embeddings if sequence_length is None else sequence_length)
+    else:
+        work = _of_batch(config, {"input_ids": batch} if isinstance(batch, Tensor) else batch)
+
+    table = {kind: dict.fromkeys([*config.modality_names, "padding"], 0.0) for kind in KINDS}
+    width = config.hidden_size
+    for modality_id, name in enumerate(config.modality_names):
+        rows = work.rows[name]
+        for block in config.blocks:
+            matrices, router = _expert_weights(block.experts, width, modality_id)
+            table["attention_projections"][name] += 2 * rows * _projection_weights(block.attention, width)
+            table["attention_scores"][name] += rows * _score_flops(block.attention, width, work.length)
+            table["experts"][name] += 2 * rows * matrices
+            table["router"][name] += 2 * rows * router
+        table["head"][name] = 2 * rows * width * config.vocab_size
+        table["adapters"][name] = 2 * work.features.get(name, 0) * config.modalities[modality_id].active_params(width)
+    padding = work.positions - sum(work.rows.values())
+    scores = sum(_score_flops(block.attention, width, work.length) for block in config.blocks)
+    table["attention_scores"]["padding"] = padding * scores
+    table["head"]["padding"] = 2 * padding * width * config.vocab_size
+
+    passes = 3 if backward else 1
+    by_kind = {kind: round(passes * sum(row.values())) for kind, row in table.items()}
+    by_modality = {name: round(passes * sum(row[name] for row in table.values())) for name in table["head"]}
+    return Flops(
+        total=sum(by_kind.values()),
+        tokens=round(sum(work.rows.values())),
+        by_kind=by_kind,
+        by_modality=by_modality if by_modality["padding"] else {name: by_modality[name] for name in work.rows},
+        backward=backward,
+    )
+
+
+def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
+    """Weights that a token meets: all of them but the copies of other towers and the experts it is not sent to.
+
+    The whole embedding table and head count, as in the size labels of the papers, so a dense model without continuous
+    modalities has as many active weights as weights.
+
+    Args:
+        config: of the model.
+        modality: of the token; None for the mean over modalities.
+
+    Raises:
+        ValueError: if there is no such modality.
+        TypeError: if a part of the model does not say what it costs.
+    """
+    if modality is None:
+        return round(sum(active_params(config, name) for name in config.modality_names) / len(config.modality_names))
+    if modality not in config.modality_names:
+        raise ValueError(f"unknown modality {modality!r}; the modalities are {', '.join(config.modality_names)}")
+    modality_id, width = config.modality_names.index(modality), config.hidden_size
+    count = config.vocab_size * width * (1 if config.tie_word_embeddings else 2) + width
+    count += config.modalities[modality_id].active_params(width)
+    for block in config.blocks:
+        count += 2 * width + _projection_weights(block.attention, width) + _attention_vectors(block.attention, width)
+        count += sum(_expert_weights(block.experts, width, modality_id))
+    return round(count)
+
+
+def total_params(config: OmniMoeConfig) -> int:
+    """Weights of the model, tied ones once; counted on the meta device, without memory."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in OmniMoeForCausalLM(config).parameters())
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Rows of each modality without padding, positions with it, the length of a row, rows that come as features."""
+
+    rows: dict[str, float]
+    positions: float
+    length: int
+    features: dict[str, float]
+
+
+def _even(config: OmniMoeConfig, length: int) -> _Work:
+    if length < 1:
+        raise ValueError(f"sequence_length must be at least 1, got {length}")
+    rows = dict.fromkeys(config.modality_names, length / len(config.modality_names))
+    continuous = {modality.name for modality in config.modalities if not modality.is_discrete}
+    return _Work(rows, length, length, {name: rows[name] for name in continuous})
+
+
+def _of_batch(config: OmniMoeConfig, batch: Mapping[str, Any]) -> _Work:
+    ids, modality_ids = batch.get("input_ids"), batch.get("modality_ids")
+    if modality_ids is None:
+        if ids is None:
+            raise ValueError(f"a batch needs input_ids or modality_ids to be counted, got {sorted(batch)}")
+        modality_ids = config.modality_of_ids().to(ids.device)[ids]
+    batch_size, length = modality_ids.shape[:2]
+    valid = torch.ones_like(modality_ids, dtype=torch.bool)
+    if batch.get("attention_mask") is not None:
+        valid &= batch["attention_mask"].bool()
+    elif batch.get("segment_ids") is not None:
+        valid &= batch["segment_ids"] >= 0
+    found = torch.bincount(modality_ids[valid], minlength=len(config.modalities)).tolist()
+    features = {name: len(rows) for name, rows in (batch.get("features") or {}).items()}
+    return _Work(dict(zip(config.modality_names, found, strict=True)), batch_size * length, length, features)
+
+
+def _heads(config: Attention.Config, hidden_size: int) -> tuple[int, int]:
+    """Width of all query heads, and of all key heads."""
+    head_dim = config.head_dim or hidden_size // config.num_heads
+    return config.num_heads * head_dim, (config.num_kv_heads or config.num_heads) * head_dim
+
+
+def _projection_weights(config: Config, hidden_size: int) -> float:
+    if isinstance(config, Attention.Config):
+        heads, kv_heads = _heads(config, hidden_size)
+        return 2 * hidden_size * (heads + kv_heads)
+    return _ask(config, "projection_params")(hidden_size)
+
+
+def _score_flops(config: Config, hidden_size: int, length: int) -> float:
+    if isinstance(config, Attention.Config):
+        return 4 * length * _heads(config, hidden_size)[0]
+    return _ask(config, "mixing_flops")(hidden_size, length)
+
+
+def _attention_vectors(config: Config, hidden_size: int) -> int:
+    """Weights of attention outside of its matrices: biases and q/k norms."""
+    if not isinstance(config, Attention.Config):
+        return 0
+    heads, kv_heads = _heads(config, hidden_size)
+    count = (heads + 2 * kv_heads) * config.bias + hidden_size * config.output_bias
+    if config.qk_norm == "rms":
+        count += 2 * heads // config.num_heads
+    elif config.qk_norm == "layer":
+        count += 2 * (heads + kv_heads)
+    return count
+
+
+def _expert_weights(config: Config, hidden_size: int, modality: int) -> tuple[float, float]:
+    """Weights that a row of a modality meets on average, of experts and of their router."""
+    met = _ask(config, "active_params")(hidden_size, modality)
+    if met is None:
+        raise TypeError(f"{type(config).__qualname__} does not say what it costs; give it active_params")
+    router = getattr(config, "router", None)
+    routing = 0 if router is None else router.router_params(hidden_size, config.num_experts, modality)
+    return met - routing, routing
+
+
+def _ask(config: Config, method: str) -> Any:
+    if not hasattr(config, method):
+        raise TypeError(f"{type(config).__qualname__} does not say what it costs; give it {method}(hidden_size, ...)")
+    return getattr(config, method)
+
+
+def _attention_formula(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    batch, heads, length, head_dim = query
+    return 2 * batch * heads * length * key[2] * (head_dim + value[3])
+
+
+def _attention_backward_formula(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _attention_formula(query, key, value)
+
+
+def _grouped_formula(left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+    """``(R, D) x (G, D, F)``, or ``(D, R) x (R, F)`` summed inside groups."""
+    return 2 * left[-2] * left[-1] * right[-1]
+
+
+FORMULAS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_formula,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_formula,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward_formula,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward_formula,
+    torch.ops.aten._scaled_dot_product_cudnn_attention_backward: _attention_backward_formula,
+    torch.ops.aten._grouped_mm: _grouped_formula,
+}
+"""For ``FlopCounterMode(custom_mapping=FORMULAS)``: what it does not know, or counts with what is recomputed."""

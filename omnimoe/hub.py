@@ -1,0 +1,359 @@
+"""Tier 8: models by name and models from files.
+
+A name is a registered model of the zoo, of a plugin or of a JSON file; building one never touches the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import pkgutil
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+import omnimoe
+from omnimoe.checkpoint import CheckpointError, check_folder, complaint, folder_of, read_json
+from omnimoe.config import ConfigError
+from omnimoe.flops import active_params, flops, total_params
+from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.registry import RegistryError
+
+logger = logging.getLogger(__name__)
+
+PLUGINS = "omnimoe.plugins"
+"""Entry points of this group are imported with the zoo; what they register is there like our own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What is known of a model without building it.
+
+    Args:
+        name: registered name.
+        family: the family it belongs to; ``"custom"`` for a model without a card.
+        total_params: weights, tied ones once.
+        active_params: weights that a token meets, the mean over modalities.
+        active_params_by_modality: the same for each modality.
+        flops_per_token: forward, for a sequence of ``sequence_length``, one multiply-add being 2 FLOP.
+        sequence_length: longest sequence the model was made for.
+        modalities: names, in the order of their ids.
+        is_causal: whether no position depends on a later one.
+        license: SPDX name.
+        paper: address.
+        pretrained: where its weights lie, or None.
+        description: one sentence.
+    """
+
+    name: str
+    family: str
+    total_params: int
+    active_params: int
+    active_params_by_modality: dict[str, int]
+    flops_per_token: float
+    sequence_length: int
+    modalities: tuple[str, ...]
+    is_causal: bool
+    license: str
+    paper: str
+    pretrained: str | None
+    description: str
+
+
+def load(
+    name: str,
+    *,
+    pretrained: bool = False,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    seed: int | None = None,
+    attn_implementation: str | None = None,
+    **overrides: Any,
+) -> OmniMoeForCausalLM:
+    """A registered model, with fresh weights or with those that were published for it.
+
+    Args:
+        name: of :func:`list_models`.
+        pretrained: load weights.
+        device: where to build; ``"meta"`` takes no memory.
+        dtype: of the weights; float32 where None, with ``pretrained`` that of the file.
+        seed: of fresh weights; the global generator is left as it was. None draws from the global generator.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flex_attention"`` or another that transformers knows.
+        overrides: fields of the config to change, ``num_layers=2``; not with ``pretrained``.
+
+    Returns:
+        The model, in training mode if fresh and in evaluation mode if pretrained.
+
+    Raises:
+        RegistryError: if the name is unknown; the message names the nearest.
+        ConfigError: if an override is no field of the config, or does not fit the others.
+        ValueError: if weights are asked for and there are none.
+    """
+    if name not in MODELS and ("/" in name or name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir()):
+        raise RegistryError(f"{name!r} is no registered model but an address; call from_pretrained({name!r})")
+    make = MODELS.get(name)
+    if pretrained:
+        source = _weights_of(name)
+        if source is None:
+            has = ", ".join(list_models(pretrained=True)) or "no registered model yet"
+            raise ValueError(f"there are no weights for {name!r}; weights exist for: {has}. Leave pretrained=True out")
+        if overrides or seed is not None:
+            given = ", ".join([*overrides, *(["seed"] if seed is not None else [])])
+            raise ValueError(
+                f"published weights fit the registered config, so {given} cannot be set with pretrained=True"
+            )
+        return from_pretrained(source, device=device, dtype=dtype or "auto", attn_implementation=attn_implementation)
+    config = make().replace(**overrides)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    place = torch.device(device) if device is not None else torch.get_default_device()
+    with _seeded(seed, place), place:
+        return OmniMoeForCausalLM._from_config(config, dtype=_dtype(dtype))
+
+
+def from_pretrained(
+    source: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    strict: bool = True,
+    local_files_only: bool = False,
+    token: str | None = None,
+    attn_implementation: str | None = None,
+) -> OmniMoeForCausalLM:
+    """A model from a folder or from the Hub.
+
+    Args:
+        source: an existing folder, ``local-dir:folder``, an id ``org/name`` or ``hf-hub:org/name``.
+        revision: branch, tag or commit, on the Hub.
+        dtype: of the weights; ``"auto"`` takes that of the file.
+        device: where to put the model.
+        device_map: transformers' spreading over devices, in place of ``device``.
+        strict: refuse a checkpoint with a missing, an unexpected or a misshapen key; otherwise log them.
+        local_files_only: look on the Hub's local cache alone.
+        token: for private repositories.
+        attn_implementation: as for :func:`load`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, malformed, unsafe, or does not fit.
+    """
+    MODELS.names()  # a plugin may bring the parts that the config names
+    folder = folder_of(fspath(source), revision=revision, local_files_only=local_files_only, token=token)
+    check_folder(folder)
+    if device is not None and device_map is not None:
+        raise ValueError("device and device_map say the same thing twice; pass one of them")
+    try:
+        model, report = OmniMoeForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=_dtype(dtype),
+            device_map=device_map if device is None else {"": torch.device(device)},
+            attn_implementation=attn_implementation,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
+    misfit = complaint(report)
+    if misfit and strict:
+        raise CheckpointError(
+            f"the weights in {folder} do not fit its config.json.\n{misfit}\nstrict=False loads the rest"
+        )
+    if misfit:
+        logger.warning("the weights in %s do not fit its config.json; what is missing is fresh.\n%s", folder, misfit)
+    return model
+
+
+def list_models(
+    filter: str = "",
+    *,
+    family: str | None = None,
+    modality: str | None = None,
+    pretrained: bool = False,
+    exclude: str | Iterable[str] = "",
+) -> list[str]:
+    """Names of registered models, sorted.
+
+    Args:
+        filter: a pattern with ``*`` and ``?``, or a part of the name.
+        family: keep one family.
+        modality: keep models that have it.
+        pretrained: keep models with weights.
+        exclude: a pattern as in ``filter``, or several.
+
+    Example:
+        >>> list_models("mot_*b", exclude="*transfusion*")
+        ['mot_1_5b', 'mot_7b']
+    """
+    excluded = [exclude] if isinstance(exclude, str) else list(exclude)
+    return [
+        name
+        for name in MODELS
+        if _matches(name, filter)
+        and not any(pattern and _matches(name, pattern) for pattern in excluded)
+        and (family is None or _family_of(name) == family)
+        and (modality is None or modality in MODELS.get(name)().modality_names)
+        and (not pretrained or _weights_of(name) is not None)
+    ]
+
+
+def model_info(name: str) -> ModelInfo:
+    """What is known of a registered model; it is counted without memory.
+
+    Raises:
+        RegistryError: if the name is unknown; the message names the nearest.
+    """
+    make = MODELS.get(name)
+    config, card = make(), _card_of(name)
+    return ModelInfo(
+        name=name,
+        family=_family_of(name),
+        total_params=total_params(config),
+        active_params=active_params(config),
+        active_params_by_modality={held: active_params(config, held) for held in config.modality_names},
+        flops_per_token=flops(config).per_token,
+        sequence_length=config.max_position_embeddings,
+        modalities=config.modality_names,
+        is_causal=config.is_causal,
+        license=card.license if card else "unknown",
+        paper=card.paper if card else "",
+        pretrained=_weights_of(name),
+        description=(make.__doc__ or "").strip().partition("\n")[0],
+    )
+
+
+def add_model_config(path: str | PathLike[str], *, exist_ok: bool = False) -> str:
+    """Registers a model that a JSON file describes, under the name of the file.
+
+    Args:
+        path: a file as ``config.to_json_file`` writes it, ``my_model.json``.
+        exist_ok: replace a model of the same name.
+
+    Returns:
+        The name.
+
+    Raises:
+        ConfigError: if the file is no config.
+        RegistryError: if the name is malformed or taken.
+    """
+    path = Path(path)
+    plain = read_json(path, ConfigError)
+    if plain.get("model_type", "omnimoe") != "omnimoe":
+        raise ConfigError(f"{path} describes a model of type {plain['model_type']!r}, not 'omnimoe'")
+    known = {field.name for field in dataclasses.fields(OmniMoeConfig)} | {"model_type", "transformers_version"}
+    unknown = sorted(set(plain) - known - set(OmniMoeConfig.attribute_map) - set(OmniMoeConfig().to_dict()))
+    if unknown:
+        raise ConfigError(f"{path} has unknown fields: {', '.join(unknown)}")
+    MODELS.names()
+    text = json.dumps(plain)
+
+    def make() -> OmniMoeConfig:
+        return OmniMoeConfig.from_dict(json.loads(text))
+
+    make.__doc__ = f"Declared in {path.name}."
+    try:
+        make()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    MODELS.register(path.stem, exist_ok=exist_ok)(make)
+    return path.stem
+
+
+def load_zoo() -> None:
+    """Imports every family of the zoo, then the plugins; runs by itself on first use of a model's name."""
+    zoo = _import_zoo()
+    for found in sorted(pkgutil.iter_modules(zoo.__path__), key=lambda found: found.name):
+        if found.ispkg:
+            importlib.import_module(f"{zoo.__name__}.{found.name}")
+    for plugin in importlib.metadata.entry_points(group=PLUGINS):
+        try:
+            plugin.load()
+        except Exception:
+            message = "the plugin %r (%s) failed to load; its parts are missing"
+            logger.warning(message, plugin.name, plugin.value, exc_info=True)
+
+
+def _import_zoo() -> ModuleType:
+    """``omnimoe.zoo``, which in a checkout that was not installed lies beside the package."""
+    name = "omnimoe.zoo"
+    if name in sys.modules or importlib.util.find_spec(name) is not None:
+        return importlib.import_module(name)
+    folder = Path(fspath(omnimoe.__file__ or "")).parents[1] / "zoo"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    if not (folder / "__init__.py").is_file() or spec is None or spec.loader is None:
+        raise ImportError(f"the package omnimoe.zoo is missing, and so is {folder}; install omnimoe again")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    omnimoe.zoo = module  # type: ignore[attr-defined]
+    return module
+
+
+MODELS.on_first_use(load_zoo)
+
+
+def _card_of(name: str) -> Any:
+    """The ``CARD`` of the module that declares a model, or None."""
+    return getattr(sys.modules.get(getattr(MODELS.get(name), "__module__", "")), "CARD", None)
+
+
+def _family_of(name: str) -> str:
+    card = _card_of(name)
+    return card.family if card else "custom"
+
+
+def _weights_of(name: str) -> str | None:
+    """Where a model's weights lie, for :func:`from_pretrained`, or None."""
+    card = _card_of(name)
+    source = card.weights.get(name) if card else None
+    if source is None or source.startswith("hf-hub:"):
+        return source
+    beside = Path(fspath(sys.modules[MODELS.get(name).__module__].__file__ or "")).parent / source
+    return f"local-dir:{beside}"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern if re.search(r"[*?\[]", pattern) else f"*{pattern}*")
+
+
+def _dtype(dtype: str | torch.dtype | None) -> Any:
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"unknown dtype {dtype!r}; write 'float32', 'bfloat16', 'float16' or a torch.dtype")
+    return found
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, place: torch.device):
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,61 @@
+"""A small copy of a model, for tests and for a first step on a laptop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omnimoe.model import OmniMoeConfig
+
+
+def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2) -> OmniMoeConfig:
+    """A copy small enough to step in milliseconds, with towers, routers, experts, mask and modalities kept.
+
+    Args:
+        config: of any model.
+        hidden_size: a multiple of 16.
+        num_layers: layers to keep; ranges of changed layers are moved so that the first of each is kept.
+    """
+    markers = iter(range(3, 64))
+
+    def moved(token: int | None) -> int | None:
+        return None if token is None else next(markers)
+
+    def attention(part: Any) -> Any:
+        if part is None or not hasattr(part, "num_heads"):
+            return part
+        groups = part.num_heads // (part.num_kv_heads or part.num_heads)
+        turned = part.rope
+        if turned is not None and turned.sections:
+            axes = len(turned.sections)
+            turned = turned.replace(sections=(hidden_size // 8 - (axes - 1), *(1,) * (axes - 1)))
+        return part.replace(num_heads=4, num_kv_heads=max(1, 4 // groups), head_dim=None, rope=turned)
+
+    def experts(part: Any) -> Any:
+        narrow = part is not None and hasattr(part, "intermediate_size")
+        return part.replace(intermediate_size=3 * hidden_size // 2) if narrow else part
+
+    modalities = []
+    for modality in config.modalities:
+        small: dict[str, Any] = {"begin_id": moved(modality.begin_id), "end_id": moved(modality.end_id)}
+        if modality.num_tokens is not None:
+            small["num_tokens"] = 4
+        if modality.is_discrete:
+            small |= {"vocab_size": 64 if not modalities else 16, "vocab_start": None}
+        modalities.append(modality.replace(**small))
+    return config.replace(
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        modalities=tuple(modalities),
+        attention=attention(config.attention),
+        experts=experts(config.experts),
+        layers=tuple(
+            part.replace(
+                start=min(part.start, num_layers - 1),
+                stop=None,
+                attention=attention(part.attention),
+                experts=experts(part.experts),
+            )
+            for part in config.layers
+        ),
+        max_position_embeddings=128,
+    )

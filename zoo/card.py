@@ -1,0 +1,27 @@
+"""What is known of a family beside its code: a module that registers models says it in a constant ``CARD``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The facts that ``model_info`` reads.
+
+    Args:
+        family: name of the family.
+        title: one line.
+        paper: address of the paper that describes the architecture.
+        license: SPDX name of the licence of the weights, or of the declaration where there are none.
+        weights: for each model that has weights, where they lie: a folder beside the module that declares the card, or
+            an id on the Hub as ``hf-hub:org/name``.
+        related: addresses of other papers that the family draws on.
+    """
+
+    family: str
+    title: str
+    paper: str
+    license: str = "Apache-2.0"
+    weights: dict[str, str] = field(default_factory=dict)
+    related: tuple[str, ...] = ()

@@ -1,0 +1,122 @@
+"""MoMa: a group of experts for each modality; inside its group, every expert takes its best tokens.
+
+Attention is shared. A group's only expert is a plain feed-forward network without a router (``1t1i``, and the picture
+expert of ``7t1i``).
+
+Source: https://arxiv.org/abs/2407.21770.
+"""
+
+from __future__ import annotations
+
+from omnimoe import OmniMoeConfig, RoutedExperts, register_model
+from omnimoe.routers import ByModalityRouter, ExpertChoiceRouter
+from omnimoe.zoo.card import Card
+from omnimoe.zoo.chameleon import chameleon_1_4b, chameleon_90m, chameleon_435m
+
+CARD = Card(
+    family="moma",
+    title="MoMa: experts grouped by modality, chosen by the experts inside a group",
+    paper="https://arxiv.org/abs/2407.21770",
+    related=("https://arxiv.org/abs/2405.09818",),
+)
+
+
+def modality_experts(config: OmniMoeConfig, *, text: int, image: int) -> OmniMoeConfig:
+    """The feed-forward networks of a dense config as a group of experts for text and one for pictures."""
+    return config.replace(
+        experts=RoutedExperts.Config(
+            num_experts=text + image,
+            intermediate_size=config.experts.intermediate_size,
+            router=ByModalityRouter.Config(experts=(text, image), router=ExpertChoiceRouter.Config(score="sigmoid")),
+        )
+    )
+
+
+@register_model("moma_90m_1t1i")
+def moma_90m_1t1i() -> OmniMoeConfig:
+    """MoMa, 90M active: one expert for text and one for pictures."""
+    return modality_experts(chameleon_90m(), text=1, image=1)
+
+
+@register_model("moma_90m_2t2i")
+def moma_90m_2t2i() -> OmniMoeConfig:
+    """MoMa, 90M active: two text and two picture experts."""
+    return modality_experts(chameleon_90m(), text=2, image=2)
+
+
+@register_model("moma_90m_4t4i")
+def moma_90m_4t4i() -> OmniMoeConfig:
+    """MoMa, 90M active: four text and four picture experts."""
+    return modality_experts(chameleon_90m(), text=4, image=4)
+
+
+@register_model("moma_90m_7t1i")
+def moma_90m_7t1i() -> OmniMoeConfig:
+    """MoMa, 90M active: seven text and one picture experts."""
+    return modality_experts(chameleon_90m(), text=7, image=1)
+
+
+@register_model("moma_90m_6t2i")
+def moma_90m_6t2i() -> OmniMoeConfig:
+    """MoMa, 90M active: six text and two picture experts."""
+    return modality_experts(chameleon_90m(), text=6, image=2)
+
+
+@register_model("moma_435m_1t1i")
+def moma_435m_1t1i() -> OmniMoeConfig:
+    """MoMa, 435M active: one expert for text and one for pictures."""
+    return modality_experts(chameleon_435m(), text=1, image=1)
+
+
+@register_model("moma_435m_2t2i")
+def moma_435m_2t2i() -> OmniMoeConfig:
+    """MoMa, 435M active: two text and two picture experts."""
+    return modality_experts(chameleon_435m(), text=2, image=2)
+
+
+@register_model("moma_435m_4t4i")
+def moma_435m_4t4i() -> OmniMoeConfig:
+    """MoMa, 435M active: four text and four picture experts."""
+    return modality_experts(chameleon_435m(), text=4, image=4)
+
+
+@register_model("moma_435m_7t1i")
+def moma_435m_7t1i() -> OmniMoeConfig:
+    """MoMa, 435M active: seven text and one picture experts."""
+    return modality_experts(chameleon_435m(), text=7, image=1)
+
+
+@register_model("moma_435m_6t2i")
+def moma_435m_6t2i() -> OmniMoeConfig:
+    """MoMa, 435M active: six text and two picture experts."""
+    return modality_experts(chameleon_435m(), text=6, image=2)
+
+
+@register_model("moma_1_4b_1t1i")
+def moma_1_4b_1t1i() -> OmniMoeConfig:
+    """MoMa, 1.4B active: one expert for text and one for pictures."""
+    return modality_experts(chameleon_1_4b(), text=1, image=1)
+
+
+@register_model("moma_1_4b_2t2i")
+def moma_1_4b_2t2i() -> OmniMoeConfig:
+    """MoMa, 1.4B active: two text and two picture experts."""
+    return modality_experts(chameleon_1_4b(), text=2, image=2)
+
+
+@register_model("moma_1_4b_4t4i")
+def moma_1_4b_4t4i() -> OmniMoeConfig:
+    """MoMa, 1.4B active: four text and four picture experts."""
+    return modality_experts(chameleon_1_4b(), text=4, image=4)
+
+
+@register_model("moma_1_4b_7t1i")
+def moma_1_4b_7t1i() -> OmniMoeConfig:
+    """MoMa, 1.4B active: seven text and one picture experts."""
+    return modality_experts(chameleon_1_4b(), text=7, image=1)
+
+
+@register_model("moma_1_4b_6t2i")
+def moma_1_4b_6t2i() -> OmniMoeConfig:
+    """MoMa, 1.4B active: six text and two picture experts."""
+    return modality_experts(chameleon_1_4b(), text=6, image=2)
