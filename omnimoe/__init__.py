@@ -6,6 +6,8 @@ Names are loaded on first use, so that ``import omnimoe`` costs nothing and regi
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -21,8 +23,17 @@ _HOMES = {
     "omnimoe.backbone": ("LayerRange",),
     "omnimoe.inputs": ("InputError",),
     "omnimoe.model": ("OmniMoeConfig", "OmniMoeForCausalLM", "OmniMoeModel", "OmniMoeOutput", "register_model"),
-    "omnimoe.hub": ("ModelInfo", "add_model_config", "from_pretrained", "list_models", "load", "model_info"),
-    "omnimoe.flops": ("flops",),
+    "omnimoe.checkpoint": ("CheckpointError",),
+    "omnimoe.hub": (
+        "ModelInfo",
+        "add_model_config",
+        "from_pretrained",
+        "list_models",
+        "load",
+        "model_info",
+    ),
+    "omnimoe.flops": ("active_params", "flops", "total_params"),
+    "omnimoe.shrink": ("shrink",),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_WHERE)]
@@ -41,3 +52,15 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Importing ``omnimoe.flops`` would set ``flops`` to the module, where the function of that name should be."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and _WHERE.get(name) == value.__name__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
