@@ -16,7 +16,7 @@ _PLACES = {
     "PackedSequences": "sequences",
     "SequenceError": "documents",
     "default_ranges": "documents",
-    "evaluation_batches": "sequences",
+    "evaluation_batches": "evaluation",
     "build_corpus": "build",
     "tokenize_corpus": "tokenize",
     "check_leaks": "splits",

@@ -11,15 +11,21 @@ cell (r, c) has row s + r and column s + c. This differs from Qwen2-VL, whose pi
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from omnimoe.data.corpus import MODALITIES, Corpus, Example
 from omnimoe.modalities.vocabulary import TokenRange
 from omnimoe.tokenizers.text import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS
 
+logger = logging.getLogger(__name__)
+
+IGNORE = -100
 _MARKERS = {"image": ("<image>", "</image>"), "speech": ("<speech>", "</speech>")}
 
 
@@ -162,6 +168,62 @@ class DocumentBuilder:
         return Piece(
             ids=whole, modality_ids=np.full(len(whole), self.text_number), positions=_running_positions(len(whole))
         )
+
+
+def tellable(
+    builder: DocumentBuilder, split: str, languages: Sequence[str] | None, length: int
+) -> tuple[np.ndarray, list[list[tuple[str, ...]]]]:
+    """Rows of a split that fit ``length`` tokens, ``(n,)`` int64, and the orders in which each can be told."""
+    rows, orders, left_out = [], [], 0
+    shared: dict[tuple[tuple[str, ...], ...], list[tuple[str, ...]]] = {}
+    for row in builder.corpus.select(split, languages=languages, having=()):
+        choices = builder.orders(builder.corpus[int(row)], length)
+        if not choices:
+            left_out += 1
+            continue
+        rows.append(int(row))
+        orders.append(shared.setdefault(tuple(choices), choices))
+    if left_out:
+        logger.warning("%d rows of split %s do not fit %d tokens and are left out", left_out, split, length)
+    return np.array(rows, dtype=np.int64), orders
+
+
+def collate(sequences: list[list[Piece]], builder: DocumentBuilder, length: int, axes: int) -> dict[str, Tensor]:
+    """Pieces to one batch; :class:`omnimoe.data.sequences.PackedSequences` says what it holds."""
+    shape = (len(sequences), length)
+    ids = np.full(shape, builder.pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE, dtype=np.int64)
+    modality_ids = np.full(shape, builder.text_number, dtype=np.int64)
+    segments = np.full(shape, -1, dtype=np.int64)
+    positions = np.zeros((*shape, 3), dtype=np.int64)
+    for row, pieces in enumerate(sequences):
+        start = 0
+        for number, piece in enumerate(pieces):
+            end = start + len(piece)
+            ids[row, start:end] = piece.ids
+            labels[row, start + 1 : end] = piece.ids[1:]
+            modality_ids[row, start:end] = piece.modality_ids
+            segments[row, start:end] = number
+            positions[row, start:end] = piece.positions
+            start = end
+    arrays = {
+        "input_ids": ids,
+        "labels": labels,
+        "modality_ids": modality_ids,
+        "segment_ids": segments,
+        "position_ids": positions if axes == 3 else positions[..., 0].copy(),
+    }
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def check_sizes(sequence_length: int, batch_size: int, axes: int) -> None:
+    """Raises SequenceError if one of the sizes of a batch is out of range."""
+    if isinstance(sequence_length, bool) or not isinstance(sequence_length, int) or sequence_length < 8:
+        raise SequenceError(f"sequence_length must be an integer of at least 8, got {sequence_length!r}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise SequenceError(f"batch_size must be a positive integer, got {batch_size!r}")
+    if axes not in (1, 3):
+        raise SequenceError(f"axes must be 1 or 3, got {axes!r}")
 
 
 def _running_positions(length: int) -> np.ndarray:

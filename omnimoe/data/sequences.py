@@ -1,4 +1,4 @@
-"""Packed training sequences of interleaved documents, endless and resumable, and finite evaluation batches.
+"""Packed training sequences of interleaved documents, endless and resumable.
 
 Documents that hold a picture or a clip are never cut: a span torn in two is neither readable nor a thing to learn. Only
 running text is cut, and it fills what is left of a sequence where the next document does not fit, so there is no
@@ -9,23 +9,26 @@ All randomness is drawn from ``(seed, epoch)``, so the state is a few integers a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from omnimoe.data.corpus import MODALITIES, Corpus
-from omnimoe.data.documents import DocumentBuilder, Piece, SequenceError, default_ranges
+from omnimoe.data.documents import (
+    DocumentBuilder,
+    Piece,
+    SequenceError,
+    check_sizes,
+    collate,
+    default_ranges,
+    tellable,
+)
+from omnimoe.data.evaluation import evaluation_batches
 from omnimoe.modalities.vocabulary import TokenRange
 
 __all__ = ["PackedSequences", "SequenceError", "default_ranges", "evaluation_batches"]
-
-logger = logging.getLogger(__name__)
-
-IGNORE = -100
 
 
 class PackedSequences:
@@ -82,7 +85,7 @@ class PackedSequences:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check_sizes(sequence_length, batch_size, axes)
+        check_sizes(sequence_length, batch_size, axes)
         if not 0 <= text_share <= 1:
             raise SequenceError(f"text_share must lie in 0..1, got {text_share!r}")
         if not 0 <= rank < world_size:
@@ -90,7 +93,7 @@ class PackedSequences:
         self.builder = DocumentBuilder(corpus, ranges, modalities)
         self.corpus, self.sequence_length, self.batch_size, self.axes = corpus, sequence_length, batch_size, axes
         self.split, self.seed, self.text_share, self.rank, self.world_size = split, seed, text_share, rank, world_size
-        self._rows, self._orders = _tellable(self.builder, split, languages, sequence_length)
+        self._rows, self._orders = tellable(self.builder, split, languages, sequence_length)
         self._rows, self._orders = self._rows[rank::world_size], self._orders[rank::world_size]
         texts = (
             corpus.documents["text"][corpus.select_documents(split)] if "text" in modalities else np.zeros(0, np.int32)
@@ -120,7 +123,7 @@ class PackedSequences:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
-        return _collate(
+        return collate(
             [self._sequence() for _ in range(self.batch_size)], self.builder, self.sequence_length, self.axes
         )
 
@@ -224,161 +227,3 @@ class PackedSequences:
         if self._cursor[kind] == count:
             self._cursor[kind] = 0
             self._cursor[f"{kind}_epoch"] = epoch + 1
-
-
-def evaluation_batches(
-    corpus: Corpus,
-    ranges: Mapping[str, TokenRange],
-    *,
-    sequence_length: int,
-    batch_size: int,
-    split: str = "val",
-    seed: int = 0,
-    modalities: Sequence[str] = MODALITIES,
-    languages: Sequence[str] | None = ("en",),
-    order: Sequence[str] | None = None,
-    running_text: bool = True,
-    max_batches: int | None = None,
-    axes: int = 3,
-) -> Iterator[dict[str, Tensor]]:
-    """Every row of a split once, then its running text once; the same batches each time.
-
-    Nothing is cut short: where the next document does not fit, the sequence ends in padding. Batches are as those of
-    :class:`PackedSequences`; the last may have fewer rows.
-
-    Args:
-        corpus: as in :class:`PackedSequences`; so are ``ranges`` to ``languages`` and ``axes``.
-        ranges: see there.
-        sequence_length: T.
-        batch_size: B.
-        split: ``"val"``, ``"test"``, ``"drawing"`` or ``"train"``.
-        seed: draws the order of the spans of each row.
-        modalities: modalities to use.
-        languages: languages of the captions.
-        order: one order for all rows, such as ``("image", "text")``; rows that lack one are left out. None draws one a
-            row.
-        running_text: whether running text comes too.
-        max_batches: stop after so many batches.
-        axes: 3 or 1 position axes.
-
-    Raises:
-        SequenceError: if an argument is out of range or nothing fits.
-    """
-    _check_sizes(sequence_length, batch_size, axes)
-    builder = DocumentBuilder(corpus, ranges, modalities)
-    if order is not None and (not order or len(set(order)) != len(order) or not set(order) <= set(modalities)):
-        raise SequenceError(f"order must name modalities of {', '.join(modalities)}, each once, got {order!r}")
-    pieces = _evaluation_pieces(
-        builder, split, seed, languages, order, running_text and "text" in modalities, sequence_length
-    )
-    # The first piece is made now, so that an empty choice is an error here and not an empty loop somewhere else.
-    first = next(pieces, None)
-    if first is None:
-        raise SequenceError(
-            f"split {split!r} has nothing of {', '.join(order or modalities)} that fits {sequence_length} tokens"
-        )
-    return _batches(first, pieces, builder, sequence_length, batch_size, axes, max_batches)
-
-
-def _evaluation_pieces(
-    builder: DocumentBuilder,
-    split: str,
-    seed: int,
-    languages: Sequence[str] | None,
-    order: Sequence[str] | None,
-    running_text: bool,
-    length: int,
-) -> Iterator[Piece]:
-    corpus = builder.corpus
-    rows, orders = _tellable(builder, split, languages, length)
-    draws = np.random.default_rng([seed, 2]).random(len(rows))
-    for row, choices, draw in zip(rows, orders, draws, strict=True):
-        if order is None:
-            yield builder.document(corpus[int(row)], choices[int(draw * len(choices))])
-        elif tuple(order) in choices or (len(order) == 1 and corpus[int(row)].get(order[0]) is not None):
-            yield builder.document(corpus[int(row)], order)
-    if running_text:
-        for text in corpus.documents["text"][corpus.select_documents(split)]:
-            total = len(corpus.texts[int(text)]) + 2
-            for offset in range(0, total, length):
-                yield builder.running_text(int(text), offset, length)
-
-
-def _batches(
-    first: Piece,
-    rest: Iterator[Piece],
-    builder: DocumentBuilder,
-    length: int,
-    batch_size: int,
-    axes: int,
-    max_batches: int | None,
-) -> Iterator[dict[str, Tensor]]:
-    sequences: list[list[Piece]] = [[first]]
-    room, made = length - len(first), 0
-    for piece in rest:
-        if len(piece) > room:
-            if len(sequences) == batch_size:
-                yield _collate(sequences, builder, length, axes)
-                made += 1
-                if made == max_batches:
-                    return
-                sequences = []
-            sequences.append([])
-            room = length
-        sequences[-1].append(piece)
-        room -= len(piece)
-    yield _collate(sequences, builder, length, axes)
-
-
-def _tellable(
-    builder: DocumentBuilder, split: str, languages: Sequence[str] | None, length: int
-) -> tuple[np.ndarray, list[list[tuple[str, ...]]]]:
-    """Rows of a split that fit, and the orders in which each can be told."""
-    rows, orders, left_out = [], [], 0
-    shared: dict[tuple[tuple[str, ...], ...], list[tuple[str, ...]]] = {}
-    for row in builder.corpus.select(split, languages=languages, having=()):
-        choices = builder.orders(builder.corpus[int(row)], length)
-        if not choices:
-            left_out += 1
-            continue
-        rows.append(int(row))
-        orders.append(shared.setdefault(tuple(choices), choices))
-    if left_out:
-        logger.warning("%d rows of split %s do not fit %d tokens and are left out", left_out, split, length)
-    return np.array(rows, dtype=np.int64), orders
-
-
-def _collate(sequences: list[list[Piece]], builder: DocumentBuilder, length: int, axes: int) -> dict[str, Tensor]:
-    shape = (len(sequences), length)
-    ids = np.full(shape, builder.pad_id, dtype=np.int64)
-    labels = np.full(shape, IGNORE, dtype=np.int64)
-    modality_ids = np.full(shape, builder.text_number, dtype=np.int64)
-    segments = np.full(shape, -1, dtype=np.int64)
-    positions = np.zeros((*shape, 3), dtype=np.int64)
-    for row, pieces in enumerate(sequences):
-        start = 0
-        for number, piece in enumerate(pieces):
-            end = start + len(piece)
-            ids[row, start:end] = piece.ids
-            labels[row, start + 1 : end] = piece.ids[1:]
-            modality_ids[row, start:end] = piece.modality_ids
-            segments[row, start:end] = number
-            positions[row, start:end] = piece.positions
-            start = end
-    arrays = {
-        "input_ids": ids,
-        "labels": labels,
-        "modality_ids": modality_ids,
-        "segment_ids": segments,
-        "position_ids": positions if axes == 3 else positions[..., 0].copy(),
-    }
-    return {key: torch.from_numpy(array) for key, array in arrays.items()}
-
-
-def _check_sizes(sequence_length: int, batch_size: int, axes: int) -> None:
-    if isinstance(sequence_length, bool) or not isinstance(sequence_length, int) or sequence_length < 8:
-        raise SequenceError(f"sequence_length must be an integer of at least 8, got {sequence_length!r}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise SequenceError(f"batch_size must be a positive integer, got {batch_size!r}")
-    if axes not in (1, 3):
-        raise SequenceError(f"axes must be 1 or 3, got {axes!r}")

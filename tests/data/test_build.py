@@ -15,7 +15,10 @@ from omnimoe.data.pictures import PictureError, fingerprint, render_svg, to_squa
 from omnimoe.data.speech import SAMPLE_RATE, to_clip
 from omnimoe.data.texts import bounded
 
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}"><rect width="100%" height="100%" fill="{c}"/></svg>'
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}">'
+    '<rect width="100%" height="100%" fill="{c}"/></svg>'
+)
 
 
 def test_drawings_are_centred_on_white() -> None:

@@ -1,4 +1,4 @@
-"""Fetching: what is fetched once is not fetched again, what is not what was pinned is refused, what is missing is named."""
+"""Fetching: once is enough, another file than the pinned one is refused, a missing client is named."""
 
 from __future__ import annotations
 
