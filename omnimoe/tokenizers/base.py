@@ -1,7 +1,7 @@
 """What a tokenizer is: raw input of one modality to local ids ``0..vocab_size-1``, and back.
 
-Ids are local: where they lie in a model's one vocabulary is the modality's business, not the tokenizer's. So a tokenizer
-can be trained, shipped and tested without a model, and two models can place the same one differently.
+Ids are local: where they lie in a model's one vocabulary is the modality's business, not the tokenizer's. So a
+tokenizer can be trained, shipped and tested without a model, and two models can place the same one differently.
 """
 
 from __future__ import annotations
@@ -104,8 +104,10 @@ class Tokenizer(Configurable):
         try:
             ids = torch.as_tensor(ids).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TokenizerError(f"ids must be a tensor or sequence of integers, not {type(ids).__name__}: {error}") from None
-        if ids.numel() == 0 and not ids.is_floating_point() or ids.shape == (0,):
+            raise TokenizerError(
+                f"ids must be a tensor or sequence of integers, not {type(ids).__name__}: {error}"
+            ) from None
+        if ids.shape == (0,):  # an empty list becomes a float tensor
             ids = ids.long()
         if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
             raise TokenizerError(f"ids must be integers, not {ids.dtype}; pass the ids that encode returned")
@@ -136,7 +138,7 @@ def load_tokenizer(name: str, path: str | PathLike[str] | None = None) -> Tokeni
 
     Args:
         name: ``"text"``, ``"picture"``, ``"speech"`` or one of your own.
-        path: a folder or file of :meth:`Tokenizer.save_pretrained`; ``None`` for the weights that ship with the package.
+        path: a folder or file of :meth:`Tokenizer.save_pretrained`; ``None`` for what ships with the package.
 
     Raises:
         RegistryError: if the name is unknown; the message names the nearest.

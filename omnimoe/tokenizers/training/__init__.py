@@ -1,0 +1,1 @@
+"""The commands that made the shipped weights; one module a tokenizer, run with ``python -m``."""
