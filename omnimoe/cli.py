@@ -1,0 +1,76 @@
+"""The command line: ``omnimoe quickstart | list | info | train | compare | generate | data``.
+
+A command is a module of ``omnimoe.commands`` with ``add_arguments(parser)`` and ``run(args) -> int``. It is imported only
+when it is asked for, so that ``omnimoe --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "quickstart": "train a small Mixture-of-Transformers beside its dense twin, on real data, in five minutes",
+    "list": "list the model zoo",
+    "info": "sizes, FLOPs, modalities, paper and licence of one model",
+    "train": "train a model of the zoo, or one declared in a JSON file",
+    "compare": "train several architectures on the same data and compare the steps they need",
+    "generate": "make text, pictures or speech from text, pictures or speech",
+    "data": "build or look at a corpus",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: what follows ``omnimoe`` on the command line; taken from there where None.
+
+    Returns:
+        0 on success, 1 after a failure at run time, 2 for a wrong call, 130 after Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser(only=given[0] if given and given[0] in COMMANDS else None)
+    args = parser.parse_args(given)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
+    try:
+        return importlib.import_module(f"omnimoe.commands.{args.command}").run(args)
+    except KeyboardInterrupt:
+        print("omnimoe: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if args.verbose:
+            raise
+        print(f"omnimoe {args.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _parser(only: str | None) -> argparse.ArgumentParser:
+    import omnimoe
+
+    parser = argparse.ArgumentParser(
+        prog="omnimoe",
+        description="Load, train, extend, compare and run modality-aware sparse multimodal models.",
+        epilog="'omnimoe COMMAND --help' tells more of a command. Start with 'omnimoe quickstart'.",
+    )
+    parser.add_argument("--version", action="version", version=f"omnimoe {omnimoe.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name == only:
+            importlib.import_module(f"omnimoe.commands.{name}").add_arguments(command)
+        command.add_argument("--verbose", action="store_true", help="tell more, and show where an error came from")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Options shared by the commands that train, made from the fields of ``TrainSettings``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+
+SHORT = {"learning_rate": "lr", "checkpoint_activations": "checkpoint-activations"}
+
+
+def add_settings(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = (), **defaults: object) -> None:
+    """Adds an option for every field of ``TrainSettings``, its help the sentence under the field.
+
+    Args:
+        parser: of the command.
+        without: fields that the command sets itself.
+        defaults: defaults of this command where they differ from the fields'.
+    """
+    from omnimoe.train.settings import TrainSettings
+
+    group = parser.add_argument_group("training")
+    sentences = field_sentences(TrainSettings)
+    for field in dataclasses.fields(TrainSettings):
+        if field.name in without:
+            continue
+        default = defaults.get(field.name, field.default)
+        option = "--" + SHORT.get(field.name, field.name.replace("_", "-"))
+        told = sentences[field.name].rstrip(".").replace("%", "%%")
+        if isinstance(default, bool):
+            group.add_argument(option, dest=field.name, action=argparse.BooleanOptionalAction, default=default, help=told)
+        else:
+            group.add_argument(option, dest=field.name, type=type(default), default=default, metavar="X", help=told)
+
+
+def read_settings(args: argparse.Namespace, **fixed: object):
+    """The ``TrainSettings`` of parsed arguments, ``fixed`` fields set by the command."""
+    from omnimoe.train.settings import TrainSettings
+
+    names = [field.name for field in dataclasses.fields(TrainSettings)]
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return TrainSettings(**{**given, **fixed})
+
+
+def field_sentences(kind: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    found = {}
+    statements = body.body if isinstance(body, ast.ClassDef) else []
+    for statement, after in zip(statements, statements[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            found[statement.target.id] = " ".join(str(text).split())
+    return found

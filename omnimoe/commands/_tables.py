@@ -1,0 +1,63 @@
+"""Numbers and tables as people read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def console() -> Console:
+    """Where tables go: as wide as the terminal, or 120 columns into a file."""
+    found = Console()
+    return found if found.is_terminal else Console(width=120)
+
+
+def count(number: float) -> str:
+    """A large number with a unit: ``37.0M``, ``1.50B``.
+
+    Example:
+        >>> count(37_012_345), count(1_501_700_000), count(640)
+        ('37.0M', '1.50B', '640')
+    """
+    for size, unit, digits in ((1e12, "T", 2), (1e9, "B", 2), (1e6, "M", 1), (1e3, "k", 1)):
+        if abs(number) >= size:
+            return f"{number / size:.{digits}f}{unit}"
+    return f"{number:.0f}"
+
+
+def spread(measured: dict[str, float] | None, *, percent: bool = False) -> str:
+    """A mean with its spread over seeds; a dash where nothing was measured."""
+    if measured is None:
+        return "–"
+    scale, digits, unit = (100, 0, " %") if percent else (1, 3, "")
+    mean = f"{measured['mean'] * scale:.{digits}f}"
+    return mean + (f" ± {measured['std'] * scale:.{digits}f}" if measured["n"] > 1 else "") + unit
+
+
+def comparison_table(rows: list[dict[str, Any]], modalities: list[str]) -> Table:
+    """The table of a comparison: sizes and FLOPs, then final loss and share of the baseline's steps by modality."""
+    names = ["all tokens" if modality == "all" else modality for modality in modalities]
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    for heading in ("model", "params", "active", "FLOPs/token", "time"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name in names:
+        table.add_column(f"loss\n{name}", justify="right")
+    for name in names:
+        table.add_column(f"steps\n{name}", justify="right")
+    base = rows[0]["model"]
+    for row in rows:
+        shares = [
+            "100 %" if row["model"] == base else spread(row["share"][modality], percent=True) for modality in modalities
+        ]
+        table.add_row(
+            row["model"],
+            count(row["total_params"]),
+            count(row["active_params"]),
+            f"{count(row['flops_per_token'])} ({row['flops_ratio']:.2f}x)",
+            f"{row['seconds']:.0f} s ({row['time_ratio']:.2f}x)",
+            *(spread(row["loss"][modality]) for modality in modalities),
+            *shares,
+        )
+    return table

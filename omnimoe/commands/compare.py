@@ -1,0 +1,38 @@
+"""``omnimoe compare``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from omnimoe.commands._settings import add_settings, read_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("models", nargs="+", help="zoo names, the baseline first; 'dense mot' means those of --size")
+    parser.add_argument("--size", default="nano", help="size that short names are completed with")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds each model is trained with")
+    parser.add_argument("--out", type=Path, default=Path("omnimoe-compare"), help="folder for curves, tables and runs")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_settings(parser, without=("seed",), steps=600, evaluate_every=25)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains every model with every seed and prints the table."""
+    from omnimoe.commands._tables import comparison_table, console
+    from omnimoe.compare import compare, resolve_names
+
+    settings = read_settings(args)
+    names = resolve_names(args.models, args.size)
+    comparison = compare(names, settings, seeds=range(args.seeds), out=args.out)
+    if args.json:
+        print(json.dumps(comparison.to_dict()))
+        return 0
+    console().print(comparison_table(comparison.rows(), comparison.modalities))
+    print(
+        f"\nsteps: share of {names[0]}'s steps that a model needs to reach its held-out loss, mean ± standard deviation "
+        f"over {args.seeds} seeds\ncurves  {args.out / 'curves.png'}\nnumbers {args.out / 'comparison.json'}"
+    )
+    return 0

@@ -1,0 +1,42 @@
+"""``omnimoe train``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from omnimoe.commands._settings import add_settings, read_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("model", help="a name of the zoo, or a JSON file that declares a model")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the log")
+    parser.add_argument("--resume", action="store_true", help="go on where the checkpoint in --out left off")
+    parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
+    add_settings(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, and says where the checkpoint is and how to go on."""
+    from omnimoe.hub import add_model_config, load
+    from omnimoe.train import Training
+
+    settings = read_settings(args)
+    name = args.model
+    if name.endswith(".json"):
+        name = add_model_config(name)
+    if (args.out / "checkpoint").exists() and not args.resume:
+        raise ValueError(f"{args.out} holds a checkpoint already; pass --resume to go on, or another --out")
+    training = Training(load(name, seed=settings.seed).to(args.device), settings, out=args.out, name=name)
+    if args.resume:
+        training.resume()
+    history = training.run()
+    last = {modality: losses[-1] for modality, losses in history.held_out.items()}
+    print(f"checkpoint  {training.checkpoint_folder}")
+    print(f"log         {args.out / 'log.jsonl'}, and for TensorBoard {args.out / 'tensorboard'}")
+    print("held out    " + ", ".join(f"{modality} {loss:.3f}" for modality, loss in last.items()) + " nats a token")
+    if training.was_interrupted:
+        print(f"stopped at step {training.step} of {settings.steps}; the same command with --resume goes on")
+        return 130
+    return 0

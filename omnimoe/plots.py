@@ -1,0 +1,171 @@
+"""Pictures a person can read: loss curves, grids of pictures, which copies the tokens of each modality meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from omnimoe.compare import Comparison
+
+COLOURS = ("#3b6fb6", "#d1662a", "#2f8f5b", "#8a5fb0", "#b8963a", "#c2455e", "#5a7d8c", "#7a7a7a")
+"""One a model or a modality, in order; told apart in print and by colour-blind readers."""
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"figure.dpi": 120, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def draw_curves(comparison: Comparison, path: Path | str) -> Path:
+    """Held-out loss of every model against steps, a panel for each modality.
+
+    Args:
+        comparison: what was measured.
+        path: where the PNG goes.
+
+    Returns:
+        The path.
+    """
+    plt = _pyplot()
+    modalities = comparison.modalities
+    figure, axes = plt.subplots(1, len(modalities), figsize=(3.4 * len(modalities), 3.2), squeeze=False)
+    for axis, modality in zip(axes[0], modalities, strict=True):
+        for colour, name in zip(COLOURS * 3, comparison.names, strict=False):
+            runs = comparison.histories[name]
+            steps = runs[0].steps
+            losses = np.array([run.held_out[modality] for run in runs])
+            axis.plot(steps, losses.mean(0), color=colour, label=name, linewidth=1.6)
+            if len(runs) > 1:
+                axis.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
+        first = 1 if len(comparison.histories[comparison.names[0]][0].steps) > 2 else 0
+        seen = np.array([run.held_out[modality][first:] for name in comparison.names for run in comparison.histories[name]])
+        axis.set_ylim(seen.min() - 0.05 * np.ptp(seen), seen.max() + 0.05 * np.ptp(seen))
+        axis.set_title("all tokens" if modality == "all" else modality)
+        axis.set_xlabel("steps")
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("held-out loss, nats a token")
+    axes[0][-1].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return Path(path)
+
+
+def draw_grid(
+    rows: Sequence[Sequence[np.ndarray]],
+    path: Path | str,
+    *,
+    captions: Sequence[str] = (),
+    headings: Sequence[str] = (),
+    scale: int = 2,
+) -> Path:
+    """Pictures in rows and columns, with a caption under each column and a heading left of each row.
+
+    Args:
+        rows: each a row of ``(H, W, 3)`` uint8 pictures of one size.
+        path: where the PNG goes.
+        captions: a text a column.
+        headings: a text a row.
+        scale: how many screen pixels a pixel takes.
+
+    Returns:
+        The path.
+    """
+    plt = _pyplot()
+    height, width = rows[0][0].shape[:2]
+    columns = max(len(row) for row in rows)
+    inch = scale / 100
+    figure, axes = plt.subplots(
+        len(rows),
+        columns,
+        figsize=(columns * width * inch + 1.1 * bool(headings), len(rows) * height * inch + 0.55 * bool(captions)),
+        squeeze=False,
+    )
+    for row, heading, line in zip(axes, list(headings) + [""] * len(rows), rows, strict=False):
+        for axis, picture in zip(row, line, strict=False):
+            axis.imshow(picture, interpolation="nearest")
+        for axis in row:
+            axis.set_axis_off()
+        row[0].text(-0.08, 0.5, heading, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
+    for axis, caption in zip(axes[-1], captions, strict=False):
+        axis.text(0.5, -0.06, _wrap(caption), transform=axis.transAxes, ha="center", va="top", fontsize=7)
+    figure.subplots_adjust(wspace=0.06, hspace=0.06)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.08)
+    plt.close(figure)
+    return Path(path)
+
+
+def draw_routing(
+    load: np.ndarray,
+    modality_ids: np.ndarray,
+    names: Sequence[str],
+    path: Path | str,
+    *,
+    title: str = "",
+) -> Path:
+    """Which copies the tokens of each modality meet, and how one sequence alternates between modalities.
+
+    Args:
+        load: ``(L, M, E)``, the share of a modality's tokens that meets each copy of each layer.
+        modality_ids: ``(T,)``, a sequence in order of time.
+        names: modalities.
+        path: where the PNG goes.
+        title: of the picture.
+
+    Returns:
+        The path.
+    """
+    plt = _pyplot()
+    from matplotlib.colors import ListedColormap
+
+    num_layers, num_modalities, num_copies = load.shape
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(8.2, 1.6 + 0.34 * num_layers * num_modalities / 2), height_ratios=[1, 0.45 * num_layers + 1]
+    )
+    colours = ListedColormap(COLOURS[:num_modalities])
+    top.imshow(modality_ids[None], aspect="auto", cmap=colours, vmin=-0.5, vmax=num_modalities - 0.5, interpolation="nearest")
+    top.set_yticks([])
+    top.set_xlabel("position in a held-out sequence")
+    top.set_title(title, loc="left")
+    for index, name in enumerate(names):
+        top.plot([], [], "s", color=COLOURS[index], label=name)
+    top.legend(frameon=False, ncols=num_modalities, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    _heat(bottom, load, names)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return Path(path)
+
+
+def _heat(axis: Axes, load: np.ndarray, names: Sequence[str]) -> None:
+    num_layers, num_modalities, num_copies = load.shape
+    table = load.reshape(num_layers * num_modalities, num_copies)
+    axis.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=max(1.0, float(table.max())))
+    labels = [f"layer {layer}  {name}" if i == 0 else name for layer in range(num_layers) for i, name in enumerate(names)]
+    axis.set_yticks(range(len(table)), labels, fontsize=7)
+    axis.set_xticks(range(num_copies), [str(i) for i in range(num_copies)])
+    axis.set_xlabel("copy of the feed-forward bank, share of the modality's tokens")
+    for layer in range(1, num_layers):
+        axis.axhline(layer * num_modalities - 0.5, color="white", linewidth=2)
+    if num_copies <= 16:
+        for y, row in enumerate(table):
+            for x, value in enumerate(row):
+                if value >= 0.005:
+                    axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white" if value > 0.6 else "black")
+
+
+def _wrap(text: str, width: int = 18, lines: int = 3) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder="…"))

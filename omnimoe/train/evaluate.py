@@ -1,0 +1,44 @@
+"""Loss of each modality on held-out batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.train.data import Batch
+
+
+@torch.no_grad()
+def evaluate(
+    model: OmniMoeForCausalLM, batches: Iterable[Batch], *, precision: str = "fp32", device: torch.device | None = None
+) -> dict[str, float]:
+    """Mean next-token loss of each modality and over all tokens.
+
+    Args:
+        model: the model; its training mode is put back as it was.
+        batches: as the corpus gives them, with labels.
+        precision: ``"bf16"`` for autocast.
+        device: where the model is; read off it where None.
+
+    Returns:
+        Modality to nats a predicted token, and ``"all"``; a modality that was not predicted is left out.
+    """
+    device = device or next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    totals: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for batch in batches:
+            out = model(**{name: value.to(device) for name, value in batch.items()})
+            for name, loss in out.losses.items():
+                count = float(out.counts[name])
+                totals[name] = totals.get(name, 0.0) + float(loss) * count
+                counts[name] = counts.get(name, 0.0) + count
+    model.train(was_training)
+    losses = {name: totals[name] / counts[name] for name in totals if counts[name]}
+    if losses:
+        losses["all"] = sum(totals.values()) / sum(counts.values())
+    return losses

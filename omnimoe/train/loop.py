@@ -1,0 +1,272 @@
+"""The training loop: packed batches, AdamW, evaluation, checkpoints. A resumed run is bitwise the unbroken one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from omnimoe.data import Corpus
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.train.checkpoint import ResumeError, load_state, save_checkpoint
+from omnimoe.train.data import Batch, held_out_batches, training_batches
+from omnimoe.train.evaluate import evaluate
+from omnimoe.train.log import RunLog
+from omnimoe.train.optim import learning_rate, make_optimizer
+from omnimoe.train.settings import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on."""
+
+
+@dataclass(kw_only=True)
+class History:
+    """What a run measured.
+
+    Args:
+        steps: the steps at which the model was evaluated; step 0 is before training.
+        held_out: held-out loss by modality at those steps, in nats a token.
+        train_steps: the steps of the training log.
+        train: training loss by modality there, mean since the entry before.
+        seconds: time spent in training steps, evaluation not counted.
+        tokens: tokens trained on.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    held_out: dict[str, list[float]] = field(default_factory=dict)
+    train_steps: list[int] = field(default_factory=list)
+    train: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dict(vars(self))
+
+
+class Training:
+    """A run.
+
+    Args:
+        model: what is trained, on the device where it is.
+        settings: how.
+        corpus: on what; loaded by ``settings.data`` where None.
+        out: folder for checkpoints and the log; None keeps nothing.
+        name: shown beside the progress bar.
+        show_progress: draw a bar on a terminal.
+
+    Example:
+        >>> from omnimoe import load
+        >>> from omnimoe.train import Training, TrainSettings
+        >>> settings = TrainSettings(steps=1, batch_size=1, sequence_length=128, evaluate_batches=1)
+        >>> history = Training(load("dense_nano", seed=0), settings).run()
+        >>> history.steps
+        [0, 1]
+    """
+
+    def __init__(
+        self,
+        model: OmniMoeForCausalLM,
+        settings: TrainSettings,
+        *,
+        corpus: Corpus | None = None,
+        out: Path | str | None = None,
+        name: str = "",
+        show_progress: bool = True,
+    ) -> None:
+        self.model, self.settings, self.name, self.show_progress = model, settings, name, show_progress
+        self.out = None if out is None else Path(out)
+        self.corpus = Corpus.load(settings.data) if corpus is None else corpus
+        self.device = next(model.parameters()).device
+        self.batches = training_batches(model.config, settings, self.corpus)
+        self.held_out = held_out_batches(model.config, settings, self.corpus)
+        self.optimizer = make_optimizer(model, settings)
+        self.step = 0
+        self.history = History()
+        self._stop_requested = False
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+        if settings.checkpoint_activations:
+            model.gradient_checkpointing_enable()
+
+    @property
+    def checkpoint_folder(self) -> Path | None:
+        """Where the run's checkpoint is."""
+        return None if self.out is None else self.out / "checkpoint"
+
+    def resume(self) -> None:
+        """Takes up the run where its checkpoint left it.
+
+        Raises:
+            ResumeError: if there is no checkpoint, or it is of a run with other settings.
+        """
+        folder = self.checkpoint_folder
+        if folder is None:
+            raise ResumeError("a run without a folder keeps no checkpoint to resume; give it out=")
+        state = load_state(folder)
+        was, now = state["settings"], self.settings.to_dict()
+        changed = [key for key in now if was.get(key) != now[key]]
+        if changed:
+            told = ", ".join(f"{key} was {was.get(key)!r} and is {now[key]!r}" for key in changed)
+            raise ResumeError(f"{folder} is of a run with other settings: {told}; give the same ones, or another out=")
+        self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.load_state_dict(state["data"])
+        self.step = state["step"]
+        self.history = History(**state["history"])
+        self._sums, self._counts = state["running"]
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def save(self) -> None:
+        """Writes the checkpoint, if the run has a folder."""
+        if self.checkpoint_folder is None:
+            return
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "data": self.batches.state_dict(),
+            "step": self.step,
+            "settings": self.settings.to_dict(),
+            "history": self.history.to_dict(),
+            "running": (self._sums, self._counts),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        save_checkpoint(self.checkpoint_folder, self.model, self.settings, state)
+
+    def run(self, *, until: int | None = None, on_step: Callable[[Training], None] | None = None) -> History:
+        """Trains to the end. Ctrl-C ends the step, saves and returns; a second one breaks off at once.
+
+        Args:
+            until: stop after this step instead, saving; the schedule stays that of ``settings.steps``.
+            on_step: called after every step.
+
+        Returns:
+            What was measured.
+
+        Raises:
+            TrainingError: if the loss is not finite; the message names the step and the modality.
+        """
+        settings = self.settings
+        last = settings.steps if until is None else min(until, settings.steps)
+        log = RunLog(self.out, resume_from=self.step if self.step else None)
+        bar = tqdm(
+            total=settings.steps,
+            initial=self.step,
+            desc=self.name or "train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if self.show_progress else True,
+        )
+        self.model.train()
+        with self._interruptible(), bar:
+            if self.step == 0 and self.held_out:
+                self._evaluate(log)
+            while self.step < last and not self._stop_requested:
+                started = time.perf_counter()
+                values = self._train_step()
+                self.step += 1
+                self.history.seconds += time.perf_counter() - started
+                self.history.tokens += settings.tokens_per_step
+                values["tokens_per_second"] = self.history.tokens / self.history.seconds
+                bar.update()
+                bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['tokens_per_second']:,.0f} tok/s")
+                if self.step % settings.log_every == 0 or self.step == settings.steps:
+                    self._log_training(log, values)
+                ends = self.step == settings.steps
+                if self.held_out and (ends or (settings.evaluate_every and self.step % settings.evaluate_every == 0)):
+                    self._evaluate(log)
+                if settings.save_every and self.step % settings.save_every == 0 and not ends:
+                    self.save()
+                if on_step is not None:
+                    on_step(self)
+        if self._stop_requested:
+            logger.warning("stopped at step %d of %d; run again with resume to go on", self.step, settings.steps)
+        log.close()
+        self.save()
+        return self.history
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether Ctrl-C ended the run."""
+        return self._stop_requested
+
+    def _train_step(self) -> dict[str, float]:
+        settings = self.settings
+        rate = learning_rate(self.step, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total, routings = 0.0, None
+        for _ in range(settings.accumulate):
+            batch = {name: value.to(self.device) for name, value in next(self.batches).items()}
+            out = self._forward(batch)
+            (out.loss / settings.accumulate).backward()
+            routings = out.routings
+            total += float(out.loss.detach()) / settings.accumulate
+            for name, loss in out.losses.items():
+                count = float(out.counts[name])
+                self._sums[name] = self._sums.get(name, 0.0) + float(loss.detach()) * count
+                self._counts[name] = self._counts.get(name, 0.0) + count
+        if not math.isfinite(total):
+            bad = [name for name, loss in out.losses.items() if not math.isfinite(float(loss))]
+            raise TrainingError(
+                f"the loss is {total} at step {self.step + 1} ({', '.join(bad) or 'balance losses'}); lower the learning "
+                f"rate {rate:.2g}, lengthen the warm-up or clip harder"
+            )
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.update_routers(routings)
+        return {"loss": total, "learning_rate": rate, "gradient_norm": float(norm)}
+
+    def _forward(self, batch: Batch):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            return self.model(**batch)
+
+    def _log_training(self, log: RunLog, values: dict[str, float]) -> None:
+        means = {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}
+        self._sums, self._counts = {}, {}
+        self.history.train_steps.append(self.step)
+        for name, mean in means.items():
+            self.history.train.setdefault(name, []).append(mean)
+        log.write(self.step, "train", {**values, **means})
+
+    def _evaluate(self, log: RunLog) -> None:
+        losses = evaluate(self.model, self.held_out, precision=self.settings.precision, device=self.device)
+        self.history.steps.append(self.step)
+        for name, loss in losses.items():
+            self.history.held_out.setdefault(name, []).append(loss)
+        log.write(self.step, "held_out", losses)
+        logger.info("step %d, held-out loss %s", self.step, ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C asks the loop to stop after the step; a second one is an ordinary interrupt."""
+
+        def ask(number: int, frame: Any) -> None:
+            self._stop_requested = True
+            signal.signal(signal.SIGINT, before)
+
+        try:
+            before = signal.signal(signal.SIGINT, ask)
+        except ValueError:  # outside the main thread signals are not ours to handle
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -1,0 +1,43 @@
+"""AdamW with weight decay on matrices alone, and the cosine schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from omnimoe.train.settings import TrainSettings
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters.
+
+    A bank of norm scales is a matrix in shape only, so what decays is told by name: norms and biases do not.
+
+    Args:
+        model: the model.
+        settings: rates and decays.
+    """
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_scale = "norm" in name.rsplit(".", 2)[-2] or name.endswith("bias") or parameter.ndim < 2
+            (kept if is_scale else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """The learning rate of a step, counted from 0: linear warm-up, then half a cosine down to its last share."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    progress = min(1.0, (step - settings.warmup) / max(1, settings.steps - settings.warmup))
+    low = settings.final_learning_rate
+    return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,0 +1,74 @@
+"""What a training run is, apart from the model: one frozen config that is saved beside every checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omnimoe.config import Config, ConfigError
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Config):
+    """Settings of a run. Lengths are in tokens, times in optimizer steps."""
+
+    data: str = "p"
+    """A shipped corpus by name, or a folder."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Sequences in a forward."""
+    sequence_length: int = 256
+    """Tokens in a sequence."""
+    accumulate: int = 1
+    """Forwards in a step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    final_learning_rate: float = 0.05
+    """Share of the peak at the end of the cosine."""
+    warmup: int = 50
+    """Steps of linear warm-up."""
+    beta1: float = 0.9
+    """AdamW's first decay."""
+    beta2: float = 0.95
+    """AdamW's second decay."""
+    epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices alone."""
+    clip: float = 1.0
+    """Largest norm of all gradients; 0 for no clipping."""
+    precision: str = "bf16"
+    """``"bf16"`` runs the forward under autocast, ``"fp32"`` does not; weights and optimizer are float32 in both."""
+    checkpoint_activations: bool = False
+    """Recompute each layer in backward instead of keeping its activations."""
+    text_share: float = 0.3
+    """Share of tokens that running text should have."""
+    seed: int = 0
+    """Seed of weights and data order."""
+    evaluate_every: int = 100
+    """Steps between evaluations; 0 for the end alone."""
+    evaluate_batches: int = 8
+    """Held-out batches in an evaluation."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 for the end alone."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "sequence_length", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "clip", "weight_decay", "evaluate_every", "save_every", "evaluate_batches"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in an optimizer step."""
+        return self.batch_size * self.sequence_length * self.accumulate
