@@ -115,16 +115,20 @@ class DocumentBuilder:
 
         A row that has one of the wanted modalities only is told by that one.
         """
-        lengths = {
-            name: self.span_length(name, len(ids)) for name in self.modalities if (ids := example.get(name)) is not None
-        }
-        counts = range(min(2, len(lengths)), len(lengths) + 1)
-        found = itertools.chain.from_iterable(itertools.permutations(lengths, count) for count in counts if count)
-        return [order for order in found if 2 + sum(lengths[name] for name in order) <= longest]
+        present = [name for name in self.modalities if example.get(name) is not None]
+        counts = range(min(2, len(present)), len(present) + 1)
+        found = itertools.chain.from_iterable(itertools.permutations(present, count) for count in counts if count)
+        return [order for order in found if self.document_length(example, order) <= longest]
 
-    def span_length(self, modality: str, num_ids: int) -> int:
-        """Tokens of a span with its markers."""
-        return num_ids + (0 if self.ranges[modality].begin_id is None else 2)
+    def document_length(self, example: Example, order: Sequence[str]) -> int:
+        """Tokens of :meth:`document`, without making it."""
+        length = 2
+        for name in order:
+            ids = example.get(name)
+            if ids is None:
+                raise SequenceError(f"row {example.index} has no {name}; choose an order of what it has")
+            length += len(ids) + (0 if self.ranges[name].begin_id is None else 2)
+        return length
 
     def document(self, example: Example, order: Sequence[str]) -> Piece:
         """The row as one document, its spans in ``order``."""

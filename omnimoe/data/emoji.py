@@ -12,6 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -249,5 +250,5 @@ def _squash(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _json(path: Path) -> dict | list:
+def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))

@@ -197,7 +197,7 @@ class PackedSequences:
         orders = self._orders[item]
         order = orders[int(draws[at] * len(orders))]
         example = self.corpus[int(self._rows[item])]
-        if 2 + sum(self.builder.span_length(name, len(example.get(name))) for name in order) > room:
+        if self.builder.document_length(example, order) > room:
             return None
         self._advance("row", len(self._rows), epoch)
         return self.builder.document(example, order)

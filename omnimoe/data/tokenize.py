@@ -72,7 +72,7 @@ def tokenize_corpus(
         "groups": _names(rows, "group"),
     }
     place = {kind: {value: i for i, value in enumerate(values)} for kind, values in names.items()}
-    arrays = {
+    arrays: dict[str, Any] = {
         **_ragged("text", encoded),
         **_ragged("speech", units),
         "image_values": np.stack(codes).astype(np.uint16),
