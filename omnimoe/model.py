@@ -6,13 +6,22 @@ partition of the vocabulary gives them; routings, losses and statistics are retu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
@@ -24,6 +33,7 @@ from omnimoe.layers import AttentionMask, RowLayout
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.registry import Registry
 from omnimoe.routers import Router, Routing
+from omnimoe.spans import SpanProcessor, has_spans
 
 MODELS: Registry[Callable[[], OmniMoeConfig]] = Registry("model")
 register_model = MODELS.register
@@ -95,6 +105,16 @@ class OmniMoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        # a balance loss rides in its Routing, which the reentrant kind returns without a graph
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True would cut off the routers' losses; pass use_reentrant=False"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -187,6 +207,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         """
         config = self.config
         batch_size, length = check_batch(config, input_ids, inputs_embeds, modality_ids, key_ids, segment_ids)
+        check_ids("block_ids", block_ids, (batch_size, length), -1, 2**31, "number blocks from 0, -1 is no block")
         device = (input_ids if input_ids is not None else inputs_embeds).device
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
@@ -253,8 +274,9 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         untouched = set(self.modalities)
         for name, given in (features or {}).items():
             index = rows.where(self._modality_id(name))
-            check_features(self.config, name, given, len(index))
-            embedded = self.modalities[name].embed(given, (timesteps or {}).get(name))
+            times = (timesteps or {}).get(name)
+            check_features(self.config, name, given, len(index), times)
+            embedded = self.modalities[name].embed(given, times)
             x = x.index_copy(0, index, embedded.to(x.dtype))
             untouched.discard(name)
         for name in sorted(untouched):
@@ -393,6 +415,9 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         for name, target in (targets or {}).items():
             if name not in predictions:
                 raise InputError(f"targets for {name!r} without features; pass the noisy rows as features[{name!r}]")
+            wanted, got = tuple(predictions[name].shape), tuple(target.shape)
+            if wanted != got:
+                raise InputError(f"targets[{name!r}] must be {wanted}, got {got}; give one for each row of the features")
             scores.add_rows(name, self.model.modalities[name].loss(predictions[name], target))
         loss = scores.total(hidden) if labels is not None or targets else None
         if loss is not None:
@@ -431,8 +456,21 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             if routing is not None and router is not None:
                 router.update(routing)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *,
+        free: bool = False,
+        spans: Sequence[str] | None = None,
+        max_span: int | Mapping[str, int] | None = None,
+        span_temperature: Mapping[str, float] | None = None,
+        span_top_k: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """What ``generate`` passes at a step.
+
+        ``free`` to ``span_top_k`` are arguments of ``generate``. It knows them from this signature and hands them to
+        ``_get_logits_processor``, where they are used; they go no further than here.
 
         Past the prompt, modality ids come from the partition, the key of the last position goes on, and nothing is in a
         block; features enter with the prompt.
@@ -460,6 +498,23 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             inputs.pop("features", None)
             inputs.pop("timesteps", None)
         return inputs
+
+    def _get_logits_processor(
+        self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> LogitsProcessorList:
+        """Puts the grammar of spans before everything else, so that ``top_k`` and the like count what may follow."""
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        given = model_kwargs or {}
+        if has_spans(self.config) and not given.get("free"):
+            processor = SpanProcessor(
+                self.config,
+                spans=given.get("spans"),
+                max_span=given.get("max_span"),
+                temperature=given.get("span_temperature"),
+                top_k=given.get("span_top_k"),
+            )
+            processors.insert(0, processor)
+        return processors
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -48,10 +48,10 @@ def test_greedy_generation_equals_a_loop_over_full_forwards(name):
     with torch.no_grad():
         for _ in range(6):
             wanted = torch.cat((wanted, model(wanted).logits[:, -1:].argmax(-1)), 1)
-    found = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    found = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, free=True)
     assert torch.equal(found, wanted)
     assert torch.equal(
-        model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=False), wanted
+        model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, free=True, use_cache=False), wanted
     )
 
 
@@ -64,9 +64,13 @@ def test_a_left_padded_batch_generates_what_each_prompt_does_alone(name):
     for row, start in enumerate(starts):
         mask[row, :start] = 0
     batch = ids * mask
-    together = model.generate(batch, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    together = model.generate(
+        batch, attention_mask=mask, max_new_tokens=5, do_sample=False, eos_token_id=None, free=True
+    )
     for row, start in enumerate(starts):
-        alone = model.generate(ids[row : row + 1, start:], max_new_tokens=5, do_sample=False, eos_token_id=None)
+        alone = model.generate(
+            ids[row : row + 1, start:], max_new_tokens=5, do_sample=False, eos_token_id=None, free=True
+        )
         assert torch.equal(together[row, 8:], alone[0, 8 - start :])
 
 
@@ -90,7 +94,7 @@ def test_modality_ids_of_the_prompt_hold_for_the_prompt_and_the_partition_for_th
     model, ids = build(config), ids_like(config, 2, length)
     given = (model.model.modality_ids_of(ids) + 1) % 3
     found = model.generate(
-        ids, modality_ids=given, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=use_cache
+        ids, modality_ids=given, max_new_tokens=5, do_sample=False, eos_token_id=None, free=True, use_cache=use_cache
     )
     wanted = ids
     with torch.no_grad():
@@ -105,7 +109,9 @@ def test_a_model_with_keys_of_its_own_goes_on_with_the_key_of_the_last_position(
     config = with_towers(DENSE, "modality", keys=("und", "gen"))
     model, ids = build(config), ids_like(config, 2, 4)
     keys = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0]])
-    found = model.generate(ids, key_ids=keys, max_new_tokens=4, do_sample=False, eos_token_id=None, use_cache=use_cache)
+    found = model.generate(
+        ids, key_ids=keys, max_new_tokens=4, do_sample=False, eos_token_id=None, free=True, use_cache=use_cache
+    )
     wanted = ids
     with torch.no_grad():
         for _ in range(4):
@@ -119,7 +125,9 @@ def test_features_of_the_prompt_enter_once_and_generation_goes_on_with_text():
     model = build(config)
     ids = torch.tensor([[10, 3, 7, 7, 7, 4, 12]])
     rows = torch.randn(3, 6)
-    found = model.generate(ids, features={"latent": rows}, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    found = model.generate(
+        ids, features={"latent": rows}, max_new_tokens=4, do_sample=False, eos_token_id=None, free=True
+    )
     wanted = ids
     with torch.no_grad():
         for _ in range(4):
@@ -133,8 +141,13 @@ def test_features_of_the_prompt_enter_once_and_generation_goes_on_with_text():
 
 def test_beams_and_several_samples_run():
     model, ids = build(DECLARATIONS["mot"]), ids_like(DENSE, 2, 5)
-    assert model.generate(ids, num_beams=3, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 8)
-    assert model.generate(ids, num_return_sequences=2, max_new_tokens=3, do_sample=True, eos_token_id=None).shape == (
+    assert model.generate(ids, num_beams=3, max_new_tokens=3, do_sample=False, eos_token_id=None, free=True).shape == (
+        2,
+        8,
+    )
+    assert model.generate(
+        ids, num_return_sequences=2, max_new_tokens=3, do_sample=True, eos_token_id=None, free=True
+    ).shape == (
         4,
         8,
     )

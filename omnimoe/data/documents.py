@@ -132,32 +132,11 @@ class DocumentBuilder:
 
     def document(self, example: Example, order: Sequence[str]) -> Piece:
         """The row as one document, its spans in ``order``."""
-        ids, numbers = [np.array([self.bos_id])], [np.array([self.text_number])]
-        pictures = []
-        length = 1
-        for name in order:
-            local = example.get(name)
-            if local is None:
-                raise SequenceError(f"row {example.index} has no {name}; choose an order of what it has")
-            token_range = self.ranges[name]
-            span = local + token_range.start
-            number = np.full(len(span), self._number[name])
-            if token_range.begin_id is not None:
-                span = np.concatenate([[token_range.begin_id], span, [token_range.end_id]])
-                number = np.concatenate([[self.text_number], number, [self.text_number]])
-                if name in self._grids:
-                    pictures.append((length + 1, len(local), self._grids[name][1]))
-            ids.append(span)
-            numbers.append(number)
-            length += len(span)
-        ids.append(np.array([self.eos_id]))
-        numbers.append(np.array([self.text_number]))
-        positions = _running_positions(length + 1)
-        for start, count, columns in pictures:
-            cells = np.arange(count)
-            positions[start : start + count, 1] = start + cells // columns
-            positions[start : start + count, 2] = start + cells % columns
-        return Piece(ids=np.concatenate(ids), modality_ids=np.concatenate(numbers), positions=positions)
+        spans = [(name, example.get(name)) for name in order]
+        absent = [name for name, ids in spans if ids is None]
+        if absent:
+            raise SequenceError(f"row {example.index} has no {absent[0]}; choose an order of what it has")
+        return lay_out(spans, self.ranges, bos_id=self.bos_id, eos_id=self.eos_id, grids=self._grids)
 
     def running_text(self, text: int, offset: int, longest: int) -> Piece:
         """A part of a document of running text.
@@ -228,6 +207,61 @@ def check_sizes(sequence_length: int, batch_size: int, axes: int) -> None:
         raise SequenceError(f"batch_size must be a positive integer, got {batch_size!r}")
     if axes not in (1, 3):
         raise SequenceError(f"axes must be 1 or 3, got {axes!r}")
+
+
+def lay_out(
+    spans: Sequence[tuple[str, np.ndarray]],
+    ranges: Mapping[str, TokenRange],
+    *,
+    bos_id: int | None,
+    eos_id: int | None = None,
+    opened: str | None = None,
+    grids: Mapping[str, Sequence[int]] | None = None,
+) -> Piece:
+    """Puts spans into one document, or into the start of one.
+
+    Args:
+        spans: modality and local ids ``(n,)``, in order.
+        ranges: modality to its range; the order numbers ``modality_ids``, and ``"text"`` has the markers.
+        bos_id: row that begins the document; None for none.
+        eos_id: row that ends it; None leaves it open, as a prompt is.
+        opened: modality whose begin marker comes last; one without markers opens by itself.
+        grids: rows and columns of modalities with positions in space.
+
+    Returns:
+        The piece.
+
+    Raises:
+        SequenceError: if a modality has no range.
+    """
+    unknown = [name for name in (*(name for name, _ in spans), *([opened] if opened else [])) if name not in ranges]
+    if unknown:
+        raise SequenceError(f"there is no range for {unknown[0]!r}; the vocabulary has {', '.join(ranges)}")
+    number_of = {name: number for number, name in enumerate(ranges)}
+    markers, ids, numbers, pictures = number_of["text"], [], [], []
+
+    def mark(row: int | None) -> None:
+        if row is not None:
+            ids.append(row)
+            numbers.append(markers)
+
+    mark(bos_id)
+    for name, local in spans:
+        held = ranges[name]
+        mark(held.begin_id)
+        if held.begin_id is not None and name in (grids or {}):
+            pictures.append((len(ids), len(local), grids[name][1]))
+        ids.extend((np.asarray(local, dtype=np.int64) + held.start).tolist())
+        numbers.extend([number_of[name]] * len(local))
+        mark(held.end_id)
+    mark(ranges[opened].begin_id if opened else None)
+    mark(eos_id)
+    positions = _running_positions(len(ids))
+    for start, count, columns in pictures:
+        cells = np.arange(count)
+        positions[start : start + count, 1] = start + cells // columns
+        positions[start : start + count, 2] = start + cells % columns
+    return Piece(ids=np.array(ids, np.int64), modality_ids=np.array(numbers, np.int64), positions=positions)
 
 
 def _running_positions(length: int) -> np.ndarray:
