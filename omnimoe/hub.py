@@ -169,7 +169,7 @@ def from_pretrained(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             dtype=_dtype(dtype),
-            device_map=device_map if device is None else {"": torch.device(device)},
+            device_map=device_map,
             attn_implementation=attn_implementation,
         )
     except ConfigError as error:
@@ -183,7 +183,7 @@ def from_pretrained(
         )
     if misfit:
         logger.warning("the weights in %s do not fit its config.json; what is missing is fresh.\n%s", folder, misfit)
-    return model
+    return model if device is None else model.to(device)
 
 
 def list_models(
