@@ -68,6 +68,8 @@ def check_batch(
     if given.ndim != wanted:
         form = "(B, T)" if wanted == 2 else "(B, T, D)"
         raise InputError(f"{'input_ids' if wanted == 2 else 'inputs_embeds'} must be {form}, got {tuple(given.shape)}")
+    if wanted == 3 and given.shape[2] != config.hidden_size:
+        raise InputError(f"inputs_embeds must be (B, T, D) with D the hidden_size {config.hidden_size}, got {tuple(given.shape)}")
     shape = (int(given.shape[0]), int(given.shape[1]))
     if shape[1] == 0:
         raise InputError(f"the sequence is empty: input_ids have shape {shape}; pass at least one token")
@@ -80,11 +82,13 @@ def check_batch(
     return shape
 
 
-def check_features(config: OmniMoeConfig, name: str, rows: Tensor, expected: int) -> None:
-    """Refuses features of an unknown or discrete modality, or of another number of rows than the sequence has places.
+def check_features(
+    config: OmniMoeConfig, name: str, rows: Tensor, expected: int, timesteps: Tensor | None = None
+) -> None:
+    """Refuses features of an unknown or discrete modality, or of another shape than the sequence has places for.
 
     Raises:
-        InputError: with the counts.
+        InputError: with the shapes.
     """
     known = [modality.name for modality in config.modalities if not modality.is_discrete]
     if name not in known:
@@ -94,3 +98,8 @@ def check_features(config: OmniMoeConfig, name: str, rows: Tensor, expected: int
             f"features[{name!r}] must be (n, C) with one row for each of the {expected} positions whose modality is "
             f"{name!r}, got {tuple(rows.shape)}"
         )
+    channels = getattr(config.modalities[config.modality_names.index(name)], "channels", rows.shape[1])
+    if rows.shape[1] != channels:
+        raise InputError(f"features[{name!r}] must be ({expected}, {channels}), got {tuple(rows.shape)}")
+    if timesteps is not None and tuple(timesteps.shape) != (expected,):
+        raise InputError(f"timesteps[{name!r}] must be ({expected},), got {tuple(timesteps.shape)}; one for each row")

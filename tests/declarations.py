@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from omnimoe.backbone import LayerRange
@@ -94,7 +96,7 @@ CACHED = [name for name in CAUSAL if DECLARATIONS[name].mask == "causal"]
 def build(config: OmniMoeConfig, *, seed: int = 0) -> OmniMoeForCausalLM:
     """A model in evaluation mode whose every parameter is random, norms and biases too."""
     torch.manual_seed(seed)
-    model = OmniMoeForCausalLM(config)
+    model = OmniMoeForCausalLM(copy.deepcopy(config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):

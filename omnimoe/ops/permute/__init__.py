@@ -39,6 +39,8 @@ class _Permute(torch.autograd.Function):
 
 
 def _take(x: Tensor, index: Tensor, filled: Tensor | None) -> Tensor:
+    if len(x) == 0:  # a batch of padding alone has no rows to take
+        return x.new_zeros(len(index), *x.shape[1:])
     y = x.index_select(0, index)
     if filled is not None and filled.shape == index.shape:
         y = y.masked_fill_(~filled.view(-1, *(1,) * (y.ndim - 1)), 0)
