@@ -26,7 +26,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-from omnimoe.attend import attention_function
+from omnimoe.attend import attention_function, xformers_attention
 from omnimoe.backbone import Backbone, Block
 from omnimoe.inputs import InputError, check_batch, check_features, check_ids
 from omnimoe.layers import AttentionMask, RowLayout
@@ -648,6 +648,7 @@ def _runs(modality_ids: Tensor, blocked: list[int]) -> Tensor:
     return starts.cumsum(1).masked_fill(~inside, -1)
 
 
+ALL_ATTENTION_FUNCTIONS.register("xformers", xformers_attention)
 AutoConfig.register("omnimoe", OmniMoeConfig, exist_ok=True)
 AutoModel.register(OmniMoeConfig, OmniMoeModel, exist_ok=True)
 AutoModelForCausalLM.register(OmniMoeConfig, OmniMoeForCausalLM, exist_ok=True)
