@@ -23,6 +23,10 @@ KINDS = ("attention_projections", "attention_scores", "experts", "router", "head
 """What :attr:`Flops.by_kind` is split into; ``adapters`` are the linear maps of continuous modalities, in and out."""
 
 
+class UnknownCostError(TypeError):
+    """A part of a model whose config does not say what it costs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flops:
     """FLOP of one batch, forward or forward and backward.
@@ -72,7 +76,7 @@ def flops(
 
     Raises:
         ValueError: if both ``batch`` and ``sequence_length`` are given, or the batch has no tokens to count.
-        TypeError: if a part of the model does not say what it costs.
+        UnknownCostError: if a part of the model does not say what it costs.
     """
     config = model if isinstance(model, OmniMoeConfig) else model.config
     if batch is not None and sequence_length is not None:
@@ -123,7 +127,7 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
 
     Raises:
         ValueError: if there is no such modality.
-        TypeError: if a part of the model does not say what it costs.
+        UnknownCostError: if a part of the model does not say what it costs.
     """
     if modality is None:
         return round(sum(active_params(config, name) for name in config.modality_names) / len(config.modality_names))
@@ -175,7 +179,7 @@ def _of_batch(config: OmniMoeConfig, batch: Mapping[str, Any]) -> _Work:
     elif batch.get("segment_ids") is not None:
         valid &= batch["segment_ids"] >= 0
     found = torch.bincount(modality_ids[valid], minlength=len(config.modalities)).tolist()
-    features = {name: len(rows) for name, rows in (batch.get("features") or {}).items()}
+    features = {name: float(len(rows)) for name, rows in (batch.get("features") or {}).items()}
     return _Work(dict(zip(config.modality_names, found, strict=True)), batch_size * length, length, features)
 
 
@@ -211,11 +215,11 @@ def _attention_vectors(config: Config, hidden_size: int) -> int:
     return count
 
 
-def _expert_weights(config: Config, hidden_size: int, modality: int) -> tuple[float, float]:
+def _expert_weights(config: Any, hidden_size: int, modality: int) -> tuple[float, float]:
     """Weights that a row of a modality meets on average, of experts and of their router."""
     met = _ask(config, "active_params")(hidden_size, modality)
     if met is None:
-        raise TypeError(f"{type(config).__qualname__} does not say what it costs; give it active_params")
+        raise UnknownCostError(f"{type(config).__qualname__} does not say what it costs; give it active_params")
     router = getattr(config, "router", None)
     routing = 0 if router is None else router.router_params(hidden_size, config.num_experts, modality)
     return met - routing, routing
@@ -223,7 +227,9 @@ def _expert_weights(config: Config, hidden_size: int, modality: int) -> tuple[fl
 
 def _ask(config: Config, method: str) -> Any:
     if not hasattr(config, method):
-        raise TypeError(f"{type(config).__qualname__} does not say what it costs; give it {method}(hidden_size, ...)")
+        raise UnknownCostError(
+            f"{type(config).__qualname__} does not say what it costs; give it {method}(hidden_size, ...)"
+        )
     return getattr(config, method)
 
 

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 import omnimoe
 from omnimoe.checkpoint import CheckpointError, check_folder, complaint, folder_of, read_json
 from omnimoe.config import ConfigError
-from omnimoe.flops import active_params, flops, total_params
+from omnimoe.flops import UnknownCostError, active_params, flops, total_params
 from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.registry import RegistryError
 
@@ -47,9 +47,9 @@ class ModelInfo:
         name: registered name.
         family: the family it belongs to; ``"custom"`` for a model without a card.
         total_params: weights, tied ones once.
-        active_params: weights that a token meets, the mean over modalities.
+        active_params: weights that a token meets, the mean over modalities; None where a part does not say what it costs.
         active_params_by_modality: the same for each modality.
-        flops_per_token: forward, for a sequence of ``sequence_length``, one multiply-add being 2 FLOP.
+        flops_per_token: forward, for a sequence of ``sequence_length``, one multiply-add being 2 FLOP; None as above.
         sequence_length: longest sequence the model was made for.
         modalities: names, in the order of their ids.
         is_causal: whether no position depends on a later one.
@@ -62,9 +62,9 @@ class ModelInfo:
     name: str
     family: str
     total_params: int
-    active_params: int
-    active_params_by_modality: dict[str, int]
-    flops_per_token: float
+    active_params: int | None
+    active_params_by_modality: dict[str, int] | None
+    flops_per_token: float | None
     sequence_length: int
     modalities: tuple[str, ...]
     is_causal: bool
@@ -227,13 +227,17 @@ def model_info(name: str) -> ModelInfo:
     """
     make = MODELS.get(name)
     config, card = make(), _card_of(name)
+    active, by_modality, per_token = None, None, None
+    with contextlib.suppress(UnknownCostError):
+        by_modality = {held: active_params(config, held) for held in config.modality_names}
+        active, per_token = active_params(config), flops(config).per_token
     return ModelInfo(
         name=name,
         family=_family_of(name),
         total_params=total_params(config),
-        active_params=active_params(config),
-        active_params_by_modality={held: active_params(config, held) for held in config.modality_names},
-        flops_per_token=flops(config).per_token,
+        active_params=active,
+        active_params_by_modality=by_modality,
+        flops_per_token=per_token,
         sequence_length=config.max_position_embeddings,
         modalities=config.modality_names,
         is_causal=config.is_causal,
@@ -309,7 +313,7 @@ def _import_zoo() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    omnimoe.zoo = module  # type: ignore[attr-defined]
+    omnimoe.zoo = module
     return module
 
 

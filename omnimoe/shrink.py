@@ -34,7 +34,7 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         narrow = part is not None and hasattr(part, "intermediate_size")
         return part.replace(intermediate_size=3 * hidden_size // 2) if narrow else part
 
-    modalities = []
+    modalities: list[Any] = []
     for modality in config.modalities:
         small: dict[str, Any] = {"begin_id": moved(modality.begin_id), "end_id": moved(modality.end_id)}
         if modality.num_tokens is not None:

@@ -318,6 +318,12 @@ class TestListing:
         assert info.description == "A model of a test."
         assert own_model in list_models(family="custom")
 
+    def test_info_where_a_part_does_not_say_what_it_costs(self, monkeypatch):
+        monkeypatch.setattr(type(tiny().experts), "active_params", lambda self, hidden_size, modality: None)
+        info = model_info("mot_nano")
+        assert info.total_params > 0
+        assert (info.active_params, info.active_params_by_modality, info.flops_per_token) == (None, None, None)
+
     def test_an_unknown_name(self):
         with pytest.raises(RegistryError, match="did you mean"):
             model_info("mot_8b")
