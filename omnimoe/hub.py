@@ -47,7 +47,7 @@ class ModelInfo:
         name: registered name.
         family: the family it belongs to; ``"custom"`` for a model without a card.
         total_params: weights, tied ones once.
-        active_params: weights that a token meets, the mean over modalities; None where a part does not say what it costs.
+        active_params: weights that a token meets, the mean over modalities; None where a part hides its cost.
         active_params_by_modality: the same for each modality.
         flops_per_token: forward, for a sequence of ``sequence_length``, one multiply-add being 2 FLOP; None as above.
         sequence_length: longest sequence the model was made for.
