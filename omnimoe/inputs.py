@@ -61,15 +61,15 @@ def check_batch(
     Raises:
         InputError: if they do not fit.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise InputError("pass exactly one of input_ids and inputs_embeds")
     given = input_ids if input_ids is not None else inputs_embeds
+    if given is None or (input_ids is not None and inputs_embeds is not None):
+        raise InputError("pass exactly one of input_ids and inputs_embeds")
     wanted = 2 if input_ids is not None else 3
     if given.ndim != wanted:
         form = "(B, T)" if wanted == 2 else "(B, T, D)"
         raise InputError(f"{'input_ids' if wanted == 2 else 'inputs_embeds'} must be {form}, got {tuple(given.shape)}")
     if wanted == 3 and given.shape[2] != config.hidden_size:
-        raise InputError(f"inputs_embeds must be (B, T, D) with D the hidden_size {config.hidden_size}, got {tuple(given.shape)}")
+        raise InputError(f"inputs_embeds must be (B, T, {config.hidden_size}), got {tuple(given.shape)}")
     shape = (int(given.shape[0]), int(given.shape[1]))
     if shape[1] == 0:
         raise InputError(f"the sequence is empty: input_ids have shape {shape}; pass at least one token")

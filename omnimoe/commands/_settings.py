@@ -28,7 +28,7 @@ def add_settings(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = 
             continue
         default = defaults.get(field.name, field.default)
         option = "--" + SHORT.get(field.name, field.name.replace("_", "-"))
-        told = sentences[field.name].rstrip(".").replace("%", "%%")
+        told = sentences[field.name].rstrip(".").replace("%", "%%").replace("`", "")
         if isinstance(default, bool):
             group.add_argument(option, dest=field.name, action=argparse.BooleanOptionalAction, default=default, help=told)
         else:

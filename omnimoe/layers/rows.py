@@ -105,14 +105,16 @@ class RowLayout:
 
     def to_time(self, x: Tensor) -> Tensor:
         """``(N, ...)`` in row order to ``(B, T, ...)`` in time order; padding comes out as zeros."""
-        if self.time_index is not None:
+        if self.time_index is not None and self.row_index is not None:
             x = permute(x, self.row_index, self.time_index, self.valid)
         return x.view(self.batch_size, self.sequence_length, *x.shape[1:])
 
     def to_rows(self, x: Tensor) -> Tensor:
         """``(B, T, ...)`` in time order to ``(N, ...)`` in row order, the inverse of :meth:`to_time`."""
         x = x.reshape(self.batch_size * self.sequence_length, *x.shape[2:])
-        return x if self.time_index is None else permute(x, self.time_index, self.row_index, self.valid)
+        if self.time_index is None or self.row_index is None:
+            return x
+        return permute(x, self.time_index, self.row_index, self.valid)
 
     def segments(self, towers: tuple[int, ...]) -> tuple[Tensor, list[int]]:
         """Runs of rows that meet the same copy, for a tower map.

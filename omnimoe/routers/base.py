@@ -64,7 +64,7 @@ class Router(nn.Module, Configurable):
         @property
         def is_causal(self) -> bool:
             """Whether a row's routing depends on that row alone."""
-            return self.target.is_causal
+            return bool(getattr(self.target, "is_causal", False))
 
         def experts_per_token(self, num_experts: int, modality: int) -> float:
             """Experts that a token of ``modality`` meets on average, for counting FLOPs."""

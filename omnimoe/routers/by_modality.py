@@ -72,7 +72,8 @@ class ByModalityRouter(Router):
     def forward(self, x: Tensor, rows: RowLayout) -> Routing:
         """``(N, D)`` rows in key order; entries come modality by modality."""
         logits = x.new_full((len(x), self.num_experts), float("-inf"), dtype=torch.float32)
-        parts, losses, cutoffs, first = [], {}, [], 0
+        losses: dict[str, Tensor] = {}
+        parts, cutoffs, first = [], [], 0
         for modality, (router, (start, stop)) in enumerate(zip(self.routers, rows.key_spans(), strict=True)):
             count = self.config.experts[modality]
             if router is None:

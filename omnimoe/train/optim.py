@@ -19,10 +19,12 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
         model: the model.
         settings: rates and decays.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_scale = "norm" in name.rsplit(".", 2)[-2] or name.endswith("bias") or parameter.ndim < 2
+            module, _, leaf = name.rpartition(".")
+            is_scale = "norm" in module.rpartition(".")[2] or leaf.endswith("bias") or parameter.ndim < 2
             (kept if is_scale else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(
