@@ -222,7 +222,7 @@ def lay_out(
 
     Args:
         spans: modality and local ids ``(n,)``, in order.
-        ranges: modality to its range; the order numbers ``modality_ids``, and ``"text"`` has the markers.
+        ranges: modality to its range; the order numbers ``modality_ids``, and markers count as text.
         bos_id: row that begins the document; None for none.
         eos_id: row that ends it; None leaves it open, as a prompt is.
         opened: modality whose begin marker comes last; one without markers opens by itself.
@@ -238,7 +238,7 @@ def lay_out(
     if unknown:
         raise SequenceError(f"there is no range for {unknown[0]!r}; the vocabulary has {', '.join(ranges)}")
     number_of = {name: number for number, name in enumerate(ranges)}
-    markers, ids, numbers, pictures = number_of["text"], [], [], []
+    markers, ids, numbers, pictures = number_of.get("text", 0), [], [], []
 
     def mark(row: int | None) -> None:
         if row is not None:
