@@ -8,6 +8,7 @@ model's steps, and so of its FLOPs, that the other model needs. It is taken for 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from omnimoe.data import Corpus
-from omnimoe.flop_count import flops
+from omnimoe.flops import flops
 from omnimoe.hub import load, model_info
 from omnimoe.model import MODELS
 from omnimoe.train import History, Training, TrainSettings
@@ -208,7 +209,7 @@ def compare(
     for name in names:
         info = model_info(name)
         comparison.total_params[name] = info.total_params
-        comparison.active_params[name] = info.active_params
+        comparison.active_params[name] = math.nan if info.active_params is None else info.active_params
     for seed in seeds:
         for name in names:
             run = settings.replace(seed=seed)

@@ -27,6 +27,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def known(number: float | None) -> str:
+    """A count, or ``unknown`` where a part of the model does not state it."""
+    return "unknown" if number is None else count(number)
+
+
 def spread(measured: dict[str, float] | None, *, percent: bool = False) -> str:
     """A mean with its spread over seeds; a dash where nothing was measured."""
     if measured is None:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what is known of a model."""
-    from omnimoe.commands._tables import count
+    from omnimoe.commands._tables import count, known
     from omnimoe.hub import model_info
     from omnimoe.model import MODELS
 
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
         "": info.description,
         "family": info.family,
         "parameters": f"{info.total_params:,} ({count(info.total_params)})",
-        **{f"active, {name}": f"{number:,.0f} ({count(number)})" for name, number in info.active_params_by_modality.items()},
-        "FLOPs a token": f"{info.flops_per_token:,.0f} ({count(info.flops_per_token)}), forward",
+        **{f"active, {name}": known(number) for name, number in (info.active_params_by_modality or {}).items()},
+        "FLOPs a token": f"{known(info.flops_per_token)}, forward, in a sequence of {info.sequence_length}",
         "modalities": ", ".join(info.modalities),
         "weights": info.pretrained or "none",
         "paper": info.paper,

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from rich.table import Table
 
-    from omnimoe.commands._tables import console, count
+    from omnimoe.commands._tables import console, count, known
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("name", "total", "active", "FLOPs/token", "modalities", "weights", "paper", "licence"):
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(
             info.name,
             count(info.total_params),
-            count(info.active_params),
-            count(info.flops_per_token),
+            known(info.active_params),
+            known(info.flops_per_token),
             ", ".join(info.modalities),
             info.pretrained or "none",
             info.paper.rsplit("/", 1)[-1],
