@@ -143,7 +143,7 @@ class AttentionMask:
         return Positions(order=order, key_ids=key_ids, block_ids=blocks)
 
     def dense(self) -> Tensor:
-        """``(B, 1, Q, K)`` bool, True where attention is allowed; made once per forward."""
+        """``(B, 1, Q, K)`` bool, True where attention is allowed; B is 1 where all rows of the batch are alike."""
         if "dense" not in self._cached:
             batch = torch.arange(self.key_ids.shape[0], device=self.device).view(-1, 1, 1)
             query = torch.arange(self.query_length, device=self.device).view(1, -1, 1)

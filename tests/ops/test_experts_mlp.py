@@ -48,9 +48,10 @@ def test_gradcheck(gated):
 
 
 def test_one_group_equals_a_plain_swiglu_layer_bit_for_bit():
-    x, gate, up, down = torch.randn(6, 8), torch.randn(12, 8), torch.randn(12, 8), torch.randn(8, 12)
-    y = experts_mlp(x, torch.cat((gate, up))[None], down[None], torch.tensor([6], dtype=torch.int32))
-    assert torch.equal(y, F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down))
+    x, into, down = torch.randn(6, 8), torch.randn(24, 8), torch.randn(8, 12)
+    gate, up = F.linear(x, into).chunk(2, dim=-1)
+    y = experts_mlp(x, into[None], down[None], torch.tensor([6], dtype=torch.int32))
+    assert torch.equal(y, F.linear(F.silu(gate) * up, down))
 
 
 def test_bad_widths_and_activations_are_refused():

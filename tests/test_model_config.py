@@ -1,0 +1,269 @@
+"""The model's config: what it derives, what it refuses, and that a file gives back what was written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from omnimoe.backbone import LayerRange
+from omnimoe.config import ConfigError
+from omnimoe.experts import FeedForward
+from omnimoe.layers import Attention, Norm, Rope
+from omnimoe.modalities import Patches, Tokens
+from omnimoe.model import OmniMoeConfig
+from omnimoe.routers import ByModalityRouter, ExpertChoiceRouter, StaticRouter, TopKRouter
+from tests.declarations import DECLARATIONS, DENSE, IMAGE, SPEECH, TEXT, build, routed
+
+PARTS = ("attention", "experts", "norm", "final_norm", "modalities", "layers")
+
+
+def same(first: OmniMoeConfig, second: OmniMoeConfig) -> bool:
+    return all(getattr(first, name) == getattr(second, name) for name in PARTS) and (
+        first.to_dict() == second.to_dict() and first.blocks == second.blocks
+    )
+
+
+@pytest.mark.parametrize("name", DECLARATIONS)
+def test_json_gives_back_what_was_written(name, tmp_path):
+    config = DECLARATIONS[name]
+    assert same(OmniMoeConfig.from_dict(json.loads(config.to_json_string())), config)
+    assert same(OmniMoeConfig.from_dict(json.loads(config.to_json_string(use_diff=False))), config)
+    config.save_pretrained(tmp_path)
+    assert same(OmniMoeConfig.from_pretrained(tmp_path), config)
+
+
+def test_every_part_and_field_survives_a_file(tmp_path):
+    config = OmniMoeConfig(
+        hidden_size=24,
+        num_layers=5,
+        modalities=(
+            TEXT,
+            IMAGE.replace(vocab_start=100, loss_weight=0.5),
+            Patches.Config(name="latent", channels=4, objective="flow", placeholder_id=9),
+        ),
+        attention=Attention.Config(
+            num_heads=3, head_dim=8, rope=Rope.Config(theta=5e5, sections=(2, 1, 1)), site_towers={"v_proj": (0, 1, 0)}
+        ),
+        experts=routed(
+            4, ByModalityRouter.Config(experts=(1, 2, 1), router=TopKRouter.Config(top_k=1, score="sigmoid"))
+        ),
+        norm=Norm.Config(eps=1e-3, towers=(0, 0, 1)),
+        final_norm=Norm.Config(towers="modality"),
+        layers=(
+            LayerRange(start=1, step=2, experts=FeedForward.Config(gated=False, activation="relu2")),
+            LayerRange(stop=1),
+        ),
+        keys=(),
+        mask="block_causal",
+        bidirectional_modalities=("latent",),
+        markers="own",
+        vocab_size=128,
+        tie_word_embeddings=True,
+        eos_token_id=[2, 4],
+    )
+    config.save_pretrained(tmp_path)
+    again = OmniMoeConfig.from_pretrained(tmp_path)
+    assert same(again, config)
+    assert again.attention.rope.sections == (2, 1, 1)
+    assert again.attention.site_towers == {"v_proj": (0, 1, 0)}
+    assert again.eos_token_id == [2, 4]
+    assert again.bidirectional_modalities == ("latent",)
+    assert build(again).state_dict().keys() == build(config).state_dict().keys()
+
+
+def test_values_changed_back_to_defaults_are_not_lost(tmp_path):
+    """Only differences to the defaults are written; a part that differs in one nested value must come back whole."""
+    config = OmniMoeConfig(attention=Attention.Config(rope=None), norm=Norm.Config(eps=0.5))
+    config.save_pretrained(tmp_path)
+    assert OmniMoeConfig.from_pretrained(tmp_path).attention.rope is None
+    assert same(OmniMoeConfig.from_pretrained(tmp_path), config)
+    default = OmniMoeConfig()
+    default.save_pretrained(tmp_path)
+    assert same(OmniMoeConfig.from_pretrained(tmp_path), default)
+
+
+def test_replace_changes_a_copy_and_names_the_near_field():
+    changed = DENSE.replace(hidden_size=32, num_hidden_layers=7)
+    assert (changed.hidden_size, changed.num_layers, DENSE.hidden_size, DENSE.num_layers) == (32, 7, 16, 2)
+    assert changed.attention == DENSE.attention
+    with pytest.raises(ConfigError, match="has no field 'hiden_size'; did you mean 'hidden_size'"):
+        DENSE.replace(hiden_size=3)
+    with pytest.raises(ConfigError, match="has no field 'num_head'; did you mean 'num_heads'"):
+        DENSE.replace(attention=DENSE.attention.replace(num_head=3))
+
+
+def test_a_stored_part_with_an_unknown_field_or_type_is_refused():
+    plain = DENSE.to_dict()
+    plain["attention"] = {**plain["attention"], "num_head": 3}
+    with pytest.raises(ConfigError, match="no field 'num_head'; did you mean 'num_heads'"):
+        OmniMoeConfig.from_dict(plain)
+    plain = DENSE.to_dict()
+    plain["experts"] = {"type": "feed_foward"}
+    with pytest.raises(ValueError, match="unknown experts 'feed_foward'; did you mean 'feed_forward'"):
+        OmniMoeConfig.from_dict(plain)
+
+
+def test_the_vocabulary_follows_the_modalities_unless_it_is_given():
+    assert DENSE.vocab_size == 40
+    assert DENSE.replace(modalities=(TEXT,)).vocab_size == 20
+    padded = DENSE.replace(vocab_size=64)
+    assert padded.vocab_size == 64
+    assert padded.replace(hidden_size=32).vocab_size == 64
+    with pytest.raises(ConfigError, match="vocab_size 39 is less than the 40 rows"):
+        DENSE.replace(vocab_size=39)
+
+
+@pytest.mark.parametrize(
+    ("name", "causal"),
+    [("dense", True), ("mot", True), ("moe", True), ("static", True), ("moma_top_k", True), ("one_way", True),
+     ("moma", False), ("expert_choice", False), ("encoder", False), ("block_causal", False), ("transfusion", False)],
+)  # fmt: skip
+def test_is_causal_reads_the_mask_and_every_router(name, causal):
+    assert DECLARATIONS[name].is_causal == causal
+
+
+def test_is_causal_looks_into_layer_ranges_and_lone_experts():
+    leaky = routed(4, ExpertChoiceRouter.Config())
+    assert not DENSE.replace(layers=(LayerRange(start=1, experts=leaky),)).is_causal
+    assert DENSE.replace(layers=(LayerRange(start=2, experts=leaky),)).is_causal  # no such layer
+    lone = ByModalityRouter.Config(experts=(1, 1, 1))
+    assert DENSE.replace(experts=routed(3, lone)).is_causal
+    assert not DENSE.replace(experts=routed(3, lone.replace(gate_lone_expert=True))).is_causal
+
+
+@pytest.mark.parametrize(
+    ("name", "sorted_"),
+    [("dense", False), ("moe", False), ("static", False), ("mot", True), ("moma", True), ("merged", True)],
+)
+def test_rows_are_sorted_only_where_something_has_copies_by_key(name, sorted_):
+    assert DECLARATIONS[name].needs_key_order == sorted_
+
+
+def test_one_site_with_towers_is_enough_to_sort():
+    assert DENSE.replace(attention=DENSE.attention.replace(site_towers={"o_proj": "modality"})).needs_key_order
+    assert DENSE.replace(final_norm=Norm.Config(towers="modality")).needs_key_order
+    assert DENSE.replace(layers=(LayerRange(start=1, norm=Norm.Config(towers="modality")),)).needs_key_order
+
+
+def test_the_partition_names_the_modality_of_every_row():
+    table = DENSE.modality_of_ids()
+    assert table.tolist() == [0] * 20 + [1] * 12 + [2] * 8
+    assert table.dtype == torch.int64
+
+
+def test_boundary_markers_belong_to_text_or_to_their_span():
+    assert DENSE.modality_of_ids()[[3, 4, 5, 6]].tolist() == [0] * 4
+    assert DENSE.modality_of_ids(markers="own")[[3, 4, 5, 6]].tolist() == [1, 1, 2, 2]
+    own = DENSE.replace(markers="own")
+    assert own.modality_of_ids()[[3, 4, 5, 6]].tolist() == [1, 1, 2, 2]
+    assert own.modality_of_ids(markers="text")[[3, 4, 5, 6]].tolist() == [0] * 4
+    model = build(own)
+    assert model.model.modality_ids_of(torch.tensor([[3, 20, 4, 8]])).tolist() == [[1, 1, 1, 0]]
+
+
+def test_placeholders_of_continuous_modalities_are_theirs():
+    config = DECLARATIONS["transfusion"]
+    assert config.modality_of_ids().tolist() == [1 if i == 7 else 0 for i in range(20)]
+
+
+def test_a_range_with_a_start_of_its_own_cuts_into_the_one_before():
+    """A published vocabulary's layout: image codes inside the text's range, and what follows continues after them."""
+    inside = IMAGE.replace(vocab_start=8, vocab_size=4)
+    config = OmniMoeConfig(hidden_size=16, modalities=(TEXT, inside, SPEECH), attention=Attention.Config(num_heads=4))
+    assert config.modality_of_ids().tolist() == [0] * 8 + [1] * 4 + [2] * 8
+    assert {name: (held.start, held.stop) for name, held in config.token_ranges.items()} == {
+        "text": (0, 20),
+        "image": (8, 12),
+        "speech": (12, 20),
+    }
+    assert config.vocab_size == 20
+    far = DENSE.replace(modalities=(TEXT, IMAGE.replace(vocab_start=100)))
+    assert far.vocab_size == 112
+    assert far.modality_of_ids()[[20, 99, 100, 111]].tolist() == [0, 0, 1, 1]
+
+
+BAD = {
+    "no modality": ({"modalities": ()}, "at least one modality"),
+    "two of a name": ({"modalities": (TEXT, TEXT)}, "each its own name"),
+    "unknown mask": ({"mask": "causl"}, "unknown mask rule 'causl'; did you mean 'causal'"),
+    "unknown placement": ({"norm_placement": "middle"}, "unknown norm_placement 'middle'; known: pre, post"),
+    "unknown markers": ({"markers": "both"}, "markers must be 'text' or 'own', got 'both'"),
+    "unknown block": ({"bidirectional_modalities": ("video",)}, "bidirectional_modalities names ['video']"),
+    "no width": ({"hidden_size": 0}, "hidden_size 0"),
+    "negative layers": ({"num_layers": -1}, "num_layers -1"),
+    "a marker outside": (
+        {"modalities": (TEXT, IMAGE.replace(begin_id=99))},
+        "begin_id 99 of modality 'image' is outside",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_is_refused(case):
+    changes, message = BAD[case]
+    with pytest.raises(ConfigError) as caught:
+        DENSE.replace(**changes)
+    assert message in str(caught.value)
+
+
+BUILT = {
+    "short tower map": ({"attention": Attention.Config(num_heads=4, towers=(0, 1))}, "has 2 entries for 3 keys"),
+    "unused copy": ({"experts": FeedForward.Config(towers=(0, 2, 2))}, "must use every copy from 0 to 2"),
+    "negative copy": ({"norm": Norm.Config(towers=(0, -1, 1))}, "must use every copy"),
+    "unknown word": ({"norm": Norm.Config(towers="modal")}, "unknown tower map 'modal'; write 'shared'"),
+    "short site map": ({"attention": Attention.Config(num_heads=4, site_towers={"q_proj": (0, 1)})}, "2 entries for 3"),
+    "heads": ({"attention": Attention.Config(num_heads=3)}, "hidden_size 16 must be a multiple of num_heads 3"),
+    "odd heads": ({"attention": Attention.Config(num_heads=4, head_dim=3)}, "head_dim must be even, got 3"),
+    "sections": ({"attention": Attention.Config(num_heads=4, rope=Rope.Config(sections=(1, 2)))}, "must sum to half"),
+    "too many choices": ({"experts": routed(2, TopKRouter.Config(top_k=3))}, "top_k 3 exceeds the 2 experts"),
+    "groups": ({"experts": routed(4, ByModalityRouter.Config(experts=(2, 2)))}, "each of 3 modalities"),
+    "group sum": ({"experts": routed(4, ByModalityRouter.Config(experts=(2, 2, 2)))}, "sum to the bank's 4"),
+    "empty group": ({"experts": routed(4, ByModalityRouter.Config(experts=(2, 2, 0)))}, "at least one expert"),
+    "static": ({"experts": routed(2, StaticRouter.Config())}, "must name one of 2 experts for each of 3 keys"),
+}
+
+
+@pytest.mark.parametrize("case", BUILT)
+def test_parts_that_do_not_fit_are_refused_when_the_model_is_built(case):
+    changes, message = BUILT[case]
+    with pytest.raises(ConfigError) as caught:
+        model = build(DENSE.replace(**changes))
+        model(torch.tensor([[8, 9]]))
+    assert message in str(caught.value)
+
+
+FIELDS = {
+    "qk norm": (lambda: Attention.Config(qk_norm="batch"), "unknown qk_norm 'batch'; known: none, rms, layer"),
+    "kv heads": (lambda: Attention.Config(num_heads=4, num_kv_heads=3), "must be a multiple of num_kv_heads 3"),
+    "site": (lambda: Attention.Config(site_towers={"w_proj": "shared"}), "unknown sites ['w_proj']"),
+    "score": (lambda: TopKRouter.Config(score="relu"), "unknown score 'relu'; known: softmax, sigmoid"),
+    "top k": (lambda: TopKRouter.Config(top_k=0), "top_k must be at least 1, got 0"),
+    "choice score": (lambda: ExpertChoiceRouter.Config(score="relu"), "unknown score 'relu'"),
+    "capacity": (lambda: ExpertChoiceRouter.Config(capacity_factor=0), "capacity_factor must be positive, got 0"),
+    "experts": (lambda: routed(0, TopKRouter.Config()), "num_experts must be at least 1, got 0"),
+    "vocabulary": (lambda: Tokens.Config(name="text"), "modality 'text' needs a vocab_size of at least 1, got 0"),
+    "objective": (lambda: Patches.Config(name="x", objective="gan"), "unknown objective 'gan'; known: flow, ddpm"),
+}
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_a_part_refuses_its_own_bad_values(case):
+    make, message = FIELDS[case]
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert message in str(caught.value)
+
+
+def test_names_that_transformers_reads_are_there():
+    config = DECLARATIONS["dense"]
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (
+        2,
+        4,
+        2,
+        4,
+    )
+    assert config.get_text_config() is config
+    assert config.num_keys == 3
+    assert DENSE.replace(keys=("und", "gen")).num_keys == 2
