@@ -31,7 +31,7 @@ from omnimoe.spans import bounded_ranges, owned_rows, read_spans
 from omnimoe.tokenizers import Tokenizer, load_tokenizer
 from omnimoe.tokenizers.speech import SAMPLE_RATE
 
-__all__ = ["Generated", "GenerationError", "denoise", "generate", "interleave"]
+__all__ = ["Generated", "GenerationError", "denoise", "generate", "interleave", "read_wave"]
 
 LONGEST_TEXT = 128
 """Tokens of a text, where the caller sets no other limit."""
@@ -88,6 +88,34 @@ class Generated:
                 raise GenerationError(f"a picture is written as .png, .jpg or .webp, not as {path.name!r}")
             Image.fromarray(self.raw).save(path)
         return path
+
+
+def read_wave(path: str | PathLike[str]) -> tuple[np.ndarray, int]:
+    """Reads a WAV file, for ``("speech", read_wave(path))``.
+
+    Args:
+        path: of 8, 16, 24 or 32-bit PCM; channels are averaged.
+
+    Returns:
+        ``(samples,)`` float32 in [-1, 1], and the rate in Hz. The speech tokenizer resamples other rates than its own.
+
+    Raises:
+        GenerationError: if there is no such file, or it is no PCM WAV file.
+    """
+    try:
+        with wave.open(str(path), "rb") as file:
+            channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
+            data = file.readframes(file.getnframes())
+    except FileNotFoundError:
+        raise GenerationError(f"no sound at {path}") from None
+    except (wave.Error, EOFError, OSError) as error:
+        raise GenerationError(f"{path} is not a PCM WAV file: {error or 'it ends early'}; convert it first") from None
+    samples = np.frombuffer(data[: len(data) // (channels * width) * channels * width], np.uint8).reshape(-1, width)
+    # A sample's bytes go to the top of 32 bits, the lowest first; 8-bit samples are unsigned.
+    wide = np.zeros((len(samples), 4), np.uint8)
+    wide[:, 4 - width :] = samples if width > 1 else samples ^ 0x80
+    waveform = wide.view("<i4").reshape(-1, channels).astype(np.float32) / 2**31
+    return waveform.mean(axis=1), rate
 
 
 def generate(
