@@ -1,7 +1,7 @@
 """The command line: ``omnimoe quickstart | list | info | train | compare | generate | data``.
 
-A command is a module of ``omnimoe.commands`` with ``add_arguments(parser)`` and ``run(args) -> int``. It is imported only
-when it is asked for, so that ``omnimoe --help`` answers at once.
+A command is a module of ``omnimoe.commands`` with ``add_arguments(parser)`` and ``run(args) -> int``. It is imported
+only when it is asked for, so that ``omnimoe --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -41,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
         return importlib.import_module(f"omnimoe.commands.{args.command}").run(args)
+    except BrokenPipeError:
+        # whoever read our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("omnimoe: interrupted", file=sys.stderr)
         return 130
@@ -63,7 +68,9 @@ def _parser(only: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         if name == only:

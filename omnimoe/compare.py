@@ -1,4 +1,4 @@
-"""Architectures side by side: trained on equal data at equal active FLOPs, compared by the dense model's steps they need.
+"""Architectures side by side: trained on equal data, compared by the share of the dense model's steps they need.
 
 The measure is that of Mixture-of-Transformers (https://arxiv.org/abs/2411.04996): for every step of the dense run, find
 the step at which the other run had the same loss; the slope of the second against the first is the share of the dense
@@ -8,6 +8,7 @@ model's steps, and so of its FLOPs, that the other model needs. It is taken for 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from omnimoe.data import Corpus
 from omnimoe.flops import flops
 from omnimoe.hub import load, model_info
-from omnimoe.model import MODELS
+from omnimoe.model import MODELS, OmniMoeConfig
 from omnimoe.train import History, Training, TrainSettings
 
 ALL = "all"
+
+logger = logging.getLogger(__name__)
 
 
 def step_match(
@@ -36,9 +40,10 @@ def step_match(
 ) -> float | None:
     """The share of the dense run's steps that another run needs to reach the same losses.
 
-    Both curves are made to fall (each loss replaced by the lowest so far) and read between their points on a logarithmic
-    axis of steps. The result is the least-squares slope through the origin of the other run's steps against the dense
-    run's, over the dense run's points from ``first`` of its length on whose loss the other run reached too.
+    Of both curves only the points count that are lower than all before. The other run reaches a loss where its curve
+    first crosses it, read between its points on a logarithmic axis of steps. The result is the least-squares slope
+    through the origin of the other run's steps against the dense run's, over the dense run's points from ``first`` of
+    its length on whose loss the other run reached too.
 
     Args:
         dense_steps: steps of the dense run's evaluations, rising; a step 0 is left out.
@@ -59,16 +64,27 @@ def step_match(
         0.5
     """
     dense, other = _curve(dense_steps, dense_losses), _curve(other_steps, other_losses)
-    pairs = []
+    lowest = np.minimum.accumulate(other[1])
+    pairs, reached = [], math.inf
     for step, loss in zip(*dense, strict=True):
-        if step < first * dense[0][-1] or loss > other[1][0] or loss < other[1][-1]:
-            continue
-        # the other run's losses fall; np.interp wants them to rise
-        pairs.append((step, float(np.exp(np.interp(-loss, -other[1], np.log(other[0]))))))
+        # a point on a plateau would count the steps of reaching its loss twice
+        is_new, reached = loss < reached, min(loss, reached)
+        if is_new and step >= first * dense[0][-1] and lowest[-1] <= loss <= lowest[0]:
+            pairs.append((step, _crossing(other[0], lowest, loss)))
     if not pairs:
         return None
     x, y = np.array(pairs).T
     return float((x * y).sum() / (x * x).sum())
+
+
+def _crossing(steps: np.ndarray, lowest: np.ndarray, loss: float) -> float:
+    """The step at which a falling curve first reaches ``loss``, which it does."""
+    after = int(np.searchsorted(-lowest, -loss, side="left"))
+    if after == 0:
+        return float(steps[0])
+    share = (lowest[after - 1] - loss) / (lowest[after - 1] - lowest[after])
+    before, then = np.log(steps[after - 1]), np.log(steps[after])
+    return float(np.exp(before + share * (then - before)))
 
 
 def _curve(steps: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +92,7 @@ def _curve(steps: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray,
     if len(kept) < 2:
         raise ValueError(f"a curve needs two points after step 0, got {len(kept)}; evaluate more often")
     x, y = np.array(kept, dtype=np.float64).T
-    return x, np.minimum.accumulate(y)
+    return x, y
 
 
 @dataclass(kw_only=True)
@@ -90,7 +106,7 @@ class Comparison:
         histories: model to one history a seed.
         forward_flops: model to forward FLOPs of a token of the training mix.
         total_params: model to parameters stored.
-        active_params: model to parameters a token meets, averaged over modalities.
+        active_params: model to parameters a token meets, the mean over modalities; None where unknown.
     """
 
     names: list[str]
@@ -99,7 +115,7 @@ class Comparison:
     histories: dict[str, list[History]] = field(default_factory=dict)
     forward_flops: dict[str, float] = field(default_factory=dict)
     total_params: dict[str, int] = field(default_factory=dict)
-    active_params: dict[str, float] = field(default_factory=dict)
+    active_params: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def modalities(self) -> list[str]:
@@ -180,6 +196,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     corpus: Corpus | None = None,
     out: Path | str | None = None,
+    device: str | torch.device = "cpu",
     show_progress: bool = True,
     on_model: Callable[[str, int, Training], None] | None = None,
 ) -> Comparison:
@@ -191,6 +208,7 @@ def compare(
         seeds: seeds of weights and data order.
         corpus: on what; loaded by ``settings.data`` where None.
         out: folder; every run's log and checkpoint go into a subfolder, tables and curves into the folder itself.
+        device: where to train.
         show_progress: draw bars on a terminal.
         on_model: called with the name, the seed and the finished run.
 
@@ -198,27 +216,29 @@ def compare(
         The comparison.
 
     Raises:
-        ValueError: if there are fewer than two models or no seed, or one is unknown.
+        ValueError: before anything is trained, if there are fewer than two models or no seed, a model is unknown, the
+            models do not share one vocabulary, or the settings give too few evaluations to compare.
+        KeyboardInterrupt: if Ctrl-C ended a run; its checkpoint is kept.
     """
     if len(names) < 2 or len(set(names)) != len(names):
         raise ValueError(f"a comparison needs at least two different models, got {list(names)}")
     if not seeds:
         raise ValueError("a comparison needs at least one seed")
+    _check_settings(settings)
+    _check_models(names)
     corpus = Corpus.load(settings.data) if corpus is None else corpus
     comparison = Comparison(names=list(names), seeds=list(seeds), settings=settings)
     for name in names:
         info = model_info(name)
         comparison.total_params[name] = info.total_params
-        comparison.active_params[name] = math.nan if info.active_params is None else info.active_params
+        comparison.active_params[name] = info.active_params
     for seed in seeds:
         for name in names:
             run = settings.replace(seed=seed)
-            model = load(name, seed=seed)
+            model = load(name, seed=seed).to(device)
             folder = None if out is None else Path(out) / "runs" / f"{name}-seed{seed}"
             label = name if len(seeds) == 1 else f"{name} seed {seed}"
-            training = Training(
-                model, run, corpus=corpus, out=folder, name=label, show_progress=show_progress
-            )
+            training = Training(model, run, corpus=corpus, out=folder, name=label, show_progress=show_progress)
             if name not in comparison.forward_flops:
                 comparison.forward_flops[name] = flops(model, training.held_out[0]).per_token
             history = training.run()
@@ -230,3 +250,35 @@ def compare(
     if out is not None:
         comparison.save(out)
     return comparison
+
+
+def _check_settings(settings: TrainSettings) -> None:
+    count = math.ceil(settings.steps / settings.evaluate_every) if settings.evaluate_every else 1
+    if count < 2 or not settings.evaluate_batches:
+        raise ValueError(
+            f"curves are compared at two evaluations or more, but {settings.steps} steps with evaluate_every "
+            f"{settings.evaluate_every} and evaluate_batches {settings.evaluate_batches} give "
+            f"{count if settings.evaluate_batches else 0}; evaluate more often or train longer"
+        )
+
+
+def _check_models(names: Sequence[str]) -> None:
+    configs = {name: MODELS.get(name)() for name in names}
+    base = configs[names[0]]
+    for name, config in configs.items():
+        if config.token_ranges != base.token_ranges:
+            raise ValueError(
+                f"{name} has another vocabulary than {names[0]}, {_ranges(config)} and not {_ranges(base)}; "
+                "losses are compared over the same tokens"
+            )
+        if not config.is_causal:
+            logger.warning(
+                "%s looks at later tokens when it scores (mask %r, or a router that chooses among rows), so its loss "
+                "is lower than what it could generate with; do not read it against that of a causal model",
+                name,
+                config.mask,
+            )
+
+
+def _ranges(config: OmniMoeConfig) -> str:
+    return ", ".join(f"{name} {held.start}-{held.stop - 1}" for name, held in config.token_ranges.items())

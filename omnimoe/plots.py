@@ -49,7 +49,9 @@ def draw_curves(comparison: Comparison, path: Path | str) -> Path:
             if len(runs) > 1:
                 axis.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
         first = 1 if len(comparison.histories[comparison.names[0]][0].steps) > 2 else 0
-        seen = np.array([run.held_out[modality][first:] for name in comparison.names for run in comparison.histories[name]])
+        seen = np.array(
+            [run.held_out[modality][first:] for name in comparison.names for run in comparison.histories[name]]
+        )
         axis.set_ylim(seen.min() - 0.05 * np.ptp(seen), seen.max() + 0.05 * np.ptp(seen))
         axis.set_title("all tokens" if modality == "all" else modality)
         axis.set_xlabel("steps")
@@ -129,12 +131,14 @@ def draw_routing(
     plt = _pyplot()
     from matplotlib.colors import ListedColormap
 
-    num_layers, num_modalities, num_copies = load.shape
+    num_layers, num_modalities, _ = load.shape
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8.2, 1.6 + 0.34 * num_layers * num_modalities / 2), height_ratios=[1, 0.45 * num_layers + 1]
     )
     colours = ListedColormap(COLOURS[:num_modalities])
-    top.imshow(modality_ids[None], aspect="auto", cmap=colours, vmin=-0.5, vmax=num_modalities - 0.5, interpolation="nearest")
+    top.imshow(
+        modality_ids[None], aspect="auto", cmap=colours, vmin=-0.5, vmax=num_modalities - 0.5, interpolation="nearest"
+    )
     top.set_yticks([])
     top.set_xlabel("position in a held-out sequence")
     top.set_title(title, loc="left")
@@ -152,7 +156,9 @@ def _heat(axis: Axes, load: np.ndarray, names: Sequence[str]) -> None:
     num_layers, num_modalities, num_copies = load.shape
     table = load.reshape(num_layers * num_modalities, num_copies)
     axis.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=max(1.0, float(table.max())))
-    labels = [f"layer {layer}  {name}" if i == 0 else name for layer in range(num_layers) for i, name in enumerate(names)]
+    labels = [
+        f"layer {layer}  {name}" if i == 0 else name for layer in range(num_layers) for i, name in enumerate(names)
+    ]
     axis.set_yticks(range(len(table)), labels, fontsize=7)
     axis.set_xticks(range(num_copies), [str(i) for i in range(num_copies)])
     axis.set_xlabel("copy of the feed-forward bank, share of the modality's tokens")
@@ -162,7 +168,15 @@ def _heat(axis: Axes, load: np.ndarray, names: Sequence[str]) -> None:
         for y, row in enumerate(table):
             for x, value in enumerate(row):
                 if value >= 0.005:
-                    axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white" if value > 0.6 else "black")
+                    axis.text(
+                        x,
+                        y,
+                        f"{value:.2f}",
+                        ha="center",
+                        va="center",
+                        fontsize=6,
+                        color="white" if value > 0.6 else "black",
+                    )
 
 
 def _wrap(text: str, width: int = 18, lines: int = 3) -> str:

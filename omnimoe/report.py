@@ -55,7 +55,9 @@ class Report:
 
     def sound(self, path: Path, caption: str) -> None:
         """A WAV file, copied into the page, with a player."""
-        self._parts.append(f'<p>{html.escape(caption)}<br><audio controls src="{_inline(path, "audio/wav")}"></audio></p>')
+        self._parts.append(
+            f'<p>{html.escape(caption)}<br><audio controls src="{_inline(path, "audio/wav")}"></audio></p>'
+        )
 
     def write(self, path: Path) -> Path:
         """Writes the page."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from omnimoe.experts import FeedForward
+from omnimoe.experts import Experts, FeedForward
 from omnimoe.model import OmniMoeForCausalLM
 
 
@@ -25,7 +25,7 @@ def routing_load(model: OmniMoeForCausalLM, batches: Iterable[dict[str, Tensor]]
     """
     layers = model.model.backbone.layers
     names = model.config.modality_names
-    num_copies = max((layer.mlp.experts.num_copies for layer in layers if hasattr(layer.mlp, "experts")), default=1)
+    num_copies = max((_copies(layer.mlp) for layer in layers), default=1)
     met = torch.zeros(len(layers), len(names), num_copies, dtype=torch.float64)
     seen = torch.zeros(len(names), dtype=torch.float64)
     device = next(model.parameters()).device
@@ -46,3 +46,10 @@ def routing_load(model: OmniMoeForCausalLM, batches: Iterable[dict[str, Tensor]]
             met[index] += torch.bincount(which, minlength=len(names) * num_copies).view(len(names), -1)
     model.train(was_training)
     return met / seen.clamp_min(1).view(1, -1, 1)
+
+
+def _copies(part: Experts) -> int:
+    """Copies of a layer's bank; 1 for a part that neither routes nor has towers."""
+    if isinstance(part, FeedForward):
+        return part.experts.num_copies
+    return int(getattr(part, "num_experts", 1))

@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 
 SHORT = {"learning_rate": "lr", "checkpoint_activations": "checkpoint-activations"}
@@ -30,7 +31,9 @@ def add_settings(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = 
         option = "--" + SHORT.get(field.name, field.name.replace("_", "-"))
         told = sentences[field.name].rstrip(".").replace("%", "%%").replace("`", "")
         if isinstance(default, bool):
-            group.add_argument(option, dest=field.name, action=argparse.BooleanOptionalAction, default=default, help=told)
+            group.add_argument(
+                option, dest=field.name, action=argparse.BooleanOptionalAction, default=default, help=told
+            )
         else:
             group.add_argument(option, dest=field.name, type=type(default), default=default, metavar="X", help=told)
 
@@ -44,12 +47,27 @@ def read_settings(args: argparse.Namespace, **fixed: object):
     return TrainSettings(**{**given, **fixed})
 
 
+def read_device(name: str):
+    """The device of ``--device``.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here ({told}); leave it out to train on the CPU") from error
+
+
 def field_sentences(kind: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, read from its source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     found = {}
     statements = body.body if isinstance(body, ast.ClassDef) else []
-    for statement, after in zip(statements, statements[1:], strict=False):
+    for statement, after in itertools.pairwise(statements):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
             found[statement.target.id] = " ".join(str(text).split())

@@ -59,7 +59,7 @@ def comparison_table(rows: list[dict[str, Any]], modalities: list[str]) -> Table
         table.add_row(
             row["model"],
             count(row["total_params"]),
-            count(row["active_params"]),
+            known(row["active_params"]),
             f"{count(row['flops_per_token'])} ({row['flops_ratio']:.2f}x)",
             f"{row['seconds']:.0f} s ({row['time_ratio']:.2f}x)",
             *(spread(row["loss"][modality]) for modality in modalities),

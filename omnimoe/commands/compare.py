@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from omnimoe.commands._settings import add_settings, read_settings
+from omnimoe.commands._settings import add_settings, read_device, read_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="nano", help="size that short names are completed with")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds each model is trained with")
     parser.add_argument("--out", type=Path, default=Path("omnimoe-compare"), help="folder for curves, tables and runs")
+    parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     add_settings(parser, without=("seed",), steps=600, evaluate_every=25)
 
@@ -26,13 +27,13 @@ def run(args: argparse.Namespace) -> int:
 
     settings = read_settings(args)
     names = resolve_names(args.models, args.size)
-    comparison = compare(names, settings, seeds=range(args.seeds), out=args.out)
+    comparison = compare(names, settings, seeds=range(args.seeds), out=args.out, device=read_device(args.device))
     if args.json:
         print(json.dumps(comparison.to_dict()))
         return 0
     console().print(comparison_table(comparison.rows(), comparison.modalities))
     print(
-        f"\nsteps: share of {names[0]}'s steps that a model needs to reach its held-out loss, mean ± standard deviation "
-        f"over {args.seeds} seeds\ncurves  {args.out / 'curves.png'}\nnumbers {args.out / 'comparison.json'}"
+        f"\nsteps: share of {names[0]}'s steps that a model needs to reach its held-out loss, mean ± standard "
+        f"deviation over {args.seeds} seeds\ncurves  {args.out / 'curves.png'}\nnumbers {args.out / 'comparison.json'}"
     )
     return 0

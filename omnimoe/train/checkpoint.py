@@ -1,18 +1,20 @@
 """Checkpoints of a run: a model folder that ``from_pretrained`` reads, and beside it what resuming needs.
 
 A checkpoint is written into a sibling folder and renamed when it is whole, so that an interrupted save leaves the last
-good one in place.
+good one: in place, or, if the break came between two renames, beside it, from where it is put back.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as hf_logging
 
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.train.settings import TrainSettings
@@ -40,10 +42,12 @@ def save_checkpoint(
         ``folder``.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
+    fresh, old = _siblings(folder)
+    restore(folder)
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    with quiet():
+        model.save_pretrained(fresh)
     (fresh / SETTINGS_FILE).write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
     if state is not None:
         torch.save(state, fresh / STATE_FILE)
@@ -54,12 +58,42 @@ def save_checkpoint(
     return folder
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers from drawing bars for a file, which it does into logs too."""
+    was_shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            hf_logging.enable_progress_bar()
+
+
+def restore(folder: Path) -> bool:
+    """Puts back the last good checkpoint if a save was broken off between its two renames.
+
+    Returns:
+        Whether there is a checkpoint now.
+    """
+    fresh, old = _siblings(folder)
+    if not folder.exists() and old.exists():
+        # the new one is whole before the old one is moved away
+        (fresh if fresh.exists() else old).rename(folder)
+    return folder.exists()
+
+
+def _siblings(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+
+
 def load_state(folder: Path) -> dict[str, Any]:
     """What resuming needs, from a checkpoint; tensors and plain values only, no code is run.
 
     Raises:
         ResumeError: if there is none.
     """
+    restore(folder)
     path = folder / STATE_FILE
     if not path.exists():
         raise ResumeError(f"no {STATE_FILE} in {folder}: it is no checkpoint of a run, so there is nothing to resume")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ class RunLog:
 
     Args:
         folder: the run's folder, or None.
-        resume_from: drop lines of this step and later ones, which an interrupted run had written already.
+        resume_from: the step that a run is taken up at: what an interrupted run wrote of later steps is dropped. None
+            starts anew, dropping everything.
     """
 
     def __init__(self, folder: Path | None, *, resume_from: int | None = None) -> None:
@@ -21,14 +23,18 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
-        kept = []
-        if resume_from is not None and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resume_from]
-        path.write_text("".join(line + "\n" for line in kept))
+        kept: list[str] = []
+        if resume_from is None:
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        elif path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _belongs(line, resume_from)]
+        path.write_text("".join(kept))
         self._file = path.open("a")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_from)
+        # TensorBoard forgets the step it is told and all that follow
+        purge = None if resume_from is None else resume_from + 1
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Records numbers of a step under ``kind``, such as ``"train"``."""
@@ -45,3 +51,8 @@ class RunLog:
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
+
+
+def _belongs(line: str, resume_from: int) -> bool:
+    # a killed run may leave its last line torn
+    return line.endswith("\n") and json.loads(line)["step"] <= resume_from

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import torch
 from tqdm import tqdm
 
 from omnimoe.data import Corpus
-from omnimoe.model import OmniMoeForCausalLM
-from omnimoe.train.checkpoint import ResumeError, load_state, save_checkpoint
+from omnimoe.hub import from_pretrained
+from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.train.checkpoint import ResumeError, load_state, quiet, save_checkpoint
 from omnimoe.train.data import Batch, held_out_batches, training_batches
-from omnimoe.train.evaluate import evaluate
+from omnimoe.train.evaluation import evaluate
 from omnimoe.train.log import RunLog
 from omnimoe.train.optim import learning_rate, make_optimizer
 from omnimoe.train.settings import TrainSettings
@@ -110,7 +111,7 @@ class Training:
         """Takes up the run where its checkpoint left it.
 
         Raises:
-            ResumeError: if there is no checkpoint, or it is of a run with other settings.
+            ResumeError: if there is no checkpoint, or it is of another model or of a run with other settings.
         """
         folder = self.checkpoint_folder
         if folder is None:
@@ -121,7 +122,13 @@ class Training:
         if changed:
             told = ", ".join(f"{key} was {was.get(key)!r} and is {now[key]!r}" for key in changed)
             raise ResumeError(f"{folder} is of a run with other settings: {told}; give the same ones, or another out=")
-        self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
+        with quiet():
+            saved = from_pretrained(folder)
+        if _declaration(saved.config) != _declaration(self.model.config):
+            raise ResumeError(
+                f"{folder} holds a model that is declared otherwise; resume with that one, or another out="
+            )
+        self.model.load_state_dict(saved.state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["data"])
         self.step = state["step"]
@@ -158,11 +165,12 @@ class Training:
             What was measured.
 
         Raises:
-            TrainingError: if the loss is not finite; the message names the step and the modality.
+            TrainingError: if the loss or its gradient is not finite; the message names the step and the modality. The
+                weights are those before the step, and the last checkpoint stays as it was.
         """
         settings = self.settings
         last = settings.steps if until is None else min(until, settings.steps)
-        log = RunLog(self.out, resume_from=self.step if self.step else None)
+        log = RunLog(self.out, resume_from=self.step if self.history.steps or self.step else None)
         bar = tqdm(
             total=settings.steps,
             initial=self.step,
@@ -172,8 +180,8 @@ class Training:
             disable=None if self.show_progress else True,
         )
         self.model.train()
-        with self._interruptible(), bar:
-            if self.step == 0 and self.held_out:
+        with closing(log), self._interruptible(), bar:
+            if self.step == 0 and self.held_out and not self.history.steps:
                 self._evaluate(log)
             while self.step < last and not self._stop_requested:
                 started = time.perf_counter()
@@ -195,7 +203,6 @@ class Training:
                     on_step(self)
         if self._stop_requested:
             logger.warning("stopped at step %d of %d; run again with resume to go on", self.step, settings.steps)
-        log.close()
         self.save()
         return self.history
 
@@ -209,29 +216,32 @@ class Training:
         rate = learning_rate(self.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total, routings = 0.0, None
+        total, bad, routed = 0.0, set(), []
         for _ in range(settings.accumulate):
             batch = {name: value.to(self.device) for name, value in next(self.batches).items()}
             out = self._forward(batch)
             (out.loss / settings.accumulate).backward()
-            routings = out.routings
+            routed.append(out.routings)
             total += float(out.loss.detach()) / settings.accumulate
             for name, loss in out.losses.items():
-                count = float(out.counts[name])
-                self._sums[name] = self._sums.get(name, 0.0) + float(loss.detach()) * count
+                value, count = float(loss.detach()), float(out.counts[name])
+                self._sums[name] = self._sums.get(name, 0.0) + value * count
                 self._counts[name] = self._counts.get(name, 0.0) + count
-        if not math.isfinite(total):
-            bad = [name for name, loss in out.losses.items() if not math.isfinite(float(loss))]
-            raise TrainingError(
-                f"the loss is {total} at step {self.step + 1} ({', '.join(bad) or 'balance losses'}); lower the learning "
-                f"rate {rate:.2g}, lengthen the warm-up or clip harder"
-            )
+                bad |= set() if math.isfinite(value) else {name}
         parameters = list(self.model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            told = f"the loss is {total}" if not math.isfinite(total) else f"the norm of the gradient is {norm}"
+            where = ", ".join(sorted(bad)) or ("balance losses" if not math.isfinite(total) else f"loss {total:.3f}")
+            raise TrainingError(
+                f"{told} at step {self.step + 1} ({where}); lower the learning rate {rate:.2g}, lengthen the "
+                "warm-up or clip harder"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.update_routers(routings)
-        return {"loss": total, "learning_rate": rate, "gradient_norm": float(norm)}
+        for routings in routed:
+            self.model.update_routers(routings)
+        return {"loss": total, "learning_rate": rate, "gradient_norm": norm}
 
     def _forward(self, batch: Batch):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
@@ -270,3 +280,11 @@ class Training:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def _declaration(config: OmniMoeConfig) -> dict[str, Any]:
+    """What a config says of the model, without what saving adds."""
+    return {name: value for name, value in config.to_dict().items() if name in _FIELDS}
+
+
+_FIELDS = frozenset(OmniMoeConfig.__annotations__)

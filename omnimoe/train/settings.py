@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from omnimoe.config import Config, ConfigError
@@ -22,7 +23,7 @@ class TrainSettings(Config):
     sequence_length: int = 256
     """Tokens in a sequence."""
     accumulate: int = 1
-    """Forwards in a step."""
+    """Forwards in a step; each weighs the same, whatever it holds."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
     final_learning_rate: float = 0.05
@@ -60,13 +61,20 @@ class TrainSettings(Config):
         for name in ("steps", "batch_size", "sequence_length", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "clip", "weight_decay", "evaluate_every", "save_every", "evaluate_batches"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("warmup", "clip", "weight_decay", "evaluate_every", "save_every", "evaluate_batches", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must lie in 0..1 and below 1, got {getattr(self, name)}")
+        for name in ("final_learning_rate", "text_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share and must lie in 0..1, got {getattr(self, name)}")
+        for name in ("learning_rate", "epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be finite and positive, got {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
 
     @property
     def tokens_per_step(self) -> int:
