@@ -166,7 +166,7 @@ def generate(
             f"a span of {to} has {held.num_tokens} tokens, so max_new_tokens cannot be {max_new_tokens}"
         )
     longest = held.num_tokens or max_new_tokens or (LONGEST_TEXT if held.begin_id is None else LONGEST_SPAN)
-    begins = [other.begin_id for other in bounded_ranges(config).values()]
+    begins = [other.begin_id for other in bounded_ranges(config).values() if other.begin_id is not None]
     stops = [*_ids(config.eos_token_id), *begins] if held.end_id is None else [held.end_id]
     sequences = _sample(model, prompts, stops, longest, seed, temperature, top_k, top_p, num_samples, min_new_tokens=1)
     rows = owned_rows(config)[to]

@@ -101,6 +101,7 @@ class OmniMoePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
+    _keep_in_fp32_modules_strict = ["cutoff"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -209,6 +210,9 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         batch_size, length = check_batch(config, input_ids, inputs_embeds, modality_ids, key_ids, segment_ids)
         check_ids("block_ids", block_ids, (batch_size, length), -1, 2**31, "number blocks from 0, -1 is no block")
         device = (input_ids if input_ids is not None else inputs_embeds).device
+        recompute = self.gradient_checkpointing and self.training
+        if recompute and (use_cache or past_key_values is not None):
+            raise InputError("layers that are recomputed in backward would fill a cache twice; pass use_cache=False")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
@@ -243,7 +247,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             mask,
             rows.to_rows(positions),
             past_key_values,
-            checkpoint=self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None,
+            checkpoint=self._gradient_checkpointing_func if recompute else None,
             observe=seen.append if output_hidden_states else None,
         )
         hidden = rows.to_time(self.norm(x, rows))
@@ -460,6 +464,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         *,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
         free: bool = False,
         spans: Sequence[str] | None = None,
         max_span: int | Mapping[str, int] | None = None,
@@ -475,7 +481,9 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         Past the prompt, modality ids come from the partition, the key of the last position goes on, and nothing is in a
         block; features enter with the prompt.
         """
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if inputs.get("input_ids") is None:
             return inputs
         cache = inputs.get("past_key_values")
@@ -494,7 +502,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
                     tail = torch.full_like(tail, -1)
                 given = torch.cat((given, tail), dim=1)
             inputs[name] = given[:, past:total]
-        if past:
+        if past and not is_first_iteration:
             inputs.pop("features", None)
             inputs.pop("timesteps", None)
         return inputs
@@ -505,14 +513,15 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         """Puts the grammar of spans before everything else, so that ``top_k`` and the like count what may follow."""
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         given = model_kwargs or {}
-        if has_spans(self.config) and not given.get("free"):
-            processor = SpanProcessor(
-                self.config,
-                spans=given.get("spans"),
-                max_span=given.get("max_span"),
-                temperature=given.get("span_temperature"),
-                top_k=given.get("span_top_k"),
-            )
+        options = {
+            "spans": given.get("spans"),
+            "max_span": given.get("max_span"),
+            "temperature": given.get("span_temperature"),
+            "top_k": given.get("span_top_k"),
+        }
+        wanted = has_spans(self.config) or any(value is not None for value in options.values())
+        if wanted and not given.get("free"):
+            processor = SpanProcessor(self.config, **options)
             processors.insert(0, processor)
         return processors
 

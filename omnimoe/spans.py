@@ -227,7 +227,8 @@ def read_spans(ids: Tensor, config: OmniMoeConfig) -> list[Span]:
         owner_of[rows] = index
     names = list(owners)
     found: list[Span] = []
-    open_name, held_ids = None, []
+    open_name: str | None = None
+    held_ids: list[tuple[str, int]] = []
 
     def close(is_whole: bool) -> None:
         if held_ids:

@@ -157,6 +157,10 @@ def test_without_boundary_tokens_there_is_no_grammar(config):
     assert not has_spans(config)
     with pytest.raises(SpanError, match="no boundary tokens"):
         SpanProcessor(config)
+    model, prompt = build(config), torch.tensor([[BOS, 9]])
+    assert model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 5)
+    with pytest.raises(SpanError, match="no boundary tokens"):
+        model.generate(prompt, max_new_tokens=2, spans=["image"])
 
 
 def test_ranges_that_cut_into_text_and_rows_of_nobody():
