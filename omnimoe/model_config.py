@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from dataclasses import field
 from typing import Any, ClassVar, Self
 
@@ -88,6 +89,11 @@ class OmniMoeConfig(PreTrainedConfig):
     """Return each layer's raw router logits."""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:
+            # transformers keeps whatever it does not know as an attribute, which would hide a slip of the pen
+            near = difflib.get_close_matches(name, inspect.get_annotations(OmniMoeConfig), n=1, cutoff=0.85)
+            if near and not hasattr(self, name):
+                raise ConfigError(f"OmniMoeConfig has no field {name!r}; did you mean {near[0]!r}?")
         for name, kind in _PARTS.items():
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, kind.from_dict(getattr(self, name)))

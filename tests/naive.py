@@ -75,11 +75,12 @@ def naive_logits(
             for t in places:
                 h = rms(x[t], bank("attention_norm.weight", norm.towers, t), norm.eps) if is_pre else x[t]
 
-                def project(name: str, count: int, h: Tensor = h, t: int = t) -> Tensor:
-                    y = bank(f"self_attn.{name}.weight", site(name), t) @ h
-                    if attention.bias:
-                        y = y + bank(f"self_attn.{name}.bias", site(name), t)
-                    return y.view(count, width)
+                def project(name: str, count: int, h: Tensor = h, t: int = t, a=attention, bank=bank) -> Tensor:
+                    towers = a.site_towers.get(name, a.towers)
+                    y = bank(f"self_attn.{name}.weight", towers, t) @ h
+                    if a.bias:
+                        y = y + bank(f"self_attn.{name}.bias", towers, t)
+                    return y.view(count, -1)
 
                 query[t], keys_[t] = project("q_proj", heads), project("k_proj", kv_heads)
                 value[t] = project("v_proj", kv_heads)

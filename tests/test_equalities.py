@@ -409,8 +409,8 @@ MIXTURES = {"mixtral": True, "olmoe": False, "qwen3_moe": True, "qwen3_moe_raw":
 def mixture(name: str):
     import transformers as hf
 
-    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                  "num_experts_per_tok": 2, "tie_word_embeddings": False, "output_router_logits": False}  # fmt: skip
+    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "tie_word_embeddings": False}
     if name == "mixtral":
         config = hf.MixtralConfig(**common, intermediate_size=24, num_local_experts=4, sliding_window=None)
         return shake(hf.MixtralForCausalLM(config))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -224,3 +226,22 @@ def test_what_a_cache_cannot_hold_is_refused():
         model(ids[:, 4:], past_key_values=cache, segment_ids=torch.zeros_like(ids[:, 4:]))
     with pytest.raises(InputError, match="attention_mask must be \\(2, 12\\)"):
         model(ids[:, 4:], past_key_values=cache, attention_mask=torch.ones_like(ids[:, 4:]))
+
+
+def test_a_prompt_of_embeddings_generates_what_its_ids_do():
+    model, ids = build(DECLARATIONS["mot"]), ids_like(DENSE, 2, 6)
+    keep = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "free": True}
+    embeds, kinds = model.model.embed_tokens(ids), model.model.modality_ids_of(ids)
+    found = model.generate(inputs_embeds=embeds, modality_ids=kinds, **keep)
+    assert torch.equal(found, model.generate(ids, **keep)[:, 6:])
+
+
+def test_a_cache_is_refused_where_layers_are_recomputed():
+    model, ids = build(DENSE).train(), ids_like(DENSE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable()
+    with pytest.raises(InputError, match="fill a cache twice; pass use_cache=False"):
+        model(ids, use_cache=True)
+    model.eval()
+    assert model(ids, use_cache=True).past_key_values is not None

@@ -28,7 +28,7 @@ BAD = {
     "flat embeds": ({"inputs_embeds": torch.zeros(2, 12)}, "inputs_embeds must be (B, T, D), got (2, 12)"),
     "narrow embeds": (
         {"inputs_embeds": torch.zeros(2, 12, 8), "modality_ids": torch.zeros(2, 12, dtype=torch.int64)},
-        "hidden_size 16, got (2, 12, 8)",
+        "inputs_embeds must be (B, T, 16), got (2, 12, 8)",
     ),
     "empty": ({"input_ids": IDS[:, :0]}, "the sequence is empty"),
     "too large an id": (

@@ -1,4 +1,4 @@
-"""The model as a whole: gradients that must be zero, saving and loading, checkpointing, low precision, attention backends."""
+"""The model as a whole: gradients, saving and loading, recomputation, low precision, attention backends, outputs."""
 
 from __future__ import annotations
 
@@ -190,6 +190,18 @@ def test_saving_and_loading_restores_every_bit(name, loader, tmp_path):
     assert again.config.modalities == config.modalities
 
 
+def test_loading_in_bfloat16_keeps_the_running_cutoffs_in_float32(tmp_path):
+    model = build(DECLARATIONS["moma"])
+    for _, buffer in model.named_buffers():
+        buffer.uniform_(0.2, 0.4)
+    model.save_pretrained(tmp_path)
+    again = OmniMoeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.lm_head.weight.dtype == torch.bfloat16
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for key, buffer in again.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(key)), key
+
+
 def test_tied_embeddings_are_one_tensor_before_and_after_loading(tmp_path):
     model = build(DECLARATIONS["dense_tied"])
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -208,7 +220,7 @@ def test_the_auto_classes_know_the_model():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_loaded_from_a_checkpoint_without_them_initialises_every_missing_parameter(name, tmp_path):
-    """What a checkpoint lacks is made on loading, from memory that the fixture fills with NaN, and starts as it should."""
+    """What a checkpoint lacks is made on loading, from memory that a fixture fills with NaN."""
     config = DECLARATIONS[name]
     source = OmniMoeForCausalLM(config)
     empty = {"model.embed_tokens.weight": source.model.embed_tokens.weight.detach().clone()}

@@ -225,12 +225,16 @@ BUILT = {
 }
 
 
+def run(config: OmniMoeConfig) -> None:
+    """Builds the model and its rotary table, which is made at the first forward."""
+    build(config)(torch.tensor([[8, 9]]))
+
+
 @pytest.mark.parametrize("case", BUILT)
 def test_parts_that_do_not_fit_are_refused_when_the_model_is_built(case):
     changes, message = BUILT[case]
     with pytest.raises(ConfigError) as caught:
-        model = build(DENSE.replace(**changes))
-        model(torch.tensor([[8, 9]]))
+        run(DENSE.replace(**changes))
     assert message in str(caught.value)
 
 
@@ -267,3 +271,10 @@ def test_names_that_transformers_reads_are_there():
     assert config.get_text_config() is config
     assert config.num_keys == 3
     assert DENSE.replace(keys=("und", "gen")).num_keys == 2
+
+
+def test_a_slip_of_the_pen_is_no_attribute_of_its_own():
+    with pytest.raises(ConfigError, match="has no field 'hiden_size'; did you mean 'hidden_size'"):
+        OmniMoeConfig(hiden_size=3)
+    assert OmniMoeConfig(num_hidden_layers=3).num_layers == 3
+    assert OmniMoeConfig(architectures=["OmniMoeForCausalLM"], my_note="kept").my_note == "kept"

@@ -220,3 +220,10 @@ def test_wrong_shapes_are_refused_with_the_value(x, weight, offsets, bias, messa
 def test_mixed_dtypes_are_refused_outside_autocast():
     with pytest.raises(ValueError, match="must share a dtype"):
         grouped_mm(torch.randn(6, 4).bfloat16(), torch.randn(2, 3, 4), ends(4, 2))
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(2, 8, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(grouped_mm(x, weight, ends(2, 2)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

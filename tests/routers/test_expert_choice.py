@@ -89,3 +89,13 @@ def test_after_training_the_cutoff_gives_about_the_capacity():
 @pytest.mark.parametrize(("score", "start"), [("sigmoid", 0.5), ("softmax", 1 / 3)])
 def test_the_cutoff_starts_at_the_score_of_an_untrained_router(score, start):
     torch.testing.assert_close(router_of(score=score).cutoff, torch.full((3,), start))
+
+
+def test_the_cutoff_stays_in_float32_whatever_the_model_is_cast_to():
+    """In bfloat16 a momentum of 0.99 would never move it."""
+    router = router_of().to(torch.bfloat16)
+    assert router.scorer.weight.dtype == torch.bfloat16
+    assert router.cutoff.dtype == torch.float32
+    before = router.cutoff.clone()
+    router.update(router(torch.randn(9, 4).bfloat16(), rows_of(9)))
+    assert (router.cutoff != before).all()

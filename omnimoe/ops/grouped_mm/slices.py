@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from omnimoe.ops._spans import spans
 
@@ -33,6 +34,7 @@ class _GroupedMM(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, offsets = ctx.saved_tensors
         groups = spans(offsets, x.shape[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from omnimoe.ops._spans import spans
 
@@ -28,6 +29,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, inverse = ctx.saved_tensors
         normal = x.to(inverse.dtype) * inverse
