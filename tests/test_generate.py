@@ -349,6 +349,7 @@ def test_the_command_reads_pictures_and_sounds(folder, tmp_path, capsys):
         ({"--to": "video"}, "no modality 'video'"),
         ({"--model": "nowhere"}, "neither an existing folder nor an id"),
         ({"--model": "mot_nanoo"}, "mot_nano"),
+        ({"--model": "mot_7b"}, "no weights for 'mot_7b'; train it first"),
         ({"--from": ("image", "nowhere.png")}, "no picture at nowhere.png"),
         ({"--from": ("speech", "nowhere.wav")}, "no sound at nowhere.wav"),
         ({"--from": ("speech", __file__)}, "is not a PCM WAV file"),

@@ -101,10 +101,12 @@ def _raw(modality: str, given: str) -> Any:
 def _model(name: str, device: str | None):
     import torch
 
-    from omnimoe.hub import from_pretrained, load
+    from omnimoe.hub import from_pretrained, load, model_info
     from omnimoe.model import MODELS
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name in MODELS and not Path(name).is_dir():
+        if model_info(name).pretrained is None:
+            raise ValueError(f"there are no weights for {name!r}; train it first and pass the folder: --model DIR")
         return load(name, pretrained=True, device=device)
     return from_pretrained(name, device=device)
