@@ -61,7 +61,11 @@ class GridBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = (
+            self.qkv(self.norm_attention(x))
+            .view(batch, length, 3, self.num_heads, width // self.num_heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         q, k, v = qkv.unbind(0)
         # Written out: for 64 cells on a CPU the fused kernel's backward costs twice as much.
         weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
@@ -209,7 +213,7 @@ class PictureTokenizer(CodecTokenizer):
             raise TokenizerError(f"decode takes the ids of one picture, not {tuple(ids.shape)}; use decode_batch")
         return self.decode_batch(ids[None])[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_batch(self, raws: Any) -> Tensor:
         """Pictures to ids ``(B, 64)`` int64; ``raws`` is a sequence of what :meth:`encode` takes, or an array."""
         if isinstance(raws, str | PathLike | Image.Image):
@@ -219,9 +223,9 @@ class PictureTokenizer(CodecTokenizer):
             self.network.encode(to_signed(np.stack(pictures[start : start + _CHUNK])).to(self.device))[1].cpu()
             for start in range(0, len(pictures), _CHUNK)
         ]
-        return torch.cat(ids).clone() if ids else torch.empty(0, self.network.side**2, dtype=torch.long)
+        return torch.cat(ids) if ids else torch.empty(0, self.network.side**2, dtype=torch.long)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_batch(self, ids: Any) -> np.ndarray:
         """Ids ``(B, 64)`` to pictures ``(B, 64, 64, 3)`` uint8."""
         ids = self.check_ids(ids)

@@ -216,7 +216,7 @@ class SpeechTokenizer(CodecTokenizer):
         """Ids that a second of speech gives."""
         return SAMPLE_RATE / self.samples_per_unit
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, raw: Any, sample_rate: int = SAMPLE_RATE) -> Tensor:
         """A clip to ids.
 
@@ -238,9 +238,9 @@ class SpeechTokenizer(CodecTokenizer):
             waveform = resample(waveform, sample_rate, SAMPLE_RATE)
         padding = -len(waveform) % self.samples_per_unit
         waveform = to_peak(F.pad(waveform, (0, padding)))
-        return self.network.encode(self.network.spectrum.magnitudes(waveform[None]))[1][0].cpu().clone()
+        return self.network.encode(self.network.spectrum.magnitudes(waveform[None]))[1][0].cpu()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, ids: Any) -> np.ndarray:
         """Ids ``(n,)`` to a waveform, ``(n * 640,)`` float32 in ``[-1, 1]`` at 16 kHz; the same ids give the same.
 
@@ -255,7 +255,7 @@ class SpeechTokenizer(CodecTokenizer):
         magnitudes = self.network.decode(self.network.fsq.ids_to_codes(ids[None].to(self.device))).exp()
         # What lies at the floor was silence; left in, a clip's pauses hiss.
         magnitudes = torch.where(magnitudes < 1.5 * FLOOR, 0.0, magnitudes)
-        return self.network.spectrum.waveforms(magnitudes)[0].clamp(-1, 1).cpu().numpy().copy()
+        return self.network.spectrum.waveforms(magnitudes)[0].clamp(-1, 1).cpu().numpy()
 
 
 def to_peak(waveform: Tensor) -> Tensor:

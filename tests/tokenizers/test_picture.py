@@ -82,6 +82,12 @@ def test_other_sizes_are_set_on_a_white_square():
     assert to_square(np.full((5, 5), 7, np.uint8), 64).max() == 7
 
 
+def test_ids_can_be_trained_on(tokenizer):
+    embedding = torch.nn.Embedding(tokenizer.vocab_size, 2)
+    embedding(tokenizer.encode(PICTURES[0])).sum().backward()
+    assert embedding.weight.grad is not None
+
+
 def test_an_empty_batch_is_empty(tokenizer):
     assert tokenizer.encode_batch([]).shape == (0, 64)
     assert tokenizer.decode_batch(torch.empty(0, 64, dtype=torch.long)).shape == (0, 64, 64, 3)

@@ -66,6 +66,12 @@ def test_the_same_input_gives_the_same_output(tokenizer):
     assert np.array_equal(tokenizer.decode(ids), tokenizer.decode(ids.tolist()))
 
 
+def test_ids_can_be_trained_on(tokenizer):
+    embedding = torch.nn.Embedding(tokenizer.vocab_size, 2)
+    embedding(tokenizer.encode(read(CLIPS[0]))).sum().backward()
+    assert embedding.weight.grad is not None
+
+
 def test_decoding_leaves_the_random_state_alone(tokenizer):
     torch.manual_seed(0)
     expected = torch.rand(1)
