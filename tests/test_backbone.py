@@ -7,8 +7,9 @@ import torch
 
 from omnimoe.backbone import Backbone, Block, LayerRange
 from omnimoe.config import ConfigError
-from omnimoe.experts import FeedForward
+from omnimoe.experts import FeedForward, RoutedExperts
 from omnimoe.layers import Attention, AttentionMask, Norm, Rope, RowLayout
+from omnimoe.routers import ExpertChoiceRouter
 
 BLOCK = Block.Config(
     attention=Attention.Config(num_heads=2, towers="modality"),
@@ -94,3 +95,23 @@ def test_key_order_is_asked_for_by_any_part():
 def test_an_unknown_placement_is_refused():
     with pytest.raises(ConfigError, match="unknown norm_placement 'sandwich'; known: pre, post"):
         BLOCK.replace(norm_placement="sandwich")
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_a_row_that_no_expert_takes_passes_by_the_residual_alone(placement):
+    sparse = RoutedExperts.Config(
+        num_experts=4, intermediate_size=12, router=ExpertChoiceRouter.Config(capacity_factor=0.5)
+    )
+    backbone, rows, mask, positions = parts(BLOCK.replace(experts=sparse, norm_placement=placement))
+    x, layer = torch.randn(5, 8), backbone.layers[0]
+    placed = rows.with_rotary(*Rope(Rope.Config(), head_dim=4).table(positions))
+    if placement == "pre":
+        middle = x + layer.self_attn(layer.attention_norm(x, rows), placed, mask)[0]
+    else:
+        middle = x + layer.attention_norm(layer.self_attn(x, placed, mask)[0], rows)
+    y, routing, _ = layer(x, placed, mask)
+    untaken = sorted(set(range(5)) - set(routing.token_index.tolist()))
+    assert 0 < len(untaken) < 5
+    assert torch.equal(y[untaken], middle[untaken])
+    taken = routing.token_index.unique()
+    assert (y[taken] != middle[taken]).any(-1).all()
