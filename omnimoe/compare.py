@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from omnimoe.data import Corpus
-from omnimoe.flops import flops
+from omnimoe.flops import UnknownCostError, flops
 from omnimoe.hub import load, model_info
-from omnimoe.model import MODELS, OmniMoeConfig
+from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.train import History, Training, TrainSettings
 
 ALL = "all"
@@ -104,7 +104,7 @@ class Comparison:
         seeds: seeds that each was trained with.
         settings: of every run, but for the seed.
         histories: model to one history a seed.
-        forward_flops: model to forward FLOPs of a token of the training mix.
+        forward_flops: model to forward FLOPs of a token of the training mix; None where a part does not state its cost.
         total_params: model to parameters stored.
         active_params: model to parameters a token meets, the mean over modalities; None where unknown.
     """
@@ -113,7 +113,7 @@ class Comparison:
     seeds: list[int]
     settings: TrainSettings
     histories: dict[str, list[History]] = field(default_factory=dict)
-    forward_flops: dict[str, float] = field(default_factory=dict)
+    forward_flops: dict[str, float | None] = field(default_factory=dict)
     total_params: dict[str, int] = field(default_factory=dict)
     active_params: dict[str, float | None] = field(default_factory=dict)
 
@@ -144,7 +144,7 @@ class Comparison:
                 "total_params": self.total_params[name],
                 "active_params": self.active_params[name],
                 "flops_per_token": self.forward_flops[name],
-                "flops_ratio": self.forward_flops[name] / self.forward_flops[base],
+                "flops_ratio": _ratio(self.forward_flops[name], self.forward_flops[base]),
                 "seconds": seconds,
                 "time_ratio": seconds / statistics.mean(run.seconds for run in self.histories[base]),
                 "loss": {},
@@ -240,7 +240,7 @@ def compare(
             label = name if len(seeds) == 1 else f"{name} seed {seed}"
             training = Training(model, run, corpus=corpus, out=folder, name=label, show_progress=show_progress)
             if name not in comparison.forward_flops:
-                comparison.forward_flops[name] = flops(model, training.held_out[0]).per_token
+                comparison.forward_flops[name] = _forward_flops(model, training.held_out[0])
             history = training.run()
             if training.was_interrupted:
                 raise KeyboardInterrupt
@@ -250,6 +250,18 @@ def compare(
     if out is not None:
         comparison.save(out)
     return comparison
+
+
+def _forward_flops(model: OmniMoeForCausalLM, batch: dict[str, torch.Tensor]) -> float | None:
+    try:
+        return flops(model, batch).per_token
+    except UnknownCostError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _ratio(number: float | None, base: float | None) -> float | None:
+    return None if number is None or base is None else number / base
 
 
 def _check_settings(settings: TrainSettings) -> None:

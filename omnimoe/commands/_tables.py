@@ -60,7 +60,7 @@ def comparison_table(rows: list[dict[str, Any]], modalities: list[str]) -> Table
             row["model"],
             count(row["total_params"]),
             known(row["active_params"]),
-            f"{count(row['flops_per_token'])} ({row['flops_ratio']:.2f}x)",
+            known(row["flops_per_token"]) + ("" if row["flops_ratio"] is None else f" ({row['flops_ratio']:.2f}x)"),
             f"{row['seconds']:.0f} s ({row['time_ratio']:.2f}x)",
             *(spread(row["loss"][modality]) for modality in modalities),
             *shares,
