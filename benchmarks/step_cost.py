@@ -70,7 +70,8 @@ def main() -> None:
     batch = next(training_batches(models[base].config, settings, corpus))
     for name in args.models[1:]:
         if set(models[name].state_dict()) == set(models[base].state_dict()):
-            print(f"{name} with equal towers: largest difference of logits {check_equal_towers(models[base], models[name], batch):.1e}")
+            difference = check_equal_towers(models[base], models[name], batch)
+            print(f"{name} with equal towers: largest difference of logits {difference:.1e}")
 
     def forward(model) -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):

@@ -15,7 +15,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "omnimoe.config": ("Config", "ConfigError"),
     "omnimoe.registry": ("Registry", "RegistryError"),
-    "omnimoe.layers": ("Attention", "BaseAttention", "Norm", "Rope", "RowLayout", "register_attention", "register_mask_rule"),
+    "omnimoe.layers": (
+        "Attention",
+        "BaseAttention",
+        "Norm",
+        "Rope",
+        "RowLayout",
+        "register_attention",
+        "register_mask_rule",
+    ),
     "omnimoe.routers": ("Router", "Routing", "register_router"),
     "omnimoe.experts": ("Experts", "FeedForward", "RoutedExperts", "register_experts"),
     "omnimoe.modalities": ("Modality", "Patches", "TokenRange", "Tokens", "register_modality"),
@@ -34,6 +42,9 @@ _HOMES = {
     ),
     "omnimoe.flops": ("active_params", "flops", "total_params"),
     "omnimoe.shrink": ("shrink",),
+    "omnimoe.spans": ("SpanProcessor", "read_spans"),
+    "omnimoe.generate": ("Generated", "generate", "interleave"),
+    "omnimoe.denoise": ("denoise",),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_WHERE)]

@@ -53,7 +53,8 @@ def attention_function(name: str, interface: Callable[[str, Any], Callable | Non
         elif not is_flash and not mask.needs_no_mask:
             given = mask.additive(query.dtype)
         is_causal = is_flash and mask.is_plain_causal
-        return implementation(module, query, key, value, given, scaling=module.scaling, dropout=0.0, is_causal=is_causal)
+        options = {"scaling": module.scaling, "dropout": 0.0, "is_causal": is_causal}
+        return implementation(module, query, key, value, given, **options)
 
     return attend
 
@@ -81,8 +82,8 @@ def xformers_attention(
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
         raise ImportError(
-            f"attention implementation 'xformers' needs the package xformers ({error}); install omnimoe[xformers] or take "
-            "'sdpa'"
+            f"attention implementation 'xformers' needs the package xformers ({error}); "
+            "install omnimoe[xformers] or take 'sdpa'"
         ) from error
     key, value = (part.repeat_interleave(module.num_key_value_groups, dim=1) for part in (key, value))
     bias = None

@@ -1,12 +1,13 @@
-"""Checks of what a caller passes to the model, each with the value and the remedy in its message.
+"""What a caller passes to the model: checks that name the value and the remedy, and what is derived from it.
 
-Shapes and dtypes are checked everywhere. Values are read only on the CPU, where reading costs nothing; on an accelerator
-a wrong id would cost a synchronisation to find, so check batches before they are moved.
+Shapes and dtypes are checked everywhere. Values are read only on the CPU, where reading costs nothing; on an
+accelerator a wrong id would cost a synchronisation to find, so check batches before they are moved.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omnimoe.model_config import OmniMoeConfig
@@ -103,3 +104,53 @@ def check_features(
         raise InputError(f"features[{name!r}] must be ({expected}, {channels}), got {tuple(rows.shape)}")
     if timesteps is not None and tuple(timesteps.shape) != (expected,):
         raise InputError(f"timesteps[{name!r}] must be ({expected},), got {tuple(timesteps.shape)}; one for each row")
+
+
+def valid_positions(
+    attention_mask: Tensor | None, segment_ids: Tensor | None, batch_size: int, past: int, length: int
+) -> Tensor | None:
+    """``(B, past + T)`` bool, or None where nothing is padding."""
+    valid = None if segment_ids is None or past else segment_ids >= 0
+    if attention_mask is not None:
+        valid = _checked(attention_mask, batch_size, past, length) & (True if valid is None else valid)
+    if valid is None or (valid.device.type == "cpu" and bool(valid.all())):
+        return None
+    return valid
+
+
+def _checked(attention_mask: Tensor, batch_size: int, past: int, length: int) -> Tensor:
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < past + length:
+        raise InputError(
+            f"attention_mask must be ({batch_size}, {past + length}), one entry for each cached and each new position, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    return attention_mask[:, : past + length].bool()
+
+
+def rotary_positions(
+    position_ids: Tensor | None,
+    segment_ids: Tensor | None,
+    batch_size: int,
+    past: int,
+    length: int,
+    device: torch.device,
+) -> Tensor:
+    """``(B, T, A)`` rotary positions."""
+    if position_ids is not None:
+        if position_ids.shape[-2 if position_ids.ndim == 3 else -1] != length:
+            got = tuple(position_ids.shape)
+            raise InputError(f"position_ids must be (B, {length}) or (B, {length}, axes), got {got}")
+        position_ids = position_ids if position_ids.ndim == 3 else position_ids.unsqueeze(-1)
+        return position_ids.expand(batch_size, -1, -1)
+    time = torch.arange(past, past + length, device=device).expand(batch_size, -1)
+    if segment_ids is not None:
+        starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+        time = time - torch.where(starts, time, 0).cummax(dim=1).values
+    return time.unsqueeze(-1)
+
+
+def runs(modality_ids: Tensor, blocked: list[int]) -> Tensor:
+    """``(B, T)`` int64: a number for each run of one blocked modality, -1 elsewhere."""
+    starts = F.pad(modality_ids[:, 1:] != modality_ids[:, :-1], (1, 0), value=True)
+    inside = torch.isin(modality_ids, torch.tensor(blocked, device=modality_ids.device))
+    return starts.cumsum(1).masked_fill(~inside, -1)

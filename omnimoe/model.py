@@ -7,7 +7,7 @@ partition of the vocabulary gives them; routings, losses and statistics are retu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,11 +28,20 @@ from transformers.utils import ModelOutput
 
 from omnimoe.attend import attention_function, xformers_attention
 from omnimoe.backbone import Backbone, Block
-from omnimoe.inputs import InputError, check_batch, check_features, check_ids
+from omnimoe.inputs import (
+    InputError,
+    check_batch,
+    check_features,
+    check_ids,
+    rotary_positions,
+    runs,
+    valid_positions,
+)
 from omnimoe.layers import AttentionMask, RowLayout
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.registry import Registry
 from omnimoe.routers import Router, Routing
+from omnimoe.scoring import Scores, aux_loss_of
 from omnimoe.spans import SpanProcessor, has_spans
 
 MODELS: Registry[Callable[[], OmniMoeConfig]] = Registry("model")
@@ -49,7 +58,8 @@ class OmniMoeModelOutput(ModelOutput):
         hidden_states: ``(B, T, D)`` before each layer and after the last, if asked for.
         attentions: ``(B, H, T, K)`` of each layer, if asked for and the attention implementation gives them.
         router_logits: ``(N, E)`` float32 of each routed layer, raw, rows in time order.
-        routings: the :class:`~omnimoe.routers.Routing` of each layer, None where nothing is routed; rows as in ``rows``.
+        routings: the :class:`~omnimoe.routers.Routing` of each layer, None where nothing is routed; rows as in
+            ``rows``.
         rows: the row layout of this forward.
     """
 
@@ -113,7 +123,7 @@ class OmniMoePreTrainedModel(PreTrainedModel):
         # a balance loss rides in its Routing, which the reentrant kind returns without a graph
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
-                "gradient checkpointing with use_reentrant=True would cut off the routers' losses; pass use_reentrant=False"
+                "gradient checkpointing with use_reentrant=True cuts off the routers' losses; pass use_reentrant=False"
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
@@ -139,8 +149,9 @@ class OmniMoeModel(OmniMoePreTrainedModel):
     def __init__(self, config: OmniMoeConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        continuous = [held for held in config.modalities if not held.is_discrete]
         self.modalities = nn.ModuleDict(
-            {held.name: held.build(hidden_size=config.hidden_size) for held in config.modalities if not held.is_discrete}
+            {held.name: held.build(hidden_size=config.hidden_size) for held in continuous}
         )
         self.backbone = Backbone(config.blocks, hidden_size=config.hidden_size, num_modalities=config.num_keys)
         self.norm = config.final_norm.build(hidden_size=config.hidden_size, num_modalities=config.num_keys)
@@ -172,7 +183,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         block_ids: Tensor | None = None,
         features: dict[str, Tensor] | None = None,
         timesteps: dict[str, Tensor] | None = None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Any = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -209,7 +220,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         config = self.config
         batch_size, length = check_batch(config, input_ids, inputs_embeds, modality_ids, key_ids, segment_ids)
         check_ids("block_ids", block_ids, (batch_size, length), -1, 2**31, "number blocks from 0, -1 is no block")
-        device = (input_ids if input_ids is not None else inputs_embeds).device
+        device = inputs_embeds.device if input_ids is None else input_ids.device
         recompute = self.gradient_checkpointing and self.training
         if recompute and (use_cache or past_key_values is not None):
             raise InputError("layers that are recomputed in backward would fill a cache twice; pass use_cache=False")
@@ -227,7 +238,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
                 raise InputError(f"copies are picked by the keys {config.keys}; pass key_ids")
             key_ids = modality_ids
         modality_ids, key_ids = modality_ids.long(), key_ids.long()
-        valid = _valid(attention_mask, segment_ids, batch_size, past, length)
+        valid = valid_positions(attention_mask, segment_ids, batch_size, past, length)
         rows = RowLayout.build(
             key_ids,
             num_keys=config.num_keys,
@@ -237,7 +248,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             routes_causally=past_key_values is not None,
         )
         mask = self._mask(past_key_values, past, length, valid, segment_ids, key_ids, modality_ids, block_ids, device)
-        positions = _positions(position_ids, segment_ids, batch_size, past, length, device)
+        positions = rotary_positions(position_ids, segment_ids, batch_size, past, length, device)
 
         x = self._embed(input_ids, inputs_embeds, features, timesteps, rows)
         seen: list[Tensor] = []
@@ -263,15 +274,12 @@ class OmniMoeModel(OmniMoePreTrainedModel):
     def _embed(
         self,
         input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
+        inputs_embeds: Any,
         features: dict[str, Tensor] | None,
         timesteps: dict[str, Tensor] | None,
         rows: RowLayout,
     ) -> Tensor:
-        if inputs_embeds is None:
-            x = self.embed_tokens(rows.to_rows(input_ids))
-        else:
-            x = rows.to_rows(inputs_embeds)
+        x = rows.to_rows(inputs_embeds) if input_ids is None else self.embed_tokens(rows.to_rows(input_ids))
         unused = sorted(set(timesteps or {}) - set(features or {}))
         if unused:
             raise InputError(f"timesteps for {unused} without features; pass their rows as features[{unused[0]!r}]")
@@ -307,11 +315,11 @@ class OmniMoeModel(OmniMoePreTrainedModel):
     ) -> AttentionMask:
         config = self.config
         if past and segment_ids is not None:
-            raise InputError("segment_ids pack several documents into a row, which a cache does not hold; drop one of them")
+            raise InputError("segment_ids pack several documents into a row, which a cache cannot hold; drop one")
         if past and config.mask == "one_way":
             raise InputError("the mask rule 'one_way' has no cached decoding, since a cache does not keep keys' towers")
         if block_ids is None and config.bidirectional_modalities:
-            block_ids = _runs(modality_ids, [self._modality_id(name) for name in config.bidirectional_modalities])
+            block_ids = runs(modality_ids, [self._modality_id(name) for name in config.bidirectional_modalities])
         key_length = past + length
         if cache is not None and config.num_layers:
             key_length = cache.get_mask_sizes(length, 0)[0]
@@ -412,16 +420,16 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             name: self.model.modalities[name].head(rows.to_rows(hidden)[rows.where(self.model._modality_id(name))])
             for name in features or {}
         }
-        aux_loss = _aux_loss(out.routings)
-        scores = _Scores(self.config)
+        aux_loss = aux_loss_of(out.routings)
+        scores = Scores(self.config, self.model.modality_ids_of)
         if labels is not None:
-            scores.add_tokens(self.model, logits, labels, segment_ids, rows.valid)
+            scores.add_tokens(logits, labels, segment_ids, rows.valid)
         for name, target in (targets or {}).items():
             if name not in predictions:
                 raise InputError(f"targets for {name!r} without features; pass the noisy rows as features[{name!r}]")
             wanted, got = tuple(predictions[name].shape), tuple(target.shape)
             if wanted != got:
-                raise InputError(f"targets[{name!r}] must be {wanted}, got {got}; give one for each row of the features")
+                raise InputError(f"targets[{name!r}] must be {wanted}, got {got}; give one for each row of features")
             scores.add_rows(name, self.model.modalities[name].loss(predictions[name], target))
         loss = scores.total(hidden) if labels is not None or targets else None
         if loss is not None:
@@ -444,7 +452,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            router_logits=_router_logits(out) if output_router_logits else None,
+            router_logits=_router_logits(rows, out.routings) if output_router_logits else None,
             routings=out.routings,
             rows=rows,
         )
@@ -531,130 +539,13 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         return attention_mask
 
 
-@dataclass
-class _Scores:
-    """Collects unreduced losses, labelled by what was predicted."""
-
-    config: OmniMoeConfig
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, Tensor] = field(default_factory=dict)
-    token_losses: Tensor | None = None
-    _terms: list[tuple[str, Tensor]] = field(default_factory=list)
-
-    def add_tokens(
-        self,
-        model: OmniMoeModel,
-        logits: Tensor,
-        labels: Tensor,
-        segment_ids: Tensor | None,
-        valid: Tensor | None,
-    ) -> None:
-        """Scores the next token everywhere that a label stands."""
-        shape = (labels.shape[0], labels.shape[1])
-        if logits.shape[:2] != labels.shape:
-            raise InputError(f"labels must be {tuple(logits.shape[:2])}, as the logits, got {tuple(labels.shape)}")
-        named = labels.masked_fill(labels == -100, 0)
-        check_ids("labels", named, shape, 0, self.config.vocab_size, "-100 marks what is not predicted")
-        wanted = labels[:, 1:].long()
-        if segment_ids is not None:
-            inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
-            wanted = wanted.masked_fill(~inside, -100)
-        if valid is not None:
-            # a padding position predicts nothing either
-            real = valid.view(shape)
-            wanted = wanted.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
-        flat = nn.functional.cross_entropy(
-            logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
-            wanted.reshape(-1),
-            ignore_index=-100,
-            reduction="none",
-        )
-        each = flat.view(wanted.shape)
-        self.token_losses = nn.functional.pad(each, (1, 0))
-        counted = wanted != -100
-        predicted = model.modality_ids_of(wanted.clamp_min(0))
-        for modality_id, modality in enumerate(self.config.modalities):
-            if modality.is_discrete:
-                chosen = counted & (predicted == modality_id)
-                self._add(modality.name, (each * chosen).sum(), chosen.sum())
-
-    def add_rows(self, name: str, each: Tensor) -> None:
-        """Takes the losses ``(n,)`` of a continuous modality."""
-        self._add(name, each.sum(), torch.tensor(len(each), device=each.device))
-
-    def _add(self, name: str, total: Tensor, count: Tensor) -> None:
-        self.losses[name] = total / count.clamp_min(1)
-        self.counts[name] = count
-        self._terms.append((name, total))
-
-    def total(self, hidden: Tensor) -> Tensor:
-        """One scalar: tokens share one mean, continuous modalities have their own."""
-        weights = {modality.name: modality.loss_weight for modality in self.config.modalities}
-        discrete = {modality.name for modality in self.config.modalities if modality.is_discrete}
-        loss = 0.0 * hidden.float().sum()
-        count = sum((self.counts[name] for name, _ in self._terms if name in discrete), torch.zeros(()).to(hidden.device))
-        for name, total in self._terms:
-            loss = loss + weights[name] * total / (count if name in discrete else self.counts[name]).clamp_min(1)
-        return loss
-
-
-def _aux_loss(routings: tuple[Routing | None, ...]) -> Tensor | None:
-    routed = [routing for routing in routings if routing is not None]
-    terms = [loss for routing in routed for loss in routing.losses.values()]
-    return torch.stack(terms).sum() / len(routed) if terms else None
-
-
-def _router_logits(out: OmniMoeModelOutput) -> tuple[Tensor, ...]:
-    rows, found = out.rows, []
+def _router_logits(rows: RowLayout, routings: tuple[Routing | None, ...]) -> tuple[Tensor, ...]:
     order = slice(None) if rows.time_index is None else rows.time_index.argsort()
-    for routing in out.routings:
+    found = []
+    for routing in routings:
         if routing is not None and routing.router_logits is not None:
             found.append(routing.router_logits[order])
     return tuple(found)
-
-
-def _valid(
-    attention_mask: Tensor | None, segment_ids: Tensor | None, batch_size: int, past: int, length: int
-) -> Tensor | None:
-    """``(B, past + T)`` bool, or None where nothing is padding."""
-    valid = None if segment_ids is None or past else segment_ids >= 0
-    if attention_mask is not None:
-        valid = _checked(attention_mask, batch_size, past, length) & (True if valid is None else valid)
-    if valid is None or (valid.device.type == "cpu" and bool(valid.all())):
-        return None
-    return valid
-
-
-def _checked(attention_mask: Tensor, batch_size: int, past: int, length: int) -> Tensor:
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < past + length:
-        raise InputError(
-            f"attention_mask must be ({batch_size}, {past + length}), one entry for every cached and every new position, "
-            f"got {tuple(attention_mask.shape)}"
-        )
-    return attention_mask[:, : past + length].bool()
-
-
-def _positions(
-    position_ids: Tensor | None, segment_ids: Tensor | None, batch_size: int, past: int, length: int, device: torch.device
-) -> Tensor:
-    """``(B, T, A)`` rotary positions."""
-    if position_ids is not None:
-        if position_ids.shape[-2 if position_ids.ndim == 3 else -1] != length:
-            raise InputError(f"position_ids must be (B, {length}) or (B, {length}, axes), got {tuple(position_ids.shape)}")
-        position_ids = position_ids if position_ids.ndim == 3 else position_ids.unsqueeze(-1)
-        return position_ids.expand(batch_size, -1, -1)
-    time = torch.arange(past, past + length, device=device).expand(batch_size, -1)
-    if segment_ids is not None:
-        starts = nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
-        time = time - torch.where(starts, time, 0).cummax(dim=1).values
-    return time.unsqueeze(-1)
-
-
-def _runs(modality_ids: Tensor, blocked: list[int]) -> Tensor:
-    """``(B, T)`` int64: a number for each run of one blocked modality, -1 elsewhere."""
-    starts = nn.functional.pad(modality_ids[:, 1:] != modality_ids[:, :-1], (1, 0), value=True)
-    inside = torch.isin(modality_ids, torch.tensor(blocked, device=modality_ids.device))
-    return starts.cumsum(1).masked_fill(~inside, -1)
 
 
 ALL_ATTENTION_FUNCTIONS.register("xformers", xformers_attention)

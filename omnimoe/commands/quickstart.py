@@ -99,15 +99,15 @@ def _generate(model, dense, corpus, out: Path):
     from omnimoe.plots import draw_grid
     from omnimoe.tokenizers import load_tokenizer
 
-    text, picture = load_tokenizer("text"), load_tokenizer("picture")
+    words, pixels = load_tokenizer("text"), load_tokenizer("picture")
     examples = _held_out_examples(corpus, CAPTIONS)
-    captions = [text.decode(_ids(example.text)) for example in examples]
-    real = [picture.decode(_ids(example.image)) for example in examples]
-    options = {"seed": SEED, "temperature": 0.9, "top_k": 100}
-    drawn = {
-        name: [made.raw for made in generate(which, [[("text", caption)] for caption in captions], to="image", **options)]
-        for name, which in ((MOT, model), (DENSE, dense))
-    }
+    captions = [words.decode(_ids(example.text)) for example in examples]
+    real = [pixels.decode(_ids(example.image)) for example in examples]
+    asked = [[("text", caption)] for caption in captions]
+    drawn = {}
+    for name, which in ((MOT, model.eval()), (DENSE, dense.eval())):
+        made = generate(which, asked, to="image", seed=SEED, temperature=0.9, top_k=100)
+        drawn[name] = [picture.raw for picture in made]
     path = draw_grid(
         [real, drawn[MOT], drawn[DENSE]],
         out / "pictures.png",
@@ -115,7 +115,7 @@ def _generate(model, dense, corpus, out: Path):
         headings=["real, decoded", MOT, DENSE],
     )
     print(f"drew {len(captions)} held-out captions: {path}")
-    told = generate(model, [[("image", pixels)] for pixels in real], to="text", seed=SEED, temperature=0.5, top_k=50)
+    told = generate(model, [[("image", seen)] for seen in real], to="text", seed=SEED, temperature=0.5, top_k=50)
     texts = [(caption, made.raw.strip()) for caption, made in zip(captions, told, strict=True)]
     print("named the held-out pictures: " + "; ".join(f"{wanted!r} -> {got!r}" for wanted, got in texts[:3]))
     spoken = generate(model, [[("text", captions[0])]], to="speech", seed=SEED, temperature=0.8, top_k=50)[0]

@@ -1,4 +1,4 @@
-"""A mixture of experts: a router, a feed-forward bank over the rows it sorted, a weighted sum, shared experts beside it."""
+"""A mixture of experts: a router, a bank over the rows it sorted, a weighted sum, shared experts beside it."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ class Attention(BaseAttention):
         output_bias: bool = False
         """A bias on o."""
         qk_norm: str = "none"
-        """``"rms"`` over the head dimension with one scale for all heads (Qwen3, MoT's code), ``"layer"`` with scale and
-        shift for every head (Chameleon), or ``"none"``."""
+        """``"rms"`` over the head dimension with one scale for all heads (Qwen3, MoT's code), ``"layer"`` with scale
+        and shift for every head (Chameleon), or ``"none"``."""
         qk_norm_eps: float = 1e-5
         """Added to the variance in the q/k norm."""
         rope: Rope.Config | None = field(default_factory=Rope.Config)
@@ -107,7 +107,9 @@ class Attention(BaseAttention):
         self.num_kv_heads = config.num_kv_heads or config.num_heads
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         if config.head_dim is None and hidden_size % config.num_heads:
-            raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_heads {config.num_heads}, or set head_dim")
+            raise ConfigError(
+                f"hidden_size {hidden_size} must be a multiple of num_heads {config.num_heads}, or set head_dim"
+            )
         self.head_dim = config.head_dim or hidden_size // config.num_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
@@ -187,7 +189,7 @@ def scaled_dot_product(
 
 
 def eager(module: Attention, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
-    """The same in plain operations, giving the attention weights ``(B, H, Q, K)``; shapes as :func:`scaled_dot_product`."""
+    """The same in plain operations, with the attention weights ``(B, H, Q, K)``; else as :func:`scaled_dot_product`."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = (query @ key.transpose(2, 3)) * module.scaling

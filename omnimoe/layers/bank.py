@@ -33,7 +33,7 @@ def resolve_towers(towers: TowerMap, num_modalities: int) -> tuple[int, ...]:
     if towers == "modality":
         return tuple(range(num_modalities))
     if isinstance(towers, str):
-        raise ConfigError(f"unknown tower map {towers!r}; write 'shared', 'modality' or the copy of each key, (0, 1, 1)")
+        raise ConfigError(f"unknown tower map {towers!r}; write 'shared', 'modality' or a copy a key, (0, 1, 1)")
     copies = tuple(towers)
     if len(copies) != num_modalities:
         raise ConfigError(f"tower map {copies} has {len(copies)} entries for {num_modalities} keys; give one a key")

@@ -18,7 +18,7 @@ from omnimoe.registry import Registry
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Positions:
-    """What a rule may know of positions. The fields broadcast: query fields ``(..., Q, 1)``, key fields ``(..., 1, K)``.
+    """What a rule may know of positions. Fields broadcast: ``(..., Q, 1)`` of queries, ``(..., 1, K)`` of keys.
 
     Args:
         order: int64, place in the sequence, counted through the cache.
@@ -64,7 +64,7 @@ def prefix(query: Positions, key: Positions) -> Tensor:
 
 @register_mask_rule("one_way")
 def one_way(query: Positions, key: Positions) -> Tensor:
-    """Causal, and a tower sees only towers of its own or a lower key: a later tower reads an earlier one, never back."""
+    """Causal, and a tower sees only its own or a lower key: a later tower reads an earlier one, never back."""
     return (query.order >= key.order) & (key.key_ids <= query.key_ids)
 
 
@@ -116,7 +116,7 @@ class AttentionMask:
         return whole or (self.is_plain_causal and self.query_length == 1)
 
     def allowed(self, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether queries may attend to keys, by index; the arguments broadcast, as FlexAttention's ``mask_mod`` has it.
+        """Whether queries may attend to keys, by index; arguments broadcast, as FlexAttention's ``mask_mod`` has it.
 
         Args:
             batch: int64 indices into B.
@@ -127,7 +127,8 @@ class AttentionMask:
             Bool, the broadcast shape of the arguments. A padding query is allowed itself, so that no row is empty.
         """
         order = query + self.past_length
-        seen = MASK_RULES.get(self.rule)(self._view(batch, query, order), self._view(batch, key - self.past_length, key))
+        asking, asked = self._view(batch, query, order), self._view(batch, key - self.past_length, key)
+        seen = MASK_RULES.get(self.rule)(asking, asked)
         if self.segment_ids is not None:
             seen = seen & (self.segment_ids[batch, order] == self.segment_ids[batch, key])
         if self.valid is not None:

@@ -23,7 +23,8 @@ class Modality(nn.Module, Configurable):
     """A continuous modality: its rows come as vectors in ``features[name]`` and leave through its own head.
 
     Contract: ``embed(inputs (n, C), timesteps (n,) or None) -> (n, D)``, ``head(x (n, D)) -> (n, C)``,
-    ``loss(outputs (n, C), targets (n, C)) -> (n,)`` float32. Discrete modalities are :class:`~omnimoe.modalities.Tokens`.
+    ``loss(outputs (n, C), targets (n, C)) -> (n,)`` float32. Discrete modalities are
+    :class:`~omnimoe.modalities.Tokens`.
     """
 
     registry: ClassVar[Registry] = MODALITIES

@@ -1,7 +1,7 @@
 """Continuous latents: patches of an autoencoder's latent, predicted by diffusion or flow matching.
 
-The forward pass is deterministic: noise and times are drawn outside (:meth:`Patches.corrupt` applies them), so a step can
-be repeated and a sampler is an ordinary loop over forwards.
+The forward pass is deterministic: noise and times are drawn outside (:meth:`Patches.corrupt` applies them), so a step
+can be repeated and a sampler is an ordinary loop over forwards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Discrete codes: a range of the one vocabulary. Embedding table and head belong to the model, since they are shared."""
+"""Discrete codes: a range of the one vocabulary. Table and head belong to the model, since they are shared."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Tokens(Modality):
         super().__init__()
         self.config = config
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    @staticmethod
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each row.
 
         Args:

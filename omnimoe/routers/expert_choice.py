@@ -29,6 +29,7 @@ class ExpertChoiceRouter(Router):
     """
 
     is_causal: ClassVar[bool] = False
+    cutoff: Tensor
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Router.Config):

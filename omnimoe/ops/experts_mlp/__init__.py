@@ -48,7 +48,8 @@ def experts_mlp(
     width = down_proj.shape[-1]
     if gate_up_proj.shape[1] not in (width, 2 * width):
         raise ValueError(
-            f"gate_up_proj must be (G, {2 * width}, D), or (G, {width}, D) without a gate, got {tuple(gate_up_proj.shape)}"
+            f"gate_up_proj must be (G, {2 * width}, D), or (G, {width}, D) without a gate, "
+            f"got {tuple(gate_up_proj.shape)}"
         )
     hidden = grouped_mm(x, gate_up_proj, offsets)
     if gate_up_proj.shape[1] == width:

@@ -1,4 +1,4 @@
-"""The definition: every row picks the matrix of its group. Any device and dtype, no host synchronisation, much memory."""
+"""The definition: every row picks the matrix of its group. Any device and dtype, no synchronisation, much memory."""
 
 from __future__ import annotations
 

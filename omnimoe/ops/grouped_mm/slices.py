@@ -1,4 +1,4 @@
-"""One matrix product a group, written into one output: what a CPU wants, where slices are free and a launch costs nothing."""
+"""One matrix product a group, written into one output: for a CPU, where slices are free and a launch costs nothing."""
 
 from __future__ import annotations
 

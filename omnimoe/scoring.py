@@ -1,0 +1,93 @@
+"""From predictions to losses: unreduced, labelled by modality, then one scalar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omnimoe.inputs import InputError, check_ids
+from omnimoe.modalities import Tokens
+from omnimoe.model_config import OmniMoeConfig
+from omnimoe.routers import Routing
+
+
+@dataclass
+class Scores:
+    """Collects unreduced losses, labelled by what was predicted, and reduces them to one.
+
+    Args:
+        config: of the model.
+        modality_ids_of: the modality of each id, ``(B, T)`` to ``(B, T)``.
+        losses: mean loss of each modality.
+        counts: how many positions each is over.
+        token_losses: ``(B, T)`` float32.
+    """
+
+    config: OmniMoeConfig
+    modality_ids_of: Callable[[Tensor], Tensor]
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    token_losses: Tensor | None = None
+    _terms: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    def add_tokens(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        segment_ids: Tensor | None,
+        valid: Tensor | None,
+    ) -> None:
+        """Scores the next token everywhere that a label stands."""
+        shape = (labels.shape[0], labels.shape[1])
+        if logits.shape[:2] != labels.shape:
+            raise InputError(f"labels must be {tuple(logits.shape[:2])}, as the logits, got {tuple(labels.shape)}")
+        named = labels.masked_fill(labels == -100, 0)
+        check_ids("labels", named, shape, 0, self.config.vocab_size, "-100 marks what is not predicted")
+        wanted = labels[:, 1:].long()
+        if segment_ids is not None:
+            inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
+            wanted = wanted.masked_fill(~inside, -100)
+        if valid is not None:
+            # a padding position predicts nothing either
+            real = valid.view(shape)
+            wanted = wanted.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+        flat = Tokens.loss(logits[:, :-1].reshape(-1, logits.shape[-1]), wanted.reshape(-1))
+        each = flat.view(wanted.shape)
+        self.token_losses = F.pad(each, (1, 0))
+        counted = wanted != -100
+        predicted = self.modality_ids_of(wanted.clamp_min(0))
+        for modality_id, modality in enumerate(self.config.modalities):
+            if modality.is_discrete:
+                chosen = counted & (predicted == modality_id)
+                self._add(modality.name, (each * chosen).sum(), chosen.sum())
+
+    def add_rows(self, name: str, each: Tensor) -> None:
+        """Takes the losses ``(n,)`` of a continuous modality."""
+        self._add(name, each.sum(), torch.tensor(len(each), device=each.device))
+
+    def _add(self, name: str, total: Tensor, count: Tensor) -> None:
+        self.losses[name] = total / count.clamp_min(1)
+        self.counts[name] = count
+        self._terms.append((name, total))
+
+    def total(self, hidden: Tensor) -> Tensor:
+        """One scalar: tokens share one mean, continuous modalities have their own."""
+        weights = {modality.name: modality.loss_weight for modality in self.config.modalities}
+        discrete = {modality.name for modality in self.config.modalities if modality.is_discrete}
+        loss = 0.0 * hidden.float().sum()
+        zero = torch.zeros((), device=hidden.device)
+        count = sum((self.counts[name] for name, _ in self._terms if name in discrete), zero)
+        for name, total in self._terms:
+            loss = loss + weights[name] * total / (count if name in discrete else self.counts[name]).clamp_min(1)
+        return loss
+
+
+def aux_loss_of(routings: tuple[Routing | None, ...]) -> Tensor | None:
+    """The balance losses of all routers, times their coefficients, averaged over routed layers; None without any."""
+    routed = [routing for routing in routings if routing is not None]
+    terms = [loss for routing in routed for loss in routing.losses.values()]
+    return torch.stack(terms).sum() / len(routed) if terms else None
