@@ -17,7 +17,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from omnimoe.config import Config
+from omnimoe.config import Config as ConfigBase
 from omnimoe.tokenizers.base import Tokenizer, TokenizerError, register_tokenizer
 
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -39,7 +39,7 @@ class BpeTokenizer(Tokenizer):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Config):
+    class Config(ConfigBase):
         vocab_size: int = 2048
         """Number of ids, the sixteen markers included."""
 
@@ -47,10 +47,14 @@ class BpeTokenizer(Tokenizer):
         super().__init__(config)
         size = bpe.get_vocab_size()
         if size != config.vocab_size:
-            raise TokenizerError(f"the merges have {size} ids, the config says {config.vocab_size}; they are of two tokenizers")
+            raise TokenizerError(
+                f"the merges have {size} ids, the config says {config.vocab_size}; they are of two tokenizers"
+            )
         for i, token in enumerate(SPECIAL_TOKENS):
             if bpe.token_to_id(token) != i:
-                raise TokenizerError(f"id {i} must be {token}, it is {bpe.id_to_token(i)!r}; train it with BpeTokenizer.train")
+                raise TokenizerError(
+                    f"id {i} must be {token}, it is {bpe.id_to_token(i)!r}; train it with BpeTokenizer.train"
+                )
         # Markers are set by whoever builds a sequence, never by what a text says.
         bpe.encode_special_tokens = True
         self.bpe = bpe
@@ -80,7 +84,9 @@ class BpeTokenizer(Tokenizer):
                 try:
                     text.encode("utf-8")
                 except UnicodeEncodeError as error:
-                    raise TokenizerError(f"text has a lone surrogate at {error.start}; replace it before encoding") from None
+                    raise TokenizerError(
+                        f"text has a lone surrogate at {error.start}; replace it before encoding"
+                    ) from None
         return [encoding.ids for encoding in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Any) -> str:
@@ -112,12 +118,16 @@ class BpeTokenizer(Tokenizer):
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
-        )  # fmt: skip
+        )
         bpe.train_from_iterator(texts, trainer)
         if bpe.get_vocab_size() != vocab_size:
-            raise TokenizerError(f"the texts give {bpe.get_vocab_size()} ids, {vocab_size} were asked for; pass more text")
+            raise TokenizerError(
+                f"the texts give {bpe.get_vocab_size()} ids, {vocab_size} were asked for; pass more text"
+            )
         return cls(cls.Config(vocab_size=vocab_size), bpe=bpe)
 
     @classmethod
@@ -131,7 +141,9 @@ class BpeTokenizer(Tokenizer):
         if file.is_dir():
             file = file / f"{cls.registered_name}_tokenizer.json"
         if not file.is_file():
-            raise TokenizerError(f"no tokenizer at {file}; pass a folder or file written by save_pretrained, or None for the shipped one")
+            raise TokenizerError(
+                f"no tokenizer at {file}; pass a folder or file written by save_pretrained, or None for the shipped one"
+            )
         try:
             bpe = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
