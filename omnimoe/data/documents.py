@@ -132,10 +132,12 @@ class DocumentBuilder:
 
     def document(self, example: Example, order: Sequence[str]) -> Piece:
         """The row as one document, its spans in ``order``."""
-        spans = [(name, example.get(name)) for name in order]
-        absent = [name for name, ids in spans if ids is None]
-        if absent:
-            raise SequenceError(f"row {example.index} has no {absent[0]}; choose an order of what it has")
+        spans: list[tuple[str, np.ndarray]] = []
+        for name in order:
+            ids = example.get(name)
+            if ids is None:
+                raise SequenceError(f"row {example.index} has no {name}; choose an order of what it has")
+            spans.append((name, ids))
         return lay_out(spans, self.ranges, bos_id=self.bos_id, eos_id=self.eos_id, grids=self._grids)
 
     def running_text(self, text: int, offset: int, longest: int) -> Piece:
@@ -249,7 +251,7 @@ def lay_out(
     for name, local in spans:
         held = ranges[name]
         mark(held.begin_id)
-        if held.begin_id is not None and name in (grids or {}):
+        if held.begin_id is not None and grids and name in grids:
             pictures.append((len(ids), len(local), grids[name][1]))
         ids.extend((np.asarray(local, dtype=np.int64) + held.start).tolist())
         numbers.extend([number_of[name]] * len(local))
