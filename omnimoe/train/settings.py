@@ -51,7 +51,7 @@ class TrainSettings(Config):
     evaluate_every: int = 100
     """Steps between evaluations; 0 for the end alone."""
     evaluate_batches: int = 8
-    """Held-out batches in an evaluation."""
+    """Held-out batches in an evaluation, as large as those of training; 0 for no evaluations."""
     save_every: int = 0
     """Steps between checkpoints; 0 for the end alone."""
     log_every: int = 10
