@@ -10,10 +10,23 @@ from omnimoe.backbone import LayerRange
 from omnimoe.experts import FeedForward
 from omnimoe.layers import Attention, Norm, Rope
 from omnimoe.modalities import Tokens
-from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM, _runs
+from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.routers import ByModalityRouter, TopKRouter
 from tests.declarations import DECLARATIONS, DENSE, MOT, build, copy_weights, ids_like, routed, with_towers
 from tests.naive import naive_logits
+
+
+def spans_of(keys: torch.Tensor, wanted: int) -> torch.Tensor:
+    """A number for each run of one key, position by position; -1 elsewhere."""
+    numbers = torch.full_like(keys, -1)
+    for batch in range(len(keys)):
+        number = 0
+        for t in range(keys.shape[1]):
+            if keys[batch, t] == wanted:
+                number += t == 0 or keys[batch, t - 1] != wanted
+                numbers[batch, t] = number
+    return numbers
+
 
 LOOPS = ["dense", "mot", "mot_post", "merged", "chameleon", "one_way", "block_causal", "encoder"]
 
@@ -38,7 +51,7 @@ def test_the_packed_path_equals_a_loop_over_positions(name, kind):
     keys = model.model.modality_ids_of(ids)
     with torch.no_grad():
         found = model(ids, attention_mask=None if kind == "none" else valid.long()).logits
-        wanted = naive_logits(model, ids, keys, valid, _runs(keys, [1]))
+        wanted = naive_logits(model, ids, keys, valid, spans_of(keys, 1))
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omnimoe.inputs import InputError
+from omnimoe.inputs import InputError, rotary_positions, runs, valid_positions
 from tests.declarations import DECLARATIONS, DENSE, MOT, build, ids_like, with_towers
 
 IDS = ids_like(DENSE)
@@ -178,3 +178,31 @@ def test_one_token_is_a_sequence(model):
 
 def test_a_strided_batch_is_accepted(model):
     assert torch.equal(model(IDS.t().contiguous().t()).logits, model(IDS).logits)
+
+
+def test_rotary_positions_go_on_after_a_cache_and_start_again_in_each_segment():
+    cpu = torch.device("cpu")
+    assert rotary_positions(None, None, 2, 3, 4, cpu).squeeze(-1).tolist() == [[3, 4, 5, 6]] * 2
+    segments = torch.tensor([[0, 0, 0, 1, 1, -1], [5, 7, 7, 7, -1, -1]])
+    found = rotary_positions(None, segments, 2, 0, 6, cpu)
+    assert found.squeeze(-1).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 0, 1]]
+    grid = torch.randint(0, 9, (2, 6, 3))
+    assert torch.equal(rotary_positions(grid, segments, 2, 0, 6, cpu), grid)
+
+
+def test_runs_are_numbered_by_span_and_what_is_not_blocked_has_none():
+    kinds = torch.tensor([[1, 1, 0, 1, 2, 2, 0], [0, 0, 0, 0, 0, 0, 1]])
+    assert (runs(kinds, [1]) >= 0).tolist() == (kinds == 1).tolist()
+    first, second = runs(kinds, [1, 2]).tolist()
+    assert first[0] == first[1]
+    assert len({first[0], first[3], first[4]}) == 3
+    assert first[4] == first[5]
+    assert first[2] == first[6] == second[0] == -1
+
+
+def test_places_are_valid_by_the_mask_and_the_segments_together():
+    mask, segments = torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 0, 1, -1]])
+    assert valid_positions(mask, segments, 1, 0, 4).tolist() == [[False, True, True, False]]
+    assert valid_positions(mask, None, 1, 2, 2).tolist() == [[False, True, True, True]]
+    assert valid_positions(torch.ones(1, 4), None, 1, 0, 4) is None
+    assert valid_positions(None, segments.clamp_min(0), 1, 0, 4) is None
