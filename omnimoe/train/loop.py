@@ -100,7 +100,9 @@ class Training:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
         if settings.checkpoint_activations:
-            model.gradient_checkpointing_enable()
+            # transformers' name for it changed on the way to version 6
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     @property
     def checkpoint_folder(self) -> Path | None:
