@@ -33,12 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, 1 after a failure at run time, 2 for a wrong call, 130 after Ctrl-C.
     """
+    # beside another busy program OpenMP's threads wait for each other spinning, which makes steps many times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser(only=given[0] if given and given[0] in COMMANDS else None)
     args = parser.parse_args(given)
     if args.command is None:
         parser.print_help()
         return 0
+    if not sys.stderr.isatty():
+        # libraries draw their bars into log files too unless they are told not to
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
         return importlib.import_module(f"omnimoe.commands.{args.command}").run(args)

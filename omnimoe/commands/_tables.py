@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 
@@ -41,28 +41,30 @@ def spread(measured: dict[str, float] | None, *, percent: bool = False) -> str:
     return mean + (f" ± {measured['std'] * scale:.{digits}f}" if measured["n"] > 1 else "") + unit
 
 
-def comparison_table(rows: list[dict[str, Any]], modalities: list[str]) -> Table:
-    """The table of a comparison: sizes and FLOPs, then final loss and share of the baseline's steps by modality."""
+def comparison_table(rows: list[dict[str, Any]], modalities: list[str]) -> Group:
+    """A comparison as two tables: sizes, FLOPs and time; then final loss and share of the baseline's steps by modality."""
     names = ["all tokens" if modality == "all" else modality for modality in modalities]
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for heading in ("model", "params", "active", "FLOPs/token", "time"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for name in names:
-        table.add_column(f"loss\n{name}", justify="right")
-    for name in names:
-        table.add_column(f"steps\n{name}", justify="right")
+    costs = _table("model", "params", "active", "FLOPs/token", "time")
+    losses = _table("model", *(f"loss\n{name}" for name in names), *(f"steps\n{name}" for name in names))
     base = rows[0]["model"]
     for row in rows:
-        shares = [
-            "100 %" if row["model"] == base else spread(row["share"][modality], percent=True) for modality in modalities
-        ]
-        table.add_row(
+        costs.add_row(
             row["model"],
             count(row["total_params"]),
             known(row["active_params"]),
             known(row["flops_per_token"]) + ("" if row["flops_ratio"] is None else f" ({row['flops_ratio']:.2f}x)"),
             f"{row['seconds']:.0f} s ({row['time_ratio']:.2f}x)",
-            *(spread(row["loss"][modality]) for modality in modalities),
-            *shares,
         )
+        shares = [
+            "100 %" if row["model"] == base else spread(row["share"][modality], percent=True) for modality in modalities
+        ]
+        losses.add_row(row["model"], *(spread(row["loss"][modality]) for modality in modalities), *shares)
+    return Group(costs, "", losses)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
