@@ -33,8 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, 1 after a failure at run time, 2 for a wrong call, 130 after Ctrl-C.
     """
-    # beside another busy program OpenMP's threads wait for each other spinning, which makes steps many times slower
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser(only=given[0] if given and given[0] in COMMANDS else None)
     args = parser.parse_args(given)
@@ -44,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         # libraries draw their bars into log files too unless they are told not to
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        # libraries draw their bars into files too unless they are told not to
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # idle threads of PyTorch's pool spin by default: where another program wants a core, a step takes ten times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
         return importlib.import_module(f"omnimoe.commands.{args.command}").run(args)

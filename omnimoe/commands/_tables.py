@@ -42,7 +42,7 @@ def spread(measured: dict[str, float] | None, *, percent: bool = False) -> str:
 
 
 def comparison_table(rows: list[dict[str, Any]], modalities: list[str]) -> Group:
-    """A comparison as two tables: sizes, FLOPs and time; then final loss and share of the baseline's steps by modality."""
+    """A comparison as two tables: sizes, FLOPs and time; then loss and share of the baseline's steps by modality."""
     names = ["all tokens" if modality == "all" else modality for modality in modalities]
     costs = _table("model", "params", "active", "FLOPs/token", "time")
     losses = _table("model", *(f"loss\n{name}" for name in names), *(f"steps\n{name}" for name in names))
