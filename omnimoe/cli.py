@@ -40,9 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     if not sys.stderr.isatty():
-        # libraries draw their bars into log files too unless they are told not to
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not sys.stderr.isatty():
         # libraries draw their bars into files too unless they are told not to
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # idle threads of PyTorch's pool spin by default: where another program wants a core, a step takes ten times as long
