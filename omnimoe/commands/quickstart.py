@@ -14,7 +14,7 @@ CAPTIONS = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--out", type=Path, default=Path("omnimoe-quickstart"), help="folder to write")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of each model; more make better pictures")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps a model; more make better pictures")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,16 +25,22 @@ def run(args: argparse.Namespace) -> int:
 
     args.out.mkdir(parents=True, exist_ok=True)
     settings = TrainSettings(
-        steps=args.steps, warmup=min(40, args.steps // 4), evaluate_every=max(1, args.steps // 12), evaluate_batches=6
+        steps=args.steps,
+        warmup=min(40, args.steps // 4),
+        learning_rate=3e-3,
+        text_share=0.1,
+        evaluate_every=max(1, args.steps // 12),
+        evaluate_batches=6,
     )
     corpus = Corpus.load("p")
     splits = corpus.summary()
+    seen = splits["train"]
     tokens = settings.steps * settings.tokens_per_step
     print(
-        f"omnimoe quickstart: trains {MOT}, a Mixture-of-Transformers with a tower for text, pictures and speech, beside\n"
-        f"its dense twin {DENSE}, each on the same {tokens:,} tokens in the same order and at the same FLOPs a token.\n"
-        f"Data: set P, {splits['train']['pictures']:,} pictures and {splits['train']['clips']:,} spoken labels for training, "
-        f"concepts of the held-out\nsplits never seen. It ships with the package, so nothing is downloaded.\n"
+        f"omnimoe quickstart: trains {MOT}, a Mixture-of-Transformers with a tower each for text, pictures and\n"
+        f"speech, beside its dense twin {DENSE}, on the same {tokens:,} tokens in the same order, at the same FLOPs\n"
+        f"a token. Data: set P, {seen['pictures']:,} pictures and {seen['clips']:,} spoken labels to learn from;\n"
+        "held-out concepts are never seen. It ships with the package, so nothing is downloaded.\n"
     )
     comparison, models = _train(args.out, settings, corpus)
     model = _save_and_reload(models[MOT], args.out / "checkpoint", settings, corpus)
@@ -72,7 +78,7 @@ def _train(out: Path, settings, corpus):
     comparison = compare([DENSE, MOT], settings, seeds=(SEED,), corpus=corpus, out=out, on_model=keep)
     print()
     console().print(comparison_table(comparison.rows(), comparison.modalities))
-    print(f"\nsteps: share of {DENSE}'s steps that {MOT} needs to reach the same held-out loss; one seed, so read it as a hint\n")
+    print(f"\nsteps: share of {DENSE}'s steps that {MOT} needs to reach its held-out loss; one seed, only a hint\n")
     return comparison, models
 
 
@@ -161,10 +167,11 @@ def _report(out: Path, comparison, splits, settings, pictures, texts, sound, rou
 
     report = Report("omnimoe quickstart")
     report.text(
-        f"{MOT} is a Mixture-of-Transformers: attention, feed-forward networks and norms have one copy for each of text, "
-        f"pictures and speech, and one attention over the whole sequence joins them. {DENSE} is the same model with one "
-        f"copy of everything. Both were trained on the same {settings.steps * settings.tokens_per_step:,} tokens in the same "
-        f"order; a token costs both the same FLOPs. The whole run took {seconds:.0f} seconds on this machine."
+        f"{MOT} is a Mixture-of-Transformers: attention, feed-forward networks and norms have one copy for each of "
+        f"text, pictures and speech, and one attention over the whole sequence joins them. {DENSE} is the same model "
+        f"with one copy of everything. Both were trained on the same {settings.steps * settings.tokens_per_step:,} "
+        f"tokens in the same order; a token costs both the same FLOPs. The whole run took {seconds:.0f} seconds on "
+        "this machine."
     )
     report.heading("Which learns faster?")
     modalities = comparison.modalities
@@ -180,21 +187,24 @@ def _report(out: Path, comparison, splits, settings, pictures, texts, sound, rou
                 count(row["flops_per_token"]),
                 f"{row['seconds']:.0f} s",
                 *(spread(row["loss"][name]) for name in modalities),
-                *("100 %" if row["model"] == DENSE else spread(row["share"][name], percent=True) for name in modalities),
+                *(
+                    "100 %" if row["model"] == DENSE else spread(row["share"][name], percent=True)
+                    for name in modalities
+                ),
             ]
             for row in comparison.rows()
         ],
     )
     report.text(
-        f"Steps: the share of {DENSE}'s steps that a model needs to reach the same held-out loss (nats a token). One seed and "
-        "a few minutes of training: a hint, not a result. 'omnimoe compare' runs several seeds.",
+        f"Steps: the share of {DENSE}'s steps that a model needs to reach the same held-out loss (nats a token). One "
+        "seed and a few minutes of training: a hint, not a result. 'omnimoe compare' runs several seeds.",
         quiet=True,
     )
     report.picture(out / "curves.png", "held-out loss against steps, a panel for each modality")
     report.heading("Pictures for captions it has never seen")
     report.text(
-        "Top: the real pictures after the tokenizer and back, the best a model over these 64 tokens could draw. After this "
-        "little training expect colours and rough shapes."
+        "Top: the real pictures after the tokenizer and back, the best a model over these 64 tokens could draw. After "
+        "this little training expect colours and rough shapes."
     )
     report.picture(pictures, "real and generated pictures for held-out captions")
     report.heading("Names for pictures it has never seen")

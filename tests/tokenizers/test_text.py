@@ -33,7 +33,17 @@ def test_round_trip_is_exact(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "a lion", "  two  spaces\t\r\n", "狮子 и лев", "👩🏽‍🚀🏴󠁧󠁢󠁥󠁮󠁧󠁿", "e\u0301 \u00e9", "\x00\x7f\ufeff", "<pad> <bos></image>"],
+    [
+        "",
+        " ",
+        "a lion",
+        "  two  spaces\t\r\n",
+        "狮子 и лев",
+        "👩🏽‍🚀🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+        "e\u0301 \u00e9",
+        "\x00\x7f\ufeff",
+        "<pad> <bos></image>",
+    ],
 )
 def test_round_trip_of_hard_cases(text: str) -> None:
     ids = TOKENIZER.encode(text)
