@@ -130,11 +130,16 @@ def _generate(model, dense, corpus, out: Path):
 
 
 def _held_out_examples(corpus, number: int):
+    """Half of them concepts never seen, half known concepts in a drawing never seen."""
     import numpy as np
 
-    found = [example for example in corpus.examples("test") if example.image is not None and example.lang == "en"]
-    chosen = np.random.default_rng(SEED).choice(len(found), size=min(number, len(found)), replace=False)
-    return [found[index] for index in sorted(chosen)]
+    generator = np.random.default_rng(SEED)
+    chosen = []
+    for split in ("test", "drawing"):
+        found = list(corpus.examples(split, languages=("en",), having=("text", "image")))
+        picked = generator.choice(len(found), size=min(number // 2, len(found)), replace=False)
+        chosen += [found[index] for index in sorted(picked)]
+    return chosen
 
 
 def _ids(values):
@@ -201,13 +206,14 @@ def _report(out: Path, comparison, splits, settings, pictures, texts, sound, rou
         quiet=True,
     )
     report.picture(out / "curves.png", "held-out loss against steps, a panel for each modality")
-    report.heading("Pictures for captions it has never seen")
+    report.heading("Pictures from held-out captions")
     report.text(
-        "Top: the real pictures after the tokenizer and back, the best a model over these 64 tokens could draw. After "
-        "this little training expect colours and rough shapes."
+        "Top: the real pictures after the tokenizer and back, the best a model over these 64 tokens could draw. The left "
+        "half are concepts that were never seen, the right half known concepts in a drawing that was never seen. After "
+        "this little training expect blobs of a plausible colour, and digits that begin to look like digits."
     )
     report.picture(pictures, "real and generated pictures for held-out captions")
-    report.heading("Names for pictures it has never seen")
+    report.heading("Names for held-out pictures")
     report.table(["caption", MOT], [list(pair) for pair in texts])
     report.heading("A caption spoken")
     report.sound(*sound)
