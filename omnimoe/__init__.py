@@ -5,10 +5,7 @@ Names are loaded on first use, so that ``import omnimoe`` costs nothing and regi
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING
+from omnimoe.lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -46,32 +43,5 @@ _HOMES = {
     "omnimoe.generate": ("Generated", "generate", "interleave"),
     "omnimoe.denoise": ("denoise",),
 }
-_WHERE = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = ["__version__", *sorted(_WHERE)]
-
-if TYPE_CHECKING:
-    from omnimoe.backbone import LayerRange as LayerRange
-
-
-def __getattr__(name: str):
-    if name not in _WHERE:
-        raise AttributeError(f"module 'omnimoe' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Importing ``omnimoe.flops`` would set ``flops`` to the module, where the function of that name should be."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, ModuleType) and _WHERE.get(name) == value.__name__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__, _names = lazy(__name__, _HOMES)
+__all__ = ["__version__", *_names]

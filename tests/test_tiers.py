@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # What a part may import, besides itself and whatever those may import. A new module needs a line here.
 IMPORTS: dict[str, tuple[str, ...]] = {
+    "lazy": (),
     "registry": (),
     "config": ("registry",),
     "ops": (),
@@ -23,7 +24,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "experts": ("routers",),
     "modalities": ("layers",),
     "tokenizers": ("config",),
-    "data": ("tokenizers", "modalities"),
+    "data": ("tokenizers", "modalities", "lazy"),
     "backbone": ("experts",),
     "attend": ("layers",),
     "model_config": ("backbone", "modalities"),
@@ -41,7 +42,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "lora": ("hub",),
     "denoise": ("model",),
     "generate": ("hub", "data", "denoise"),
-    "train": ("hub", "data", "flops"),
+    "train": ("hub", "data", "lazy", "flops"),
     "plots": ("model",),
     "report": ("config",),
     "routing_load": ("model",),

@@ -208,9 +208,9 @@ def _report(out: Path, comparison, splits, settings, pictures, texts, sound, rou
     report.picture(out / "curves.png", "held-out loss against steps, a panel for each modality")
     report.heading("Pictures from held-out captions")
     report.text(
-        "Top: the real pictures after the tokenizer and back, the best a model over these 64 tokens could draw. The left "
-        "half are concepts that were never seen, the right half known concepts in a drawing that was never seen. After "
-        "this little training expect blobs of a plausible colour, and digits that begin to look like digits."
+        "Top: the real pictures after the tokenizer and back, the best a model over these 64 tokens could draw. The "
+        "left half are concepts that were never seen, the right half known concepts in a drawing that was never seen. "
+        "After this little training expect blobs of a plausible colour, and digits that begin to look like digits."
     )
     report.picture(pictures, "real and generated pictures for held-out captions")
     report.heading("Names for held-out pictures")
