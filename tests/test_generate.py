@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import wave
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import omnimoe.generate
 from omnimoe.commands import generate as command
 from omnimoe.data.documents import lay_out
 from omnimoe.generate import Generated, GenerationError, generate, interleave, read_wave
@@ -23,6 +23,9 @@ from omnimoe.tokenizers.picture import PictureTokenizer
 from omnimoe.tokenizers.speech import SpeechTokenizer
 from omnimoe.tokenizers.text import BEGIN_IMAGE_ID, BEGIN_SPEECH_ID, BOS_ID, END_IMAGE_ID, EOS_ID
 from tests.declarations import DECLARATIONS, DENSE, build
+
+# the module; `omnimoe.generate` is the function
+generation = sys.modules["omnimoe.generate"]
 
 NANO = load("mot_nano", device="meta").config
 CONFIG = NANO.replace(
@@ -53,7 +56,7 @@ def model():
 def shipped(tokenizers, monkeypatch):
     """Puts the narrow tokenizers in the place of those that ship."""
     by_name = {"text": "text", "picture": "image", "speech": "speech"}
-    monkeypatch.setattr(omnimoe.generate, "load_tokenizer", lambda name: tokenizers[by_name[name]])
+    monkeypatch.setattr(generation, "load_tokenizer", lambda name: tokenizers[by_name[name]])
 
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -103,7 +106,7 @@ def test_prompts_are_the_starts_of_documents(model, tokenizers, monkeypatch, doc
         return torch.cat((ids, torch.full((len(ids), 1), RANGES[to].start + 20)), 1)
 
     monkeypatch.setattr(model, "generate", record)
-    monkeypatch.setattr(omnimoe.generate, "_decoded", lambda name, ids, tokenizer: ids)
+    monkeypatch.setattr(generation, "_decoded", lambda name, ids, tokenizer: ids)
     generate(model, document, to, tokenizers=tokenizers)
     parts = dict(document)
     if "text" in parts and "image" in parts:
@@ -271,7 +274,7 @@ def test_outputs_are_written(tmp_path):
 
 
 def test_what_ships_fits_the_zoo():
-    found = omnimoe.generate._load(NANO, None, {"text", "image", "speech"})
+    found = generation._load(NANO, None, {"text", "image", "speech"})
     assert {name: tokenizer.num_tokens for name, tokenizer in found.items()} == {
         "text": None,
         "image": 64,
