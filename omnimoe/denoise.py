@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from omnimoe.inputs import InputError
+from omnimoe.layers.masks import is_causal_rule, uncached_facts
 from omnimoe.modalities import Patches
 from omnimoe.model import OmniMoeForCausalLM
-
-_CACHED_RULES = ("causal", "block_causal")
 
 
 @torch.no_grad()
@@ -84,7 +83,7 @@ def denoise(
     clean = {other: given for other, given in (features or {}).items() if other != name}
 
     cached = _can_keep(model) if use_cache is None else use_cache
-    if cached and config.mask not in _CACHED_RULES:
+    if cached and not _prefix_stands(config.mask):
         raise InputError(f"the mask rule {config.mask!r} lets a prefix see what follows; leave use_cache out")
     cut = _cut(model, modality_ids, drawn) if cached else 0
     layout = {"input_ids": input_ids, "modality_ids": modality_ids, "position_ids": position_ids, "key_ids": key_ids}
@@ -153,7 +152,12 @@ def _start(
 
 def _can_keep(model: OmniMoeForCausalLM) -> bool:
     config = model.config
-    return config.mask in _CACHED_RULES and all(block.experts.is_causal for block in config.blocks)
+    return _prefix_stands(config.mask) and all(block.experts.is_causal for block in config.blocks)
+
+
+def _prefix_stands(mask: str) -> bool:
+    """Whether what stands before a whole block does not see it, and a cache keeps all that the rule reads."""
+    return (is_causal_rule(mask) or mask == "block_causal") and not uncached_facts(mask)
 
 
 def _cut(model: OmniMoeForCausalLM, modality_ids: Tensor, drawn: Tensor) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from omnimoe.data.documents import lay_out
 from omnimoe.data.tokenize import TOKENIZERS
 from omnimoe.denoise import denoise
-from omnimoe.layers.masks import CAUSAL_RULES
+from omnimoe.layers.masks import is_causal_rule, uncached_facts
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.spans import bounded_ranges, owned_rows, read_spans
 from omnimoe.tokenizers import Tokenizer, load_tokenizer
@@ -232,7 +232,7 @@ def _documents(inputs: Document | Sequence[Document]) -> list[list[tuple[str, An
 
 
 def _check_model(config: OmniMoeConfig) -> None:
-    if config.mask not in CAUSAL_RULES and config.mask != "block_causal":
+    if not is_causal_rule(config.mask) and config.mask != "block_causal":
         raise GenerationError(f"the model's mask rule is {config.mask!r}; only causal models generate token by token")
     for block in config.blocks:
         rope = getattr(block.attention, "rope", None)
@@ -341,8 +341,8 @@ def _sample(
             num_return_sequences=num_samples,
             eos_token_id=stops or None,
             pad_token_id=pad,
-            # a cache does not keep keys' towers, which this rule compares
-            use_cache=config.mask != "one_way",
+            # some rules read what a cache does not keep
+            use_cache=not uncached_facts(config.mask),
             spans=spans,
             **options,
         )

@@ -38,6 +38,7 @@ from omnimoe.inputs import (
     valid_positions,
 )
 from omnimoe.layers import AttentionMask, RowLayout
+from omnimoe.layers.masks import uncached_facts
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.registry import Registry
 from omnimoe.routers import Router, Routing
@@ -316,8 +317,12 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         config = self.config
         if past and segment_ids is not None:
             raise InputError("segment_ids pack several documents into a row, which a cache cannot hold; drop one")
-        if past and config.mask == "one_way":
-            raise InputError("the mask rule 'one_way' has no cached decoding, since a cache does not keep keys' towers")
+        missing = uncached_facts(config.mask) if past else ()
+        if missing:
+            raise InputError(
+                f"the mask rule {config.mask!r} has no cached decoding, since it reads {' and '.join(missing)} of "
+                "earlier positions, which a cache does not keep; pass use_cache=False"
+            )
         if block_ids is None and config.bidirectional_modalities:
             block_ids = runs(modality_ids, [self._modality_id(name) for name in config.bidirectional_modalities])
         key_length = past + length

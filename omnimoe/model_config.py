@@ -15,7 +15,7 @@ from omnimoe.backbone import PLACEMENTS, Block, LayerRange
 from omnimoe.config import Config, ConfigError
 from omnimoe.experts import Experts, FeedForward
 from omnimoe.layers import MASK_RULES, Attention, BaseAttention, Norm
-from omnimoe.layers.masks import CAUSAL_RULES
+from omnimoe.layers.masks import is_causal_rule
 from omnimoe.modalities import Modality, TokenRange, Tokens
 
 _PARTS: dict[str, type[Config]] = {
@@ -205,7 +205,7 @@ class OmniMoeConfig(PreTrainedConfig):
     @property
     def is_causal(self) -> bool:
         """Whether no position depends on a later one: the mask, and every router."""
-        return self.mask in CAUSAL_RULES and all(block.experts.is_causal for block in self.blocks)
+        return is_causal_rule(self.mask) and all(block.experts.is_causal for block in self.blocks)
 
     @property
     def num_attention_heads(self) -> int:

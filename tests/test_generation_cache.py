@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from omnimoe.inputs import InputError
+from omnimoe.layers import MASK_RULES, register_mask_rule
 from tests.declarations import CACHED, CAUSAL, DECLARATIONS, DENSE, build, ids_like, with_towers
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -220,6 +221,18 @@ def test_what_a_cache_cannot_hold_is_refused():
     cache = model(ids[:, :4], use_cache=True).past_key_values
     with pytest.raises(InputError, match="'one_way' has no cached decoding"):
         model(ids[:, 4:], past_key_values=cache)
+
+    @register_mask_rule("own_key_test")
+    def own_key(query, key):
+        return (query.order >= key.order) & (query.key_ids == key.key_ids)
+
+    try:
+        model = build(DENSE.replace(mask="own_key_test"))
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        with pytest.raises(InputError, match="'own_key_test' has no cached decoding, since it reads key_ids"):
+            model(ids[:, 4:], past_key_values=cache)
+    finally:
+        MASK_RULES.remove("own_key_test")
     model = build(DENSE)
     cache = model(ids[:, :4], use_cache=True).past_key_values
     with pytest.raises(InputError, match="segment_ids pack several documents"):

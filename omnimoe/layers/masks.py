@@ -35,10 +35,97 @@ MaskRule = Callable[[Positions, Positions], Tensor]
 """``(query, key) -> bool``, True where the query may attend to the key."""
 
 MASK_RULES: Registry[MaskRule] = Registry("mask rule")
-register_mask_rule = MASK_RULES.register
 
 
-@register_mask_rule("causal")
+@dataclasses.dataclass(frozen=True)
+class _Declared:
+    """What a rule's author said of it."""
+
+    is_causal: bool = False
+    reads_key_ids: bool = False
+    blocks_only_add: bool = False
+
+
+_DECLARED: dict[MaskRule, _Declared] = {}
+_UNCACHED: dict[MaskRule, tuple[str, ...]] = {}
+
+
+def register_mask_rule(
+    name: str,
+    *,
+    is_causal: bool = False,
+    reads_key_ids: bool = False,
+    blocks_only_add: bool = False,
+    exist_ok: bool = False,
+) -> Callable[[MaskRule], MaskRule]:
+    """Decorator that files a mask rule under ``name``, with what the model must know of it.
+
+    Args:
+        name: as configs write it.
+        is_causal: no position depends on a later one, so the model may generate token by token.
+        reads_key_ids: compares keys. A cache keeps none, so the rule has no cached decoding. A rule that reads them
+            without saying so has none either.
+        blocks_only_add: blocks let a position see later ones, and never hide an earlier one. Then a cache, which keeps
+            no blocks, changes nothing; a rule that reads blocks and does not say so has no cached decoding.
+        exist_ok: replace a rule of the same name.
+
+    Raises:
+        RegistryError: if the name is malformed or taken.
+    """
+
+    def file_under(rule: MaskRule) -> MaskRule:
+        MASK_RULES.register(name, exist_ok=exist_ok)(rule)
+        _DECLARED[rule] = _Declared(is_causal, reads_key_ids, blocks_only_add)
+        _UNCACHED.pop(rule, None)
+        return rule
+
+    return file_under
+
+
+def is_causal_rule(name: str) -> bool:
+    """Whether no position depends on a later one under the rule, as it was registered."""
+    return _DECLARED.get(MASK_RULES.get(name), _Declared()).is_causal
+
+
+def uncached_facts(name: str) -> tuple[str, ...]:
+    """What a rule must know of earlier positions that a cache does not keep; a rule with any has no cached decoding.
+
+    Args:
+        name: of the rule.
+
+    Returns:
+        Of ``"key_ids"`` and ``"block_ids"``, those it declares or reads.
+    """
+    rule = MASK_RULES.get(name)
+    if rule not in _UNCACHED:
+        _UNCACHED[rule] = _probed(rule, _DECLARED.get(rule, _Declared()))
+    return _UNCACHED[rule]
+
+
+def _probed(rule: MaskRule, declared: _Declared) -> tuple[str, ...]:
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    query, key = Positions(order=one + 1, key_ids=one, block_ids=one), _Watched(order=one, key_ids=one, block_ids=one)
+    rule(query, key)
+    read = key.read | ({"key_ids"} if declared.reads_key_ids else set())
+    return tuple(sorted(read - ({"block_ids"} if declared.blocks_only_add else set())))
+
+
+class _Watched:
+    """One position that remembers which of its facts a rule asked for."""
+
+    def __init__(self, **facts: Tensor) -> None:
+        self._facts = facts
+        self.read: set[str] = set()
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self._facts:
+            raise AttributeError(f"a mask rule knows order, key_ids and block_ids of a position, not {name!r}")
+        if name != "order":
+            self.read.add(name)
+        return self._facts[name]
+
+
+@register_mask_rule("causal", is_causal=True)
 def causal(query: Positions, key: Positions) -> Tensor:
     """A position attends to itself and to what came before."""
     return query.order >= key.order
@@ -50,26 +137,22 @@ def bidirectional(query: Positions, key: Positions) -> Tensor:
     return query.order == query.order + 0 * key.order
 
 
-@register_mask_rule("block_causal")
+@register_mask_rule("block_causal", blocks_only_add=True)
 def block_causal(query: Positions, key: Positions) -> Tensor:
     """Causal, but bidirectional inside a block: Transfusion's rule, with a block a picture."""
     return (query.order >= key.order) | ((query.block_ids == key.block_ids) & (key.block_ids >= 0))
 
 
-@register_mask_rule("prefix")
+@register_mask_rule("prefix", blocks_only_add=True)
 def prefix(query: Positions, key: Positions) -> Tensor:
     """Causal after a prefix, block 0, that every position sees whole."""
     return (query.order >= key.order) | (key.block_ids == 0)
 
 
-@register_mask_rule("one_way")
+@register_mask_rule("one_way", is_causal=True, reads_key_ids=True)
 def one_way(query: Positions, key: Positions) -> Tensor:
     """Causal, and a tower sees only its own or a lower key: a later tower reads an earlier one, never back."""
     return (query.order >= key.order) & (key.key_ids <= query.key_ids)
-
-
-CAUSAL_RULES = frozenset({"causal", "one_way"})
-"""Rules under which no position depends on a later one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from omnimoe.layers import MASK_RULES, Attention, AttentionMask
+from omnimoe.layers import MASK_RULES, Attention, AttentionMask, register_mask_rule
 from omnimoe.layers.attention import eager, scaled_dot_product
+from omnimoe.layers.masks import is_causal_rule, uncached_facts
 
 RULES = ("causal", "bidirectional", "block_causal", "prefix", "one_way")
 LENGTH = 9
@@ -151,3 +152,35 @@ def test_a_rule_of_ones_own_is_used():
         assert torch.equal(found, torch.ones(4, 4).tril().triu(-1).bool())
     finally:
         MASK_RULES.remove("window_test")
+
+
+@pytest.mark.parametrize(
+    ("rule", "facts"),
+    [("causal", ()), ("bidirectional", ()), ("block_causal", ()), ("prefix", ()), ("one_way", ("key_ids",))],
+)
+def test_what_a_rule_reads_that_no_cache_keeps_is_known(rule, facts):
+    assert uncached_facts(rule) == facts
+    assert is_causal_rule(rule) == (rule in ("causal", "one_way"))
+
+
+def test_a_rule_of_ones_own_declares_itself_and_is_found_out_where_it_does_not():
+    @register_mask_rule("own_key_test")
+    def own_key(query, key):
+        return (query.order >= key.order) & (query.key_ids == key.key_ids)
+
+    @register_mask_rule("own_block_test", is_causal=True)
+    def own_block(query, key):
+        return (query.order >= key.order) & (query.block_ids == key.block_ids)
+
+    @register_mask_rule("declared_test", is_causal=True, reads_key_ids=True, blocks_only_add=True)
+    def declared(query, key):
+        return (query.order >= key.order) & (key.block_ids < 9)
+
+    try:
+        assert uncached_facts("own_key_test") == ("key_ids",)
+        assert uncached_facts("own_block_test") == ("block_ids",)
+        assert uncached_facts("declared_test") == ("key_ids",)
+        assert [is_causal_rule(f"{name}_test") for name in ("own_key", "own_block", "declared")] == [False, True, True]
+    finally:
+        for name in ("own_key", "own_block", "declared"):
+            MASK_RULES.remove(f"{name}_test")
