@@ -31,6 +31,7 @@ class Routing:
             None where nothing was computed.
         losses: balance losses by name, scalars, already times their coefficient.
         cutoff: ``(E,)`` float32, the lowest score each expert took, where experts choose; see ``expert_choice``.
+        spans: ``(start, stop)`` of each group's rows, where a router is made of one router a group of rows.
     """
 
     token_index: Tensor
@@ -39,6 +40,7 @@ class Routing:
     router_logits: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     cutoff: Tensor | None = None
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 class Router(nn.Module, Configurable):

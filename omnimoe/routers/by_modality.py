@@ -96,12 +96,25 @@ class ByModalityRouter(Router):
                     losses[name] = losses.get(name, 0) + loss * ((stop - start) / max(1, len(x)))
             first += count
         token_index, expert_ids, weights = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return Routing(token_index, expert_ids, weights, logits, losses, torch.cat(cutoffs))
+        spans = tuple(rows.key_spans())
+        return Routing(token_index, expert_ids, weights, logits, losses, torch.cat(cutoffs), spans)
 
     def update(self, routing: Routing) -> None:
-        """Hands each group's part on."""
-        if routing.cutoff is None:
-            return
-        for router, cutoff in zip(self.routers, routing.cutoff.split(list(self.config.experts)), strict=True):
+        """Hands each group's router its own part, in rows and experts counted inside the group."""
+        first = 0
+        for router, count, span in zip(self.routers, self.config.experts, routing.spans, strict=True):
             if router is not None:
-                router.update(Routing(routing.token_index, routing.expert_ids, routing.expert_weights, cutoff=cutoff))
+                router.update(_part(routing, span, slice(first, first + count)))
+            first += count
+
+
+def _part(routing: Routing, span: tuple[int, int], group: slice) -> Routing:
+    """The entries of one group, as its own router made them; losses were summed over groups and are left out."""
+    mine = (routing.expert_ids >= group.start) & (routing.expert_ids < group.stop)
+    return Routing(
+        routing.token_index[mine] - span[0],
+        routing.expert_ids[mine] - group.start,
+        routing.expert_weights[mine],
+        None if routing.router_logits is None else routing.router_logits[span[0] : span[1], group],
+        cutoff=None if routing.cutoff is None else routing.cutoff[group],
+    )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omnimoe.layers import RowLayout
-from omnimoe.routers import ByModalityRouter, ExpertChoiceRouter, TopKRouter
+from omnimoe.routers import ByModalityRouter, ExpertChoiceRouter, Routing, TopKRouter
 
 KEYS = torch.tensor([[0, 1, 2, 1, 0, 0, 1, 2, 1, 1]])
 TOP = TopKRouter.Config(top_k=1, normalize=False)
@@ -133,3 +133,25 @@ def test_an_update_reaches_each_groups_own_router():
     causal = RowLayout.build(KEYS, num_keys=3, routes_causally=True)
     router.update(router(torch.randn(10, 4), causal))
     assert all(torch.equal(router.routers[key].cutoff, kept) for key, kept in enumerate(before))
+
+
+class CountingRouter(TopKRouter):
+    """Counts the load of its own experts outside of the gradient, as routers with a balancing bias do."""
+
+    def update(self, routing: Routing) -> None:
+        self.seen = routing
+        self.load = torch.bincount(routing.expert_ids, minlength=self.num_experts)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_an_update_speaks_of_rows_and_experts_of_the_group_alone(top_k):
+    inner = CountingRouter.Config(top_k=top_k)
+    router, rows, x = build((2, 3, 4), router=inner), RowLayout.build(KEYS, num_keys=3), torch.randn(10, 4)
+    routing = router(x, rows)
+    router.update(routing)
+    for key, (start, stop) in enumerate(rows.key_spans()):
+        part = router.routers[key]
+        wanted = part(x[start:stop], rows.span(key))
+        assert pairs(part.seen) == pytest.approx(pairs(wanted))
+        assert torch.equal(part.load, torch.bincount(wanted.expert_ids, minlength=part.num_experts))
+        torch.testing.assert_close(part.seen.router_logits, wanted.router_logits)
