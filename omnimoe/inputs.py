@@ -6,6 +6,10 @@ accelerator a wrong id would cost a synchronisation to find, so check batches be
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +19,28 @@ from omnimoe.model_config import OmniMoeConfig
 
 class InputError(ValueError):
     """An input of the wrong shape, dtype or range."""
+
+
+_PASSED_BY_TRANSFORMERS = frozenset({"cache_position", "return_dict", "num_items_in_batch"})
+"""What generation, the Trainer and PEFT pass to any model; nothing here depends on it."""
+
+
+def check_arguments(unknown: Iterable[str], forward: Callable) -> None:
+    """Refuses arguments that nothing would read.
+
+    Args:
+        unknown: names of the keyword arguments that are no parameters of ``forward``.
+        forward: the method they were passed to.
+
+    Raises:
+        InputError: with the nearest argument.
+    """
+    for name in sorted(set(unknown) - _PASSED_BY_TRANSFORMERS):
+        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        known = [key for key, held in inspect.signature(forward).parameters.items() if held.kind not in kinds]
+        near = difflib.get_close_matches(name, known, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else f"the arguments are {', '.join(known)}"
+        raise InputError(f"the model takes no argument {name!r}; {meant}")
 
 
 def check_ids(name: str, ids: Tensor | None, shape: tuple[int, int], low: int, high: int, remedy: str) -> None:

@@ -30,6 +30,7 @@ from omnimoe.attend import attention_function, xformers_attention
 from omnimoe.backbone import Backbone, Block
 from omnimoe.inputs import (
     InputError,
+    check_arguments,
     check_batch,
     check_features,
     check_ids,
@@ -211,6 +212,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             use_cache: make a cache where none is given.
             output_hidden_states: return what enters each layer.
             output_attentions: return attention weights (``attn_implementation="eager"``).
+            kwargs: what transformers passes to every model and this one has no use for; anything else is refused.
 
         Returns:
             :class:`OmniMoeModelOutput`.
@@ -218,6 +220,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         Raises:
             InputError: for inputs of a wrong shape, dtype or range.
         """
+        check_arguments(kwargs, self.forward)
         config = self.config
         batch_size, length = check_batch(config, input_ids, inputs_embeds, modality_ids, key_ids, segment_ids)
         check_ids("block_ids", block_ids, (batch_size, length), -1, 2**31, "number blocks from 0, -1 is no block")
@@ -374,6 +377,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> OmniMoeOutput:
         """Runs the model and, where there is something to predict, scores it.
@@ -396,6 +401,9 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             use_cache: make a cache.
             logits_to_keep: logits of the last positions only, that many; 0 for all; or an index tensor.
             output_router_logits: return the raw router logits of each routed layer.
+            output_hidden_states: return what enters each layer.
+            output_attentions: return attention weights.
+            kwargs: what transformers passes to every model and this one has no use for; anything else is refused.
 
         Returns:
             :class:`OmniMoeOutput`.
@@ -403,6 +411,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         Raises:
             InputError: for inputs of a wrong shape, dtype or range.
         """
+        check_arguments(kwargs, self.forward)
         out = self.model(
             input_ids=input_ids,
             modality_ids=modality_ids,
@@ -416,7 +425,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
         hidden, rows = out.last_hidden_state, out.rows
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep

@@ -206,3 +206,26 @@ def test_places_are_valid_by_the_mask_and_the_segments_together():
     assert valid_positions(mask, None, 1, 2, 2).tolist() == [[False, True, True, True]]
     assert valid_positions(torch.ones(1, 4), None, 1, 0, 4) is None
     assert valid_positions(None, segments.clamp_min(0), 1, 0, 4) is None
+
+
+SLIPS = {
+    "modality_id": "the model takes no argument 'modality_id'; did you mean 'modality_ids'?",
+    "attn_mask": "the model takes no argument 'attn_mask'; did you mean 'attention_mask'?",
+    "head_ids": "the model takes no argument 'head_ids'; did you mean",
+    "zzz": "the model takes no argument 'zzz'; the arguments are input_ids, modality_ids",
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+@pytest.mark.parametrize("inner", [False, True])
+def test_an_argument_that_nothing_reads_is_refused(model, name, inner):
+    with pytest.raises(InputError) as caught:
+        (model.model if inner else model)(IDS, **{name: torch.zeros_like(IDS)})
+    assert SLIPS[name] in str(caught.value)
+
+
+def test_what_transformers_passes_to_every_model_is_taken(model):
+    wanted = model(IDS, labels=IDS).loss
+    passed = {"return_dict": True, "cache_position": torch.arange(12), "num_items_in_batch": torch.tensor(24)}
+    assert torch.equal(model(IDS, labels=IDS, **passed).loss, wanted)
+    assert len(model(IDS, output_hidden_states=True).hidden_states) == 3
