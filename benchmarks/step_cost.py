@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args()
+    if args.tokens % args.sequence_length:
+        raise SystemExit(f"--tokens {args.tokens} must be a multiple of --sequence-length {args.sequence_length}")
     torch.set_num_threads(args.threads)
 
     corpus = Corpus.load("p")
@@ -69,9 +71,10 @@ def main() -> None:
     base = args.models[0]
     batch = next(training_batches(models[base].config, settings, corpus))
     for name in args.models[1:]:
-        if set(models[name].state_dict()) == set(models[base].state_dict()):
-            difference = check_equal_towers(models[base], models[name], batch)
-            print(f"{name} with equal towers: largest difference of logits {difference:.1e}")
+        if set(models[name].state_dict()) != set(models[base].state_dict()):
+            raise SystemExit(f"{name} has other weights than {base} with copies, so nothing shows that they are twins")
+        difference = check_equal_towers(models[base], models[name], batch)
+        print(f"{name} with equal towers: largest difference of logits {difference:.1e}")
 
     def forward(model) -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):

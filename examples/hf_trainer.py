@@ -21,6 +21,20 @@ from omnimoe import load
 from omnimoe.data import Corpus, PackedSequences
 
 
+class OmniTrainer(Trainer):
+    """Lets routers that adapt outside of the gradient (expert choice) take in each step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        model.update_routers(self.routings)
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs)
+        self.routings = out.routings
+        return (out.loss, out) if return_outputs else out.loss
+
+
 class Packed(IterableDataset):
     """Endless packed rows, one sequence ``(T,)`` an item."""
 
@@ -49,7 +63,8 @@ def main(name: str, steps: int) -> None:
             report_to="none",
             disable_tqdm=not sys.stderr.isatty(),
         )
-        Trainer(model, arguments, train_dataset=Packed(model.config, sequence_length=128)).train()  # logs every step
+        packed = Packed(model.config, sequence_length=128)
+        OmniTrainer(model, arguments, train_dataset=packed).train()  # logs every step
 
 
 if __name__ == "__main__":

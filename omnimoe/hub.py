@@ -242,7 +242,7 @@ def model_info(name: str) -> ModelInfo:
         modalities=config.modality_names,
         is_causal=config.is_causal,
         license=card.license if card else "unknown",
-        paper=card.paper if card else "",
+        paper=card.papers.get(name, card.paper) if card else "",
         pretrained=_weights_of(name),
         description=(make.__doc__ or "").strip().partition("\n")[0],
     )

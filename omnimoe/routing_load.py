@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from omnimoe.experts import Experts, FeedForward
 from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.plots import draw_routing
 
 
 @torch.no_grad()
@@ -53,3 +55,23 @@ def _copies(part: Experts) -> int:
     if isinstance(part, FeedForward):
         return part.experts.num_copies
     return int(getattr(part, "num_experts", 1))
+
+
+def draw_model_routing(
+    model: OmniMoeForCausalLM, batches: Sequence[dict[str, Tensor]], path: Path, *, title: str = ""
+) -> Path:
+    """Draws :func:`routing_load` over batches, and the modalities of the first sequence.
+
+    Args:
+        model: any declaration.
+        batches: inputs of the model, at least one.
+        path: where the PNG goes.
+        title: of the picture.
+
+    Returns:
+        The path.
+    """
+    load = routing_load(model, batches).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids = batches[0]["modality_ids"][0].cpu().numpy()
+    return draw_routing(load, ids, model.config.modality_names, path, title=title)

@@ -108,7 +108,7 @@ def test_info_in_text_json_and_as_a_config(capsys):
         (["compare", "dense", "mott"], "unknown model 'mott'"),
         (["train", "mot_nano", "--out", "x", "--steps", "0"], "steps must be at least 1, got 0"),
         (["train", "mot_nano", "--out", "x", "--data", "nowhere"], "no corpus 'nowhere'"),
-        (["train", "missing.json", "--out", "x"], "missing.json cannot be read"),
+        (["train", "missing.json", "--out", "x"], "no file missing.json"),
         (["train", "mot_nano", "--out", "x", "--resume"], "nothing to resume"),
         (["train", "mot_nano", "--out", "x", "--device", "warp"], "--device warp cannot be used here"),
         (["compare", "dense", "mot", "--seeds", "0"], "at least one seed"),
@@ -174,8 +174,11 @@ def test_train_end_to_end(capsys, tmp_path, declared):
     MODELS.remove("tiny_cli")
     assert main(["train", declared, "--out", str(out), *SHORT]) == 2
     assert "holds a checkpoint already; pass --resume" in capsys.readouterr().err
+    # what is not said stays as it was, what is reported may change, what is learned may not
+    assert main(["train", declared, "--out", str(out), "--resume", "--log-every", "5"]) == 0
+    assert load_settings(out / "checkpoint") == kept.replace(log_every=5)
     MODELS.remove("tiny_cli")
-    assert main(["train", declared, "--out", str(out), *SHORT, "--resume"]) == 2
+    assert main(["train", declared, "--out", str(out), "--resume", "--lr", "0.002"]) == 2
     assert "learning_rate was 0.01 and is 0.002" in capsys.readouterr().err
 
 

@@ -45,7 +45,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "train": ("hub", "data", "lazy", "flops"),
     "plots": ("model",),
     "report": ("config",),
-    "routing_load": ("model",),
+    "routing_load": ("model", "plots"),
     "compare": ("train", "generate", "plots"),
     "bench": ("train", "generate"),
     "doctor": ("hub",),

@@ -17,6 +17,7 @@ class Card:
         weights: for each model that has weights, where they lie: a folder beside the module that declares the card, or
             an id on the Hub as ``hf-hub:org/name``.
         related: addresses of other papers that the family draws on.
+        papers: for models of the family that another paper describes, its address.
     """
 
     family: str
@@ -25,3 +26,4 @@ class Card:
     license: str = "Apache-2.0"
     weights: dict[str, str] = field(default_factory=dict)
     related: tuple[str, ...] = ()
+    papers: dict[str, str] = field(default_factory=dict)

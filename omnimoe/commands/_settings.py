@@ -8,6 +8,10 @@ import dataclasses
 import inspect
 import itertools
 import textwrap
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omnimoe.train.settings import TrainSettings
 
 SHORT = {"learning_rate": "lr", "checkpoint_activations": "checkpoint-activations"}
 
@@ -29,22 +33,19 @@ def add_settings(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = 
             continue
         default = defaults.get(field.name, field.default)
         option = "--" + SHORT.get(field.name, field.name.replace("_", "-"))
-        told = sentences[field.name].rstrip(".").replace("%", "%%").replace("`", "")
+        told = sentences[field.name].rstrip(".").replace("%", "%%").replace("`", "") + f" (default: {default})"
+        # an option that was not given leaves no trace, so that a resumed run can keep what it had
+        shared: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": told}
         if isinstance(default, bool):
-            group.add_argument(
-                option, dest=field.name, action=argparse.BooleanOptionalAction, default=default, help=told
-            )
+            group.add_argument(option, action=argparse.BooleanOptionalAction, **shared)
         else:
-            group.add_argument(option, dest=field.name, type=type(default), default=default, metavar="X", help=told)
+            group.add_argument(option, type=type(default), metavar=type(default).__name__.upper(), **shared)
 
 
-def read_settings(args: argparse.Namespace, **fixed: object):
-    """The ``TrainSettings`` of parsed arguments, ``fixed`` fields set by the command."""
-    from omnimoe.train.settings import TrainSettings
-
-    names = [field.name for field in dataclasses.fields(TrainSettings)]
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return TrainSettings(**{**given, **fixed})
+def read_settings(args: argparse.Namespace, base: TrainSettings) -> TrainSettings:
+    """The settings of a command: ``base``, with the options that were given."""
+    names = [field.name for field in dataclasses.fields(base)]
+    return base.replace(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def read_device(name: str):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from omnimoe.commands._settings import add_settings, read_device, read_settings
 
+DEFAULTS = {"steps": 600, "evaluate_every": 25}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -17,23 +19,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("omnimoe-compare"), help="folder for curves, tables and runs")
     parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    add_settings(parser, without=("seed",), steps=600, evaluate_every=25)
+    add_settings(parser, without=("seed",), **DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains every model with every seed and prints the table."""
     from omnimoe.commands._tables import comparison_table, console
     from omnimoe.compare import compare, resolve_names
+    from omnimoe.routing_load import draw_model_routing
+    from omnimoe.train import Training, TrainSettings
 
-    settings = read_settings(args)
+    settings = read_settings(args, TrainSettings(**DEFAULTS))
     names = resolve_names(args.models, args.size)
-    comparison = compare(names, settings, seeds=range(args.seeds), out=args.out, device=read_device(args.device))
+
+    def draw(name: str, seed: int, training: Training) -> None:
+        draw_model_routing(training.model, training.held_out, args.out / f"routing-{name}.png", title=name)
+
+    comparison = compare(
+        names, settings, seeds=range(args.seeds), out=args.out, device=read_device(args.device), on_model=draw
+    )
     if args.json:
         print(json.dumps(comparison.to_dict()))
         return 0
     console().print(comparison_table(comparison.rows(), comparison.modalities))
     print(
         f"\nsteps: share of {names[0]}'s steps that a model needs to reach its held-out loss, mean ± standard "
-        f"deviation over {args.seeds} seeds\ncurves  {args.out / 'curves.png'}\nnumbers {args.out / 'comparison.json'}"
+        f"deviation over {args.seeds} seeds\nFLOPs/token: forward, in sequences of {settings.sequence_length}\n"
+        f"curves  {args.out / 'curves.png'}\nrouting {args.out / 'routing-MODEL.png'}\n"
+        f"numbers {args.out / 'comparison.json'}"
     )
     return 0

@@ -45,8 +45,6 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(summary))
         return 0
     for split, numbers in summary.items():
-        told = ", ".join(
-            f"{value:,} {name}" if isinstance(value, int) else f"{name} {value}" for name, value in numbers.items()
-        )
+        told = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in numbers.items())
         print(f"{split:<8} {told}")
     return 0

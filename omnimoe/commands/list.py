@@ -25,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
     if args.names:
         print(json.dumps(names) if args.json else "\n".join(names))
         return 0
+    if not names and not args.json:
+        raise ValueError(f"no model of {len(list_models())} fits; 'omnimoe list --names' prints them all")
     infos = [model_info(name) for name in names]
     if args.json:
         print(json.dumps([dataclasses.asdict(info) for info in infos]))
@@ -48,5 +50,8 @@ def run(args: argparse.Namespace) -> int:
             info.license,
         )
     console().print(table)
-    print(f"\n{len(infos)} models; 'omnimoe info NAME' tells more of one")
+    print(
+        f"\n{len(infos)} models; active: parameters that a token meets; FLOPs/token: forward, at a model's longest "
+        "sequence; 'omnimoe info NAME' tells more of one"
+    )
     return 0

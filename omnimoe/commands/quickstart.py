@@ -149,18 +149,12 @@ def _ids(values):
 
 
 def _draw_routing(model, settings, corpus, out: Path) -> Path:
-    from omnimoe.plots import draw_routing
-    from omnimoe.routing_load import routing_load
+    from omnimoe.routing_load import draw_model_routing
     from omnimoe.train import held_out_batches
 
     batches = held_out_batches(model.config, settings, corpus, split="test", count=2)
-    load = routing_load(model, batches)
-    path = draw_routing(
-        load.numpy(),
-        batches[0]["modality_ids"][0].numpy(),
-        model.config.modality_names,
-        out / "routing.png",
-        title=f"{MOT}: the modality of a token picks its tower",
+    path = draw_model_routing(
+        model, batches, out / "routing.png", title=f"{MOT}: the modality of a token picks its tower"
     )
     print(f"drew where the tokens of each modality go: {path}")
     return path
@@ -180,7 +174,7 @@ def _report(out: Path, comparison, splits, settings, pictures, texts, sound, rou
     )
     report.heading("Which learns faster?")
     modalities = comparison.modalities
-    header = ["model", "parameters", "active", "FLOPs/token", "time"]
+    header = ["model", "parameters", "active", f"FLOPs/token, sequences of {settings.sequence_length}", "time"]
     header += [f"loss, {name}" for name in modalities] + [f"steps, {name}" for name in modalities]
     report.table(
         header,
@@ -214,10 +208,15 @@ def _report(out: Path, comparison, splits, settings, pictures, texts, sound, rou
     )
     report.picture(pictures, "real and generated pictures for held-out captions")
     report.heading("Names for held-out pictures")
+    report.text("After this little training expect the length and the letters of a caption, not its sense.")
     report.table(["caption", MOT], [list(pair) for pair in texts])
     report.heading("A caption spoken")
     report.sound(*sound)
     report.heading("Where tokens go")
+    report.text(
+        "Here the modality alone decides, so every share is one: that is what the picture must show for towers. "
+        "'omnimoe compare' draws the same for routers that learn, such as those of moma_nano and moe_nano."
+    )
     report.picture(routing, "share of each modality's tokens that meets each copy of each layer")
     report.heading("Data")
     names = list(splits["train"])

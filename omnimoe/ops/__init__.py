@@ -1,7 +1,7 @@
 """Tier 1: pure functions on tensors, without parameters and without configs.
 
-Each op is a folder: ``__init__`` holds the contract and the choice of implementation, ``reference`` the plain PyTorch
-definition that all others must match.
+Each op is a folder whose ``__init__`` holds the contract. Where an op has several implementations it also chooses among
+them, and ``reference`` is the plain PyTorch definition that all others must match.
 """
 
 from omnimoe.ops.combine import combine

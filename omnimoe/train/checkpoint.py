@@ -108,5 +108,5 @@ def load_settings(folder: Path) -> TrainSettings:
     """
     path = folder / SETTINGS_FILE
     if not path.exists():
-        raise ResumeError(f"no {SETTINGS_FILE} in {folder}: it is no checkpoint of a run")
+        raise ResumeError(f"no {SETTINGS_FILE} in {folder}: it is no checkpoint of a run, so there is nothing to resume")
     return TrainSettings.from_dict(json.loads(path.read_text()))

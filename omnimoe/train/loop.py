@@ -28,6 +28,10 @@ from omnimoe.train.settings import TrainSettings
 logger = logging.getLogger(__name__)
 
 
+REPORTING = frozenset({"log_every", "save_every", "evaluate_every", "evaluate_batches"})
+"""Settings that a resumed run may change: they decide what is told of it and not what is learned."""
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on."""
 
@@ -120,7 +124,7 @@ class Training:
             raise ResumeError("a run without a folder keeps no checkpoint to resume; give it out=")
         state = load_state(folder)
         was, now = state["settings"], self.settings.to_dict()
-        changed = [key for key in now if was.get(key) != now[key]]
+        changed = [key for key in now if key not in REPORTING and was.get(key) != now[key]]
         if changed:
             told = ", ".join(f"{key} was {was.get(key)!r} and is {now[key]!r}" for key in changed)
             raise ResumeError(f"{folder} is of a run with other settings: {told}; give the same ones, or another out=")

@@ -16,7 +16,11 @@ CARD = Card(
     family="nano",
     title="Dense, MoT, MoMa and MoE at 3 and 10 million active parameters, over text, pictures and speech",
     paper="https://arxiv.org/abs/2411.04996",
-    related=("https://arxiv.org/abs/2407.21770", "https://arxiv.org/abs/2405.09818"),
+    papers={
+        **dict.fromkeys(("dense_nano", "dense_micro"), "https://arxiv.org/abs/2405.09818"),
+        **dict.fromkeys(("moma_nano", "moma_micro"), "https://arxiv.org/abs/2407.21770"),
+        **dict.fromkeys(("moe_nano", "moe_micro"), "https://arxiv.org/abs/2401.04088"),
+    },
 )
 
 TEXT_SIZE = 2_048
