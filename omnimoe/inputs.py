@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,21 @@ class InputError(ValueError):
 
 _PASSED_BY_TRANSFORMERS = frozenset({"cache_position", "return_dict", "num_items_in_batch"})
 """What generation, the Trainer and PEFT pass to any model; nothing here depends on it."""
+
+
+def check_tensor(name: str, given: object, form: str) -> None:
+    """Refuses lists, arrays and the like.
+
+    Args:
+        name: the argument's name.
+        given: what was passed; None is fine.
+        form: the shape it must have, for the message.
+
+    Raises:
+        InputError: with the type found.
+    """
+    if given is not None and not isinstance(given, Tensor):
+        raise InputError(f"{name} must be a tensor {form}, got {type(given).__name__}; pass torch.as_tensor({name})")
 
 
 def check_arguments(unknown: Iterable[str], forward: Callable) -> None:
@@ -61,7 +76,7 @@ def check_ids(name: str, ids: Tensor | None, shape: tuple[int, int], low: int, h
         return
     if not isinstance(ids, Tensor):
         raise InputError(f"{name} must be an integer tensor of shape {shape}, got {type(ids).__name__}")
-    if tuple(ids.shape[:2]) != shape:
+    if tuple(ids.shape) != shape:
         raise InputError(f"{name} must have shape {shape}, as input_ids, got {tuple(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"{name} must be int64, got {ids.dtype}; convert it with .long()")
@@ -91,6 +106,8 @@ def check_batch(
     given = input_ids if input_ids is not None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None):
         raise InputError("pass exactly one of input_ids and inputs_embeds")
+    check_tensor("input_ids", input_ids, "(B, T)")
+    check_tensor("inputs_embeds", inputs_embeds, f"(B, T, {config.hidden_size})")
     wanted = 2 if input_ids is not None else 3
     if given.ndim != wanted:
         form = "(B, T)" if wanted == 2 else "(B, T, D)"
@@ -107,6 +124,18 @@ def check_batch(
     check_ids("key_ids", key_ids, shape, 0, config.num_keys, f"the keys are {keys}")
     check_ids("segment_ids", segment_ids, shape, -1, 2**31, "number documents from 0, padding is -1")
     return shape
+
+
+def check_rows(name: str, given: object) -> None:
+    """Refuses rows of continuous modalities that do not come by name, ``{modality: tensor}``; None is fine.
+
+    Raises:
+        InputError: with the type found.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"{name} must be a mapping, {{modality: tensor (n, C)}}, got {type(given).__name__}")
+    for key, rows in (given or {}).items():
+        check_tensor(f"{name}[{key!r}]", rows, "(n, C)" if name != "timesteps" else "(n,)")
 
 
 def check_features(
@@ -133,19 +162,30 @@ def check_features(
 
 
 def valid_positions(
-    attention_mask: Tensor | None, segment_ids: Tensor | None, batch_size: int, past: int, length: int
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    batch_size: int,
+    past: int,
+    length: int,
+    *,
+    is_cached: bool = True,
 ) -> Tensor | None:
-    """``(B, past + T)`` bool, or None where nothing is padding."""
+    """``(B, past + T)`` bool, or None where nothing is padding.
+
+    With a cache of fixed size a mask may be as long as the cache; without any it has the length of the input.
+    """
     valid = None if segment_ids is None or past else segment_ids >= 0
     if attention_mask is not None:
-        valid = _checked(attention_mask, batch_size, past, length) & (True if valid is None else valid)
+        valid = _checked(attention_mask, batch_size, past, length, is_cached) & (True if valid is None else valid)
     if valid is None or (valid.device.type == "cpu" and bool(valid.all())):
         return None
     return valid
 
 
-def _checked(attention_mask: Tensor, batch_size: int, past: int, length: int) -> Tensor:
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < past + length:
+def _checked(attention_mask: Tensor, batch_size: int, past: int, length: int, is_cached: bool) -> Tensor:
+    check_tensor("attention_mask", attention_mask, f"({batch_size}, {past + length})")
+    fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
+    if not fits or attention_mask.shape[1] < past + length or (attention_mask.shape[1] > length and not is_cached):
         raise InputError(
             f"attention_mask must be ({batch_size}, {past + length}), one entry for each cached and each new position, "
             f"got {tuple(attention_mask.shape)}"
@@ -163,9 +203,7 @@ def rotary_positions(
 ) -> Tensor:
     """``(B, T, A)`` rotary positions."""
     if position_ids is not None:
-        if position_ids.shape[-2 if position_ids.ndim == 3 else -1] != length:
-            got = tuple(position_ids.shape)
-            raise InputError(f"position_ids must be (B, {length}) or (B, {length}, axes), got {got}")
+        _check_positions(position_ids, batch_size, length)
         position_ids = position_ids if position_ids.ndim == 3 else position_ids.unsqueeze(-1)
         return position_ids.expand(batch_size, -1, -1)
     time = torch.arange(past, past + length, device=device).expand(batch_size, -1)
@@ -173,6 +211,40 @@ def rotary_positions(
         starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
         time = time - torch.where(starts, time, 0).cummax(dim=1).values
     return time.unsqueeze(-1)
+
+
+def _check_positions(position_ids: Tensor, batch_size: int, length: int) -> None:
+    form = f"({batch_size}, {length}) or ({batch_size}, {length}, axes)"
+    check_tensor("position_ids", position_ids, form)
+    shape = tuple(position_ids.shape)
+    if len(shape) not in (2, 3) or shape[0] not in (1, batch_size) or shape[1] != length:
+        raise InputError(f"position_ids must be {form}, got {shape}")
+    if position_ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"position_ids must be int64, got {position_ids.dtype}; convert it with .long()")
+    if position_ids.device.type == "cpu" and position_ids.numel() and int(position_ids.min()) < 0:
+        raise InputError(f"position_ids holds {int(position_ids.min())}; positions count from 0, padding may have any")
+
+
+def check_prompt(prompt: Tensor, given: dict[str, object]) -> None:
+    """Refuses a prompt that generation cannot start from.
+
+    Args:
+        prompt: ``(B, T)`` ids or ``(B, T, D)`` embeddings.
+        given: what goes with it; ids of longer sequences hold for generated positions too.
+
+    Raises:
+        InputError: if the prompt is empty, or ids are shorter than it.
+    """
+    shape = tuple(prompt.shape[:2])
+    if prompt.ndim not in (2, 3):
+        raise InputError(f"the prompt must be (B, T), got {tuple(prompt.shape)}; add a batch axis with [None]")
+    if shape[1] == 0:
+        raise InputError(f"the prompt is empty: it has shape {tuple(prompt.shape)}; pass at least one token a row")
+    for name in ("modality_ids", "key_ids", "block_ids"):
+        ids = given.get(name)
+        check_tensor(name, ids, str(shape))
+        if isinstance(ids, Tensor) and (ids.ndim != 2 or ids.shape[0] != shape[0] or ids.shape[1] < shape[1]):
+            raise InputError(f"{name} must have shape {shape}, as the prompt, got {tuple(ids.shape)}")
 
 
 def runs(modality_ids: Tensor, blocked: list[int]) -> Tensor:

@@ -34,6 +34,8 @@ from omnimoe.inputs import (
     check_batch,
     check_features,
     check_ids,
+    check_prompt,
+    check_rows,
     rotary_positions,
     runs,
     valid_positions,
@@ -242,14 +244,15 @@ class OmniMoeModel(OmniMoePreTrainedModel):
                 raise InputError(f"copies are picked by the keys {config.keys}; pass key_ids")
             key_ids = modality_ids
         modality_ids, key_ids = modality_ids.long(), key_ids.long()
-        valid = valid_positions(attention_mask, segment_ids, batch_size, past, length)
+        is_cached = past_key_values is not None
+        valid = valid_positions(attention_mask, segment_ids, batch_size, past, length, is_cached=is_cached)
         rows = RowLayout.build(
             key_ids,
             num_keys=config.num_keys,
             modality_ids=modality_ids,
             valid=None if valid is None else valid[:, past:],
             sort=config.needs_key_order,
-            routes_causally=past_key_values is not None,
+            routes_causally=is_cached,
         )
         mask = self._mask(past_key_values, past, length, valid, segment_ids, key_ids, modality_ids, block_ids, device)
         positions = rotary_positions(position_ids, segment_ids, batch_size, past, length, device)
@@ -284,6 +287,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         rows: RowLayout,
     ) -> Tensor:
         x = rows.to_rows(inputs_embeds) if input_ids is None else self.embed_tokens(rows.to_rows(input_ids))
+        for what, held in (("features", features), ("timesteps", timesteps)):
+            check_rows(what, held)
         unused = sorted(set(timesteps or {}) - set(features or {}))
         if unused:
             raise InputError(f"timesteps for {unused} without features; pass their rows as features[{unused[0]!r}]")
@@ -439,6 +444,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         scores = Scores(self.config, self.model.modality_ids_of)
         if labels is not None:
             scores.add_tokens(logits, labels, segment_ids, rows.valid)
+        check_rows("targets", targets)
         for name, target in (targets or {}).items():
             if name not in predictions:
                 raise InputError(f"targets for {name!r} without features; pass the noisy rows as features[{name!r}]")
@@ -529,6 +535,14 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             inputs.pop("features", None)
             inputs.pop("timesteps", None)
         return inputs
+
+    def _prepare_model_inputs(
+        self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, str | None, dict[str, Any]]:
+        """Checks the prompt, since a wrong one would be stretched or cut at the first step without a word."""
+        prompt, name, rest = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        check_prompt(prompt, rest)
+        return prompt, name, rest
 
     def _get_logits_processor(
         self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnimoe.inputs import InputError, check_ids
+from omnimoe.inputs import InputError, check_ids, check_tensor
 from omnimoe.modalities import Tokens
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.routers import Routing
@@ -42,9 +42,10 @@ class Scores:
         valid: Tensor | None,
     ) -> None:
         """Scores the next token everywhere that a label stands."""
-        shape = (labels.shape[0], labels.shape[1])
+        check_tensor("labels", labels, str(tuple(logits.shape[:2])))
         if logits.shape[:2] != labels.shape:
             raise InputError(f"labels must be {tuple(logits.shape[:2])}, as the logits, got {tuple(labels.shape)}")
+        shape = (labels.shape[0], labels.shape[1])
         named = labels.masked_fill(labels == -100, 0)
         check_ids("labels", named, shape, 0, self.config.vocab_size, "-100 marks what is not predicted")
         wanted = labels[:, 1:].long()

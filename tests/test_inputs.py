@@ -58,7 +58,26 @@ BAD = {
         "attention_mask must be (2, 12)",
     ),
     "square mask": ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 12, 12)}, "attention_mask must be (2, 12)"),
-    "short positions": ({"input_ids": IDS, "position_ids": IDS[:, :5]}, "position_ids must be (B, 12)"),
+    "long mask": ({"input_ids": IDS, "attention_mask": torch.ones(2, 40)}, "attention_mask must be (2, 12)"),
+    "a mask as a list": (
+        {"input_ids": IDS, "attention_mask": [[1] * 12] * 2},
+        "attention_mask must be a tensor (2, 12), got list",
+    ),
+    "short positions": ({"input_ids": IDS, "position_ids": IDS[:, :5]}, "position_ids must be (2, 12)"),
+    "flat positions": ({"input_ids": IDS, "position_ids": IDS[0]}, "position_ids must be (2, 12)"),
+    "positions of another batch": ({"input_ids": IDS, "position_ids": IDS.repeat(2, 1)}, "got (4, 12)"),
+    "negative positions": ({"input_ids": IDS, "position_ids": IDS - 50}, "positions count from 0"),
+    "floating positions": ({"input_ids": IDS, "position_ids": IDS.float()}, "position_ids must be int64, got"),
+    "positions as a list": ({"input_ids": IDS, "position_ids": [0]}, "position_ids must be a tensor (2, 12)"),
+    "ids as a list": ({"input_ids": IDS.tolist()}, "input_ids must be a tensor (B, T), got list"),
+    "labels as a list": ({"input_ids": IDS, "labels": IDS.tolist()}, "labels must be a tensor (2, 12), got list"),
+    "deep modality ids": (
+        {"input_ids": IDS, "modality_ids": torch.zeros(2, 12, 3, dtype=torch.int64)},
+        "modality_ids must have shape (2, 12), as input_ids, got (2, 12, 3)",
+    ),
+    "features without a name": ({"input_ids": IDS, "features": torch.zeros(1, 6)}, "features must be a mapping"),
+    "features as a list": ({"input_ids": IDS, "features": {"video": [1.0]}}, "features['video'] must be a tensor"),
+    "targets without a name": ({"input_ids": IDS, "targets": torch.zeros(1, 6)}, "targets must be a mapping"),
     "short labels": ({"input_ids": IDS, "labels": IDS[:, :5]}, "labels must be (2, 12), as the logits, got (2, 5)"),
     "too large a label": (
         {"input_ids": IDS, "labels": torch.full_like(IDS, 40)},
@@ -229,3 +248,26 @@ def test_what_transformers_passes_to_every_model_is_taken(model):
     passed = {"return_dict": True, "cache_position": torch.arange(12), "num_items_in_batch": torch.tensor(24)}
     assert torch.equal(model(IDS, labels=IDS, **passed).loss, wanted)
     assert len(model(IDS, output_hidden_states=True).hidden_states) == 3
+
+
+PROMPTS = {
+    "flat": ({"input_ids": IDS[0]}, "the prompt must be (B, T), got (12,)"),
+    "empty": ({"input_ids": IDS[:, :0]}, "the prompt is empty: it has shape (2, 0)"),
+    "short modality ids": (
+        {"input_ids": IDS, "modality_ids": torch.zeros(2, 5, dtype=torch.int64)},
+        "modality_ids must have shape (2, 12), as the prompt, got (2, 5)",
+    ),
+    "key ids of another batch": (
+        {"input_ids": IDS, "key_ids": torch.zeros(1, 12, dtype=torch.int64)},
+        "key_ids must have shape (2, 12), as the prompt, got (1, 12)",
+    ),
+    "block ids as a list": ({"input_ids": IDS, "block_ids": [[0] * 12] * 2}, "block_ids must be a tensor (2, 12)"),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_prompts_that_generation_cannot_start_from_are_refused(model, case):
+    given, message = PROMPTS[case]
+    with pytest.raises(InputError) as caught:
+        model.generate(**given, max_new_tokens=2)
+    assert message in str(caught.value)
