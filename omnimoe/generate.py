@@ -323,6 +323,11 @@ def _sample(
     if temperature == 0 and num_samples > 1:
         raise GenerationError(f"temperature 0 has one answer, not {num_samples}; raise it or ask for one sample")
     config, length = model.config, max(map(len, prompts))
+    if length > config.max_position_embeddings:
+        raise GenerationError(
+            f"the prompt has {length} tokens, and the model was made for {config.max_position_embeddings}; "
+            "shorten the input"
+        )
     pad = next(iter([*_ids(config.pad_token_id), *_ids(config.eos_token_id), 0]))
     ids = torch.full((len(prompts), length), pad)
     mask = torch.zeros_like(ids)

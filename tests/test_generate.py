@@ -371,3 +371,12 @@ def test_a_wrong_call_is_one_clear_error(folder, tmp_path, monkeypatch, changes,
     with pytest.raises(ValueError, match=message) as caught:
         call(*arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_longer_than_the_model_was_made_for_is_refused(model, tokenizers):
+    long = {"text": "apple " * 600}
+    message = r"the prompt has \d{3,} tokens, and the model was made for 512; shorten the input"
+    with pytest.raises(GenerationError, match=message):
+        generate(model, long, "image", tokenizers=tokenizers)
+    with pytest.raises(GenerationError, match=message):
+        interleave(model, long, tokenizers=tokenizers)
