@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import omnimoe
 from omnimoe.data import Corpus
 from omnimoe.flops import UnknownCostError, flops
 from omnimoe.hub import load, model_info
@@ -104,6 +106,7 @@ class Comparison:
         seeds: seeds that each was trained with.
         settings: of every run, but for the seed.
         histories: model to one history a seed.
+        environment: date, versions and the revision of the corpus.
         forward_flops: model to forward FLOPs of a token of the training mix; None where a part does not state its cost.
         total_params: model to parameters stored.
         active_params: model to parameters a token meets, the mean over modalities; None where unknown.
@@ -113,6 +116,7 @@ class Comparison:
     seeds: list[int]
     settings: TrainSettings
     histories: dict[str, list[History]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     forward_flops: dict[str, float | None] = field(default_factory=dict)
     total_params: dict[str, int] = field(default_factory=dict)
     active_params: dict[str, float | None] = field(default_factory=dict)
@@ -159,6 +163,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the rows, the settings and every curve."""
         return {
+            "environment": self.environment,
             "baseline": self.names[0],
             "seeds": self.seeds,
             "settings": self.settings.to_dict(),
@@ -228,6 +233,13 @@ def compare(
     _check_models(names)
     corpus = Corpus.load(settings.data) if corpus is None else corpus
     comparison = Comparison(names=list(names), seeds=list(seeds), settings=settings)
+    comparison.environment = {
+        "date": time.strftime("%Y-%m-%d"),
+        "omnimoe": omnimoe.__version__,
+        "torch": torch.__version__,
+        "device": str(device),
+        "corpus": f"{corpus.name} {corpus.meta['rows_sha256'][:12]}",
+    }
     for name in names:
         info = model_info(name)
         comparison.total_params[name] = info.total_params
