@@ -24,7 +24,7 @@ import numpy as np
 from omnimoe.data import emoji, openclipart, speech, texts
 from omnimoe.data.pictures import SIDE, fingerprint
 from omnimoe.data.sources import Source
-from omnimoe.data.splits import assign_splits, check_leaks, concept_key, digest_split
+from omnimoe.data.splits import assign_splits, check_leaks, concept_key, digest_split, drop_defined
 from omnimoe.tokenizers.text import BpeTokenizer
 
 logger = logging.getLogger(__name__)
@@ -136,8 +136,10 @@ def _build_p(work: Path, cache: str | os.PathLike[str] | None) -> None:
 
     clips = _add_speech(store, cache)
     assign_splits(store.rows, look_alikes=[fingerprint(p) for p in store.pictures], always_train=texts.DIGIT_WORDS)
-    logger.info("rows by split: %s", check_leaks(store.rows))
-    documents = _running_text(store, cache)
+    collected = _running_text(store, cache)
+    documents = drop_defined(collected, store.rows)
+    logger.info("entries of train left out, as they define held-out concepts: %d", len(collected) - len(documents))
+    logger.info("rows by split: %s", check_leaks(store.rows, documents))
 
     np.save(work / "images.npy", np.stack(store.pictures).reshape(-1, SIDE, SIDE, 3))
     np.save(work / "audio.npy", np.concatenate(clips))
@@ -204,6 +206,7 @@ def _running_text(store: _Store, cache: str | os.PathLike[str] | None) -> list[d
                     "lang": "en",
                     "split": digest_split(key),
                     "license": source.license,
+                    "heads": texts.headwords(source, name, text),
                 }
             )
     # Keywords name the concept, so they follow its split.
@@ -219,6 +222,7 @@ def _running_text(store: _Store, cache: str | os.PathLike[str] | None) -> list[d
                     "lang": "en",
                     "split": row["split"],
                     "license": emoji.LABELS.license,
+                    "heads": [row["text"]],
                 }
             )
     return documents

@@ -13,11 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from omnimoe.data.splits import SPLITS
+
+if TYPE_CHECKING:
+    from omnimoe.tokenizers.base import Tokenizer
 
 MODALITIES = ("text", "image", "speech")
 FORMAT = 1
@@ -253,16 +256,25 @@ class Corpus:
             }
         return counts
 
-    def as_leak_rows(self) -> Iterator[dict[str, Any]]:
-        """The table in the form that :func:`omnimoe.data.splits.check_leaks` reads, texts as ids."""
+    def as_leak_rows(self, tokenizer: Tokenizer | None = None) -> Iterator[dict[str, Any]]:
+        """The table in the form that :func:`omnimoe.data.splits.check_leaks` reads.
+
+        Args:
+            tokenizer: the text tokenizer the corpus was made with, to compare captions as text, thus loosely too;
+                None compares their ids, thus exactly.
+        """
+        written: dict[int, str] = {}
         for index in range(len(self)):
             row = self[index]
+            text = int(self.rows["text"][index])
+            if text not in written:
+                written[text] = row.text.tobytes().hex() if tokenizer is None else tokenizer.decode(row.text)
             yield {
                 "split": row.split,
-                "key": f"#{row.group}",
+                "key": f"group {row.group}",
                 "group": row.group,
                 "lang": row.lang,
-                "text": row.text.tobytes().hex(),
+                "text": written[text],
                 "image": int(self.rows["image"][index]),
                 "audio": int(self.rows["audio"][index]),
             }

@@ -151,6 +151,19 @@ def read_jargon(cache: str | os.PathLike[str] | None = None) -> Iterator[tuple[s
         yield word, strip_text(data[first : first + _base64_number(length)].decode("utf-8", errors="replace"))
 
 
+def headwords(source: Source, name: str, text: str) -> list[str]:
+    """The words that an entry defines: all synonyms of WordNet, the headword of the Jargon File, none of prose.
+
+    Args:
+        source: :data:`WORDNET`, :data:`JARGON` or another.
+        name: as the reader of the source gives it.
+        text: as the reader of the source gives it.
+    """
+    if source.name == WORDNET.name:
+        return text.partition(": ")[0].split(", ")
+    return [name] if source.name == JARGON.name else []
+
+
 def read_digits(cache: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Handwritten digits, dark on white.
 

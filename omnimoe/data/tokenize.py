@@ -44,7 +44,7 @@ def tokenize_corpus(
 
     Raises:
         CorpusError: if the folder is not a built corpus.
-        LeakError: if its splits overlap.
+        LeakError: if its splits overlap, or an entry of train defines a held-out concept.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     if not (folder / "rows.jsonl").is_file():
@@ -53,7 +53,7 @@ def tokenize_corpus(
         tokenizers = {modality: load_tokenizer(known) for modality, known in TOKENIZERS.items()}
     rows = [row for row in _lines(folder / "rows.jsonl") if languages is None or row["lang"] in languages]
     documents = _lines(folder / "text.jsonl")
-    check_leaks(rows)
+    check_leaks(rows, documents)
 
     texts = list(dict.fromkeys([row["text"] for row in rows] + [document["text"] for document in documents]))
     text_index = {text: i for i, text in enumerate(texts)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 from omnimoe.data import Corpus, CorpusError, check_leaks, shipped_corpora
-from omnimoe.data.splits import SPLITS
-from omnimoe.data.texts import DIGIT_WORDS
+from omnimoe.data.splits import SPLITS, LeakError
+from omnimoe.data.texts import DIGIT_WORDS, WORDNET, headwords
 from omnimoe.data.tokenize import TOKENIZERS, tokenize_corpus
 from omnimoe.tokenizers.base import load_tokenizer
 
@@ -28,6 +29,25 @@ def test_no_leaks(corpus: Corpus) -> None:
     counts = check_leaks(corpus.as_leak_rows())
     assert sum(counts.values()) == len(corpus)
     assert all(counts[split] > 200 for split in SPLITS)
+
+
+def test_no_loose_leaks_of_captions_and_headwords(corpus: Corpus) -> None:
+    tokenizer = load_tokenizer("text")
+    rows = list(corpus.as_leak_rows(tokenizer))
+    entries = []
+    for index in corpus.select_documents("train", sources=("wordnet", "jargon")):
+        text = tokenizer.decode(corpus.texts[int(corpus.documents["text"][index])])
+        if corpus.meta["sources"][corpus.documents["source"][index]] == "wordnet":
+            heads = headwords(WORDNET, "", text)
+        else:
+            # Entries of the Jargon File begin with the headword and how it is said or what part of speech it is.
+            heads = [re.split(r",| /| \[| \(| \d\.| (?:n|vt|vi|v|adj|adv|interj)\b", text)[0]]
+        entries.append({"split": "train", "heads": heads})
+    assert len(entries) > 20_000
+    check_leaks(rows, entries)
+    assert any(row["text"] == "goggles" and row["split"] == "test" for row in rows)
+    with pytest.raises(LeakError, match="'goggle'"):
+        check_leaks(rows, [*entries, {"split": "train", "heads": ["goggle"]}])
 
 
 def test_three_modalities_of_every_split(corpus: Corpus) -> None:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from omnimoe.data.splits import LeakError, assign_splits, check_leaks, concept_key, digest_split, text_key
+from omnimoe.data.splits import (
+    LeakError,
+    assign_splits,
+    check_leaks,
+    concept_key,
+    digest_split,
+    drop_defined,
+    loose_key,
+    text_key,
+)
 
 
 def row(key: str, text: str, image: int = -1, audio: int = -1, lang: str = "en") -> dict:
@@ -79,3 +88,114 @@ def test_keys() -> None:
     assert concept_key("person") == "person"
     assert concept_key("!") == "!"
     assert text_key("en", " A  Lion. ") == ("en", "a lion")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("banana", "bananas"),
+        ("the eye", "eyes"),
+        ("bhutan", "flag of Bhutan"),
+        ("flag: Bhutan", "Bhutan flag"),
+        ("the official flag of israel", "Israel"),
+        ("saint lucia", "flag of St. Lucia"),
+        ("trinidad and tobago", "flag of Trinidad & Tobago"),
+        ("horse", "horse face"),
+        ("mouse", "mouse face"),
+        ("light bulb", "light-bulbs"),
+        ("lightbulb", "light bulb"),
+        ("boxes", "box"),
+        ("axes", "axe"),
+        ("cookies", "cookie"),
+        ("ties", "tie"),
+        ("knives", "knife"),
+        ("gloves", "glove"),
+        ("houses", "house"),
+        ("buses", "bus"),
+        ("mice", "mouse"),
+        ("lenses", "lens"),
+        ("woman\u2019s boot", "boots"),
+    ],
+)
+def test_loose_keys_of_one_thing_agree(one: str, other: str) -> None:
+    assert loose_key(one) == loose_key(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("bell", "bell pepper"),
+        ("hot face", "hot"),
+        ("keycap 1", "keycap 2"),
+        ("horse", "carousel horse"),
+        ("niger", "nigeria"),
+        ("bus", "bush"),
+        ("pie", "pi"),
+        ("mouse", "moose"),
+        ("flag", "crossed flags"),
+    ],
+)
+def test_loose_keys_of_two_things_differ(one: str, other: str) -> None:
+    assert loose_key(one) != loose_key(other)
+
+
+NOUNS = [f"{a}{b}{c}" for a in "bdfglmnprt" for b in "aeiou" for c in ("ck", "lt", "mp", "nd", "rk")]
+
+
+def test_names_that_differ_loosely_join_on_the_side_of_train_then_val() -> None:
+    joined = {}
+    for noun in NOUNS:
+        rows = [row(noun, noun, 0), row(f"flag {noun}", f"flag of {noun}", 1), row("other", "Blume", 2, lang="de")]
+        before = {digest_split(r["key"]) for r in rows[:2]}
+        assign_splits(rows)
+        after = {r["split"] for r in rows[:2]}
+        assert after == {min(before, key=("train", "val", "test").index)}
+        assert {r["group"] for r in rows} == {min(noun, f"flag {noun}"), "other"}
+        check_leaks(rows)
+        joined[frozenset(before)] = after
+    assert joined[frozenset({"train", "test"})] == joined[frozenset({"train", "val"})] == {"train"}
+    assert joined[frozenset({"val", "test"})] == {"val"}
+
+
+def test_nothing_leaves_train_and_drawings_stay() -> None:
+    names = [f"{noun}{end}" for noun in NOUNS for end in ("", "s")]
+    rows = [row(name, name, 5 * i + k) for i, name in enumerate(names) for k in range(5)]
+    assign_splits(rows)
+    first = [digest_split(r["key"]) for r in rows]
+    moved = [(old, r["split"]) for old, r in zip(first, rows, strict=True) if old != r["split"]]
+    assert {pair for pair in moved if pair[0] == "train"} <= {("train", "drawing")}
+    assert {("val", "train"), ("test", "train")} <= set(moved)
+    # Only what was in train from the start gives a drawing.
+    assert all(old == "train" for old, new in moved if new == "drawing")
+    assert check_leaks(rows)["drawing"] > 0
+
+
+def held_out(text: str, split: str = "test") -> list[dict]:
+    return [
+        {**row("lion", "lion", 0, 0), "group": "lion", "split": "train"},
+        {**row(text, text, 1, 1), "group": text, "split": split},
+    ]
+
+
+@pytest.mark.parametrize("text", ["lions", "flag of Lion", "lion face", "the-lion"])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_loose_leaks_are_found(text: str, split: str) -> None:
+    with pytest.raises(LeakError, match="loose concept 'lion' is in train and " + split):
+        check_leaks(held_out(text, split))
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_entries_that_define_a_held_out_concept_are_found_and_dropped(split: str) -> None:
+    rows = held_out("goggles", split)
+    defines = {"split": "train", "text": "goggle, eyewear: tight-fitting spectacles", "heads": ["goggle", "eyewear"]}
+    keep = [
+        {"split": "train", "text": "lion: a cat", "heads": ["lion"]},
+        {"split": "train", "text": "spectacles: not goggles", "heads": ["spectacles"]},
+        {"split": "train", "text": "and he wore goggles", "heads": []},
+        {"split": "train", "text": "goggles, said he"},
+        {"split": "test", "text": "goggles: tight-fitting spectacles", "heads": ["goggles"]},
+    ]
+    with pytest.raises(LeakError, match=f"headword 'goggle' of an entry in train is a caption of {split}"):
+        check_leaks(rows, [*keep, defines])
+    assert drop_defined([defines, *keep], rows) == keep
+    assert check_leaks(rows, keep)["train"] == 1
