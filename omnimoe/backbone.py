@@ -38,6 +38,7 @@ class Block(nn.Module, Configurable):
         """``"pre"`` or ``"post"``."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if self.norm_placement not in PLACEMENTS:
                 raise ConfigError(f"unknown norm_placement {self.norm_placement!r}; known: {', '.join(PLACEMENTS)}")
 
@@ -95,6 +96,14 @@ class LayerRange(Config):
     """Norms of these layers."""
     norm_placement: str | None = None
     """Placement in these layers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start < 0 or self.step < 1 or (self.stop is not None and self.stop <= self.start):
+            raise ConfigError(
+                f"a range of layers from start {self.start} to stop {self.stop} by step {self.step} holds no layer; "
+                "start counts from 0, stop lies after it, step is 1 or more"
+            )
 
     def change(self, block: Block.Config) -> Block.Config:
         """The block of a layer in the range."""

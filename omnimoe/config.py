@@ -10,10 +10,11 @@ import collections.abc
 import dataclasses
 import difflib
 import inspect
+import numbers
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self, TypeVar
 
 from omnimoe.registry import Registry
@@ -31,6 +32,14 @@ class Config:
 
     target: ClassVar[type]
     """The class that :meth:`build` makes; set when that class is defined."""
+
+    def __post_init__(self) -> None:
+        """Refuses values of another type than a field is annotated with; an own check calls this one first.
+
+        Raises:
+            ConfigError: with the field, its type and the value.
+        """
+        check_types(self, [field.name for field in dataclasses.fields(self)])
 
     def build(self, **built: Any) -> Any:
         """Makes the part this config describes, passing ``built`` (widths and counts known to the parent).
@@ -102,6 +111,8 @@ class Config:
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in values and _is_required(field)]
         if missing:
             raise ConfigError(f"{cls.__qualname__} needs a value for {', '.join(missing)}")
+        for name, value in values.items():
+            _check_type(cls, name, value)
         return cls(**values)
 
     @classmethod
@@ -154,6 +165,51 @@ def register(registry: Registry, name: str, *, exist_ok: bool = False) -> Callab
     return file_under
 
 
+def check_types(config: Any, names: Iterable[str]) -> None:
+    """Refuses values of another type than their fields are annotated with, ``"64"`` for a number.
+
+    Raises:
+        ConfigError: with the field, its type and the value.
+    """
+    for name in names:
+        _check_type(type(config), name, getattr(config, name))
+
+
+def _check_type(cls: type, name: str, value: Any) -> None:
+    if not _fits(value, _type_hint(cls, name, strict=False)):
+        written = (inspect.get_annotations(base).get(name) for base in cls.__mro__)
+        wanted = next(hint for hint in written if hint is not None)
+        got = f"a {type(value).__qualname__}" if isinstance(value, Config) else repr(value)
+        raise ConfigError(f"{cls.__qualname__}.{name} must be {wanted}, got {got}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says; annotations that nothing is known of let everything pass."""
+    options = _options(hint)
+    if len(options) > 1:
+        return any(_fits(value, option) for option in options)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    if isinstance(hint, type) and issubclass(hint, Config):
+        # a part may write its config from scratch; what it builds decides then
+        made, wanted = getattr(value, "target", None), getattr(hint, "target", None)
+        builds_it = isinstance(value, Config) and None not in (made, wanted) and issubclass(made, wanted)
+        return isinstance(value, hint) or builds_it
+    if typing.get_origin(hint) in (tuple, list):
+        items = [item for item in typing.get_args(hint) if item is not ...]
+        if not isinstance(value, tuple | list):
+            return False
+        return len(items) != 1 or all(_fits(item, items[0]) for item in value)
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(item, typing.get_args(hint)[1]) for item in value.values())
+    return True
+
+
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
@@ -201,7 +257,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _type_hint(cls: type, field: str) -> Any:
+def _type_hint(cls: type, field: str, *, strict: bool = True) -> Any:
     """The annotation of a field, read in the module that wrote it: in the class itself, values hide names."""
     for base in cls.__mro__:
         hint = inspect.get_annotations(base).get(field)
@@ -212,6 +268,8 @@ def _type_hint(cls: type, field: str) -> Any:
         try:
             return eval(hint, dict(vars(sys.modules[base.__module__])))  # noqa: S307 - our own annotations
         except NameError as error:
+            if not strict:
+                return Any
             where = f"{base.__qualname__}.{field}"
             raise ConfigError(f"{where} is annotated {hint!r}: {error}; import it in {base.__module__}") from None
     raise AssertionError(f"{cls.__qualname__} has a field {field!r} without an annotation")

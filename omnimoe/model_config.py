@@ -9,10 +9,10 @@ from dataclasses import field
 from typing import Any, ClassVar, Self
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
-from omnimoe.backbone import PLACEMENTS, Block, LayerRange
-from omnimoe.config import Config, ConfigError
+from omnimoe.backbone import Block, LayerRange
+from omnimoe.config import Config, ConfigError, check_types
 from omnimoe.experts import Experts, FeedForward
 from omnimoe.layers import MASK_RULES, Attention, BaseAttention, Norm
 from omnimoe.layers.masks import is_causal_rule
@@ -25,6 +25,20 @@ _PARTS: dict[str, type[Config]] = {
     "final_norm": Norm.Config,
 }
 _LISTS: dict[str, type[Config]] = {"modalities": Modality.Config, "layers": LayerRange}
+_READ_BY_TRANSFORMERS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "torch_dtype",
+}
+"""What configs of transformers take besides their fields."""
+_CLASS_FIELDS = {"model_type", "keys_to_ignore_at_inference", "attribute_map"}
 
 
 class OmniMoeConfig(PreTrainedConfig):
@@ -89,17 +103,18 @@ class OmniMoeConfig(PreTrainedConfig):
     """Return each layer's raw router logits."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in kwargs:
-            # transformers keeps whatever it does not know as an attribute, which would hide a slip of the pen
-            near = difflib.get_close_matches(name, inspect.get_annotations(OmniMoeConfig), n=1, cutoff=0.85)
-            if near and not hasattr(self, name):
-                raise ConfigError(f"OmniMoeConfig has no field {name!r}; did you mean {near[0]!r}?")
         for name, kind in _PARTS.items():
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, kind.from_dict(getattr(self, name)))
+        # transformers keeps whatever it does not know as an attribute, which would hide a slip of the pen
+        for name in filter(self._is_foreign, kwargs):
+            raise ConfigError(f"OmniMoeConfig has no field {name!r}{self._hint(name)}")
         for name, kind in _LISTS.items():
+            if not isinstance(getattr(self, name), list | tuple):
+                raise ConfigError(f"{name} must be a tuple of {kind.__qualname__}, got {getattr(self, name)!r}")
             read = (kind.from_dict(item) if isinstance(item, dict) else item for item in getattr(self, name))
             setattr(self, name, tuple(read))
+        check_types(self, inspect.get_annotations(OmniMoeConfig).keys() - _CLASS_FIELDS)
         self.keys = tuple(self.keys)
         self.bidirectional_modalities = tuple(self.bidirectional_modalities)
         needed = max((held.stop for held in self.token_ranges.values()), default=0)
@@ -114,8 +129,13 @@ class OmniMoeConfig(PreTrainedConfig):
             raise ConfigError(f"a model needs at least one modality and each its own name, got {names}")
         if self.hidden_size < 1 or self.num_layers < 0:
             raise ConfigError(f"hidden_size {self.hidden_size} and num_layers {self.num_layers} must be positive")
-        if self.norm_placement not in PLACEMENTS:
-            raise ConfigError(f"unknown norm_placement {self.norm_placement!r}; known: {', '.join(PLACEMENTS)}")
+        for held in self.layers:
+            if held.start >= self.num_layers:
+                raise ConfigError(
+                    f"a range of layers starts at {held.start}, but the model has {self.num_layers} layers; "
+                    "they count from 0"
+                )
+        _ = self.blocks  # each block checks itself
         if self.mask not in MASK_RULES:
             raise ConfigError(f"unknown mask rule {self.mask!r}{MASK_RULES.hint(self.mask)}")
         if self.markers not in ("text", "own"):
@@ -240,6 +260,38 @@ class OmniMoeConfig(PreTrainedConfig):
         for name, value in changes.items():
             values[self.attribute_map.get(name, name)] = value
         return type(self)(**values)
+
+    @classmethod
+    def _is_foreign(cls, name: str) -> bool:
+        known = {spec.name for spec in dataclasses.fields(cls)} | set(cls.attribute_map) | _READ_BY_TRANSFORMERS
+        known |= set(GenerationConfig._get_default_generation_params())
+        return name not in known and not name.startswith("_")
+
+    def _hint(self, name: str) -> str:
+        for part in _PARTS:
+            if name in (spec.name for spec in dataclasses.fields(getattr(self, part))):
+                return f"; it belongs to {part}: write {part}={type(getattr(self, part)).__qualname__}({name}=...)"
+        near = difflib.get_close_matches(name, inspect.get_annotations(OmniMoeConfig), n=1)
+        return f"; did you mean {near[0]!r}?" if near else "; set attributes of your own on the config once it is made"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """As in transformers: what a file holds beyond the fields, from another version or tool, becomes an attribute.
+
+        Raises:
+            ConfigError: if a field of the file is nearly one of ours, or holds what it cannot.
+        """
+        foreign = {name: value for name, value in config_dict.items() if cls._is_foreign(name)}
+        for name in foreign:
+            near = difflib.get_close_matches(name, inspect.get_annotations(OmniMoeConfig), n=1, cutoff=0.85)
+            if near:
+                raise ConfigError(f"OmniMoeConfig has no field {name!r}; did you mean {near[0]!r}?")
+        own = {name: value for name, value in config_dict.items() if name not in foreign}
+        made = super().from_dict(own, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        for name, value in foreign.items():
+            setattr(config, name, value)
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, parts as ``{"type": name, ...}``."""

@@ -9,7 +9,7 @@ import torch
 
 from omnimoe.backbone import LayerRange
 from omnimoe.config import ConfigError
-from omnimoe.experts import FeedForward
+from omnimoe.experts import FeedForward, RoutedExperts
 from omnimoe.layers import Attention, Norm, Rope
 from omnimoe.modalities import Patches, Tokens
 from omnimoe.model import OmniMoeConfig
@@ -127,7 +127,6 @@ def test_is_causal_reads_the_mask_and_every_router(name, causal):
 def test_is_causal_looks_into_layer_ranges_and_lone_experts():
     leaky = routed(4, ExpertChoiceRouter.Config())
     assert not DENSE.replace(layers=(LayerRange(start=1, experts=leaky),)).is_causal
-    assert DENSE.replace(layers=(LayerRange(start=2, experts=leaky),)).is_causal  # no such layer
     lone = ByModalityRouter.Config(experts=(1, 1, 1))
     assert DENSE.replace(experts=routed(3, lone)).is_causal
     assert not DENSE.replace(experts=routed(3, lone.replace(gate_lone_expert=True))).is_causal
@@ -191,6 +190,14 @@ BAD = {
     "unknown placement": ({"norm_placement": "middle"}, "unknown norm_placement 'middle'; known: pre, post"),
     "unknown markers": ({"markers": "both"}, "markers must be 'text' or 'own', got 'both'"),
     "unknown block": ({"bidirectional_modalities": ("video",)}, "bidirectional_modalities names ['video']"),
+    "attention of another kind": (
+        {"attention": FeedForward.Config()},
+        "OmniMoeConfig.attention must be BaseAttention.Config, got a FeedForward.Config",
+    ),
+    "a modality of another kind": ({"modalities": (Norm.Config(),)}, "OmniMoeConfig.modalities must be"),
+    "width as text": ({"hidden_size": "64"}, "OmniMoeConfig.hidden_size must be int, got '64'"),
+    "a range beyond the layers": ({"layers": (LayerRange(start=2),)}, "starts at 2, but the model has 2 layers"),
+    "a range's placement": ({"layers": (LayerRange(norm_placement="mid"),)}, "unknown norm_placement 'mid'"),
     "no width": ({"hidden_size": 0}, "hidden_size 0"),
     "negative layers": ({"num_layers": -1}, "num_layers -1"),
     "a marker outside": (
@@ -241,6 +248,19 @@ def test_parts_that_do_not_fit_are_refused_when_the_model_is_built(case):
 FIELDS = {
     "qk norm": (lambda: Attention.Config(qk_norm="batch"), "unknown qk_norm 'batch'; known: none, rms, layer"),
     "kv heads": (lambda: Attention.Config(num_heads=4, num_kv_heads=3), "must be a multiple of num_kv_heads 3"),
+    "no heads": (lambda: Attention.Config(num_heads=0), "num_heads must be at least 1, got 0"),
+    "no kv heads": (lambda: Attention.Config(num_kv_heads=0), "num_kv_heads must be at least 1, got 0"),
+    "no head": (lambda: Attention.Config(head_dim=-8), "head_dim must be at least 1, got -8"),
+    "heads as text": (lambda: Attention.Config(num_heads="8"), "Attention.Config.num_heads must be int, got '8'"),
+    "width": (lambda: FeedForward.Config(intermediate_size=0), "intermediate_size must be at least 1, got 0"),
+    "activation": (lambda: FeedForward.Config(activation="silly"), "unknown activation 'silly'; known: silu"),
+    "expert width": (lambda: RoutedExperts.Config(intermediate_size=-4), "intermediate_size must be at least 1"),
+    "expert activation": (lambda: RoutedExperts.Config(activation="silly"), "unknown activation 'silly'"),
+    "shared experts": (lambda: RoutedExperts.Config(num_shared_experts=-1), "num_shared_experts must be at least 0"),
+    "router of another kind": (lambda: RoutedExperts.Config(router=Norm.Config()), "router must be Router.Config"),
+    "negative start": (lambda: LayerRange(start=-1), "from start -1 to stop None by step 1 holds no layer"),
+    "no step": (lambda: LayerRange(step=0), "by step 0 holds no layer"),
+    "empty range": (lambda: LayerRange(start=3, stop=3), "from start 3 to stop 3"),
     "site": (lambda: Attention.Config(site_towers={"w_proj": "shared"}), "unknown sites ['w_proj']"),
     "score": (lambda: TopKRouter.Config(score="relu"), "unknown score 'relu'; known: softmax, sigmoid"),
     "top k": (lambda: TopKRouter.Config(top_k=0), "top_k must be at least 1, got 0"),
@@ -277,4 +297,34 @@ def test_a_slip_of_the_pen_is_no_attribute_of_its_own():
     with pytest.raises(ConfigError, match="has no field 'hiden_size'; did you mean 'hidden_size'"):
         OmniMoeConfig(hiden_size=3)
     assert OmniMoeConfig(num_hidden_layers=3).num_layers == 3
-    assert OmniMoeConfig(architectures=["OmniMoeForCausalLM"], my_note="kept").my_note == "kept"
+    with pytest.raises(
+        ConfigError, match=r"no field 'num_heads'; it belongs to attention: write attention=Attention.C"
+    ):
+        OmniMoeConfig(num_heads=3)
+    with pytest.raises(ConfigError, match="no field 'foo_bar'; set attributes of your own"):
+        OmniMoeConfig(foo_bar=3)
+    with pytest.raises(ConfigError, match="no field 'num_attention_heads'"):
+        OmniMoeConfig(num_attention_heads=3)
+    taken = OmniMoeConfig(architectures=["OmniMoeForCausalLM"], dtype="bfloat16", attn_implementation="eager")
+    assert (taken.dtype, taken._attn_implementation) == (torch.bfloat16, "eager")
+
+
+def test_notes_of_other_tools_survive_a_file_and_slips_in_it_are_refused(tmp_path):
+    config = OmniMoeConfig()
+    config.my_note = "kept"
+    config.save_pretrained(tmp_path)
+    assert OmniMoeConfig.from_pretrained(tmp_path).my_note == "kept"
+    again, unused = OmniMoeConfig.from_pretrained(tmp_path, return_unused_kwargs=True, nothing=1)
+    assert (again.my_note, unused) == ("kept", {"nothing": 1})
+    with pytest.raises(ConfigError, match="no field 'hiden_size'; did you mean 'hidden_size'"):
+        OmniMoeConfig.from_dict({**config.to_dict(), "hiden_size": 3})
+
+
+def test_values_of_a_wrong_type_in_a_file_are_refused():
+    plain = DENSE.to_dict()
+    with pytest.raises(ConfigError, match="OmniMoeConfig.hidden_size must be int, got '64'"):
+        OmniMoeConfig.from_dict({**plain, "hidden_size": "64"})
+    with pytest.raises(ConfigError, match="Attention.Config.num_heads must be int, got '8'"):
+        OmniMoeConfig.from_dict({**plain, "attention": {"type": "attention", "num_heads": "8"}})
+    with pytest.raises(ConfigError, match="modalities must be a tuple of Modality.Config, got 'text'"):
+        OmniMoeConfig.from_dict({**plain, "modalities": "text"})

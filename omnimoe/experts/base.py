@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import nn
 
 from omnimoe.config import Config as ConfigBase
-from omnimoe.config import Configurable, register
+from omnimoe.config import ConfigError, Configurable, register
+from omnimoe.ops import ACTIVATIONS
 from omnimoe.registry import Registry
 
 EXPERTS: Registry = Registry("experts")
@@ -17,6 +18,18 @@ EXPERTS: Registry = Registry("experts")
 def register_experts(name: str, *, exist_ok: bool = False):
     """Decorator that files an :class:`Experts` class under ``name``."""
     return register(EXPERTS, name, exist_ok=exist_ok)
+
+
+def check_network(intermediate_size: int, activation: str) -> None:
+    """Refuses a width or an activation that no network can have.
+
+    Raises:
+        ConfigError: with the value.
+    """
+    if intermediate_size < 1:
+        raise ConfigError(f"intermediate_size must be at least 1, got {intermediate_size}")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
 
 
 class Experts(nn.Module, Configurable):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omnimoe.experts.base import Experts, register_experts
+from omnimoe.experts.base import Experts, check_network, register_experts
 from omnimoe.layers import BankMLP, RowLayout, TowerMap, num_copies, resolve_towers
 from omnimoe.routers import Routing
 
@@ -28,6 +28,10 @@ class FeedForward(Experts):
         """Multiply by the activated gate."""
         towers: TowerMap = "shared"
         """The copy each key's rows meet."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            check_network(self.intermediate_size, self.activation)
 
         @property
         def needs_key_order(self) -> bool:

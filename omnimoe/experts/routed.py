@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from omnimoe.config import ConfigError
-from omnimoe.experts.base import Experts, register_experts
+from omnimoe.experts.base import Experts, check_network, register_experts
 from omnimoe.layers import BankMLP, RowLayout
 from omnimoe.ops import combine
 from omnimoe.routers import Router, Routing, TopKRouter
@@ -36,6 +36,10 @@ class RoutedExperts(Experts):
         """Experts that every row meets with weight one, kept as one network that many times as wide."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
+            check_network(self.intermediate_size, self.activation)
+            if self.num_shared_experts < 0:
+                raise ConfigError(f"num_shared_experts must be at least 0, got {self.num_shared_experts}")
             if self.num_experts < 1:
                 raise ConfigError(f"num_experts must be at least 1, got {self.num_experts}")
 

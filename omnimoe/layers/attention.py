@@ -87,6 +87,11 @@ class Attention(BaseAttention):
         """Tower maps of single sites: q_proj, k_proj, v_proj, o_proj, qk_norm."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
+            for name in ("num_heads", "num_kv_heads", "head_dim"):
+                value = getattr(self, name)
+                if value is not None and value < 1:
+                    raise ConfigError(f"{name} must be at least 1, got {value}")
             if self.qk_norm not in QK_NORMS:
                 raise ConfigError(f"unknown qk_norm {self.qk_norm!r}; known: {', '.join(QK_NORMS)}")
             if self.num_heads % (self.num_kv_heads or self.num_heads):

@@ -39,6 +39,7 @@ class Patches(Modality):
         """Weight of the mean squared error in ``out.loss``."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if self.objective not in OBJECTIVES:
                 raise ConfigError(f"unknown objective {self.objective!r}; known: {', '.join(OBJECTIVES)}")
 

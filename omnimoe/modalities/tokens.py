@@ -25,6 +25,7 @@ class Tokens(Modality):
         """First row; None follows the discrete modality before. A later modality's range cuts into an earlier one's."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if self.vocab_size < 1:
                 raise ConfigError(f"modality {self.name!r} needs a vocab_size of at least 1, got {self.vocab_size}")
 

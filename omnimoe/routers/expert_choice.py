@@ -43,6 +43,7 @@ class ExpertChoiceRouter(Router):
         """Share of the old cut-off that a training step keeps."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if self.score not in SCORES:
                 raise ConfigError(f"unknown score {self.score!r}; known: {', '.join(SCORES)}")
             if self.capacity_factor <= 0:

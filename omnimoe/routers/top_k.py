@@ -37,6 +37,7 @@ class TopKRouter(Router):
         """Coefficient of the router z-loss."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if self.score not in SCORES:
                 raise ConfigError(f"unknown score {self.score!r}; known: {', '.join(SCORES)}")
             if self.top_k < 1:
