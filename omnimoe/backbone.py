@@ -160,11 +160,10 @@ class Backbone(nn.Module):
             if observe is not None:
                 observe(x)
             placed = rows
-            config = getattr(layer.self_attn, "config", None)
-            if isinstance(config, Attention.Config) and config.rope is not None:
-                which = (config.rope, layer.self_attn.head_dim)
+            which = layer.self_attn.rotary()
+            if which is not None:
                 if which not in tables:
-                    tables[which] = rows.with_rotary(*Rope(config.rope, head_dim=which[1]).table(positions))
+                    tables[which] = rows.with_rotary(*Rope(which[0], head_dim=which[1]).table(positions))
                 placed = tables[which]
             call = layer if checkpoint is None else lambda *given, layer=layer: checkpoint(layer.__call__, *given)
             x, routing, weights = call(x, placed, mask, cache)

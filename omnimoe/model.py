@@ -485,9 +485,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             routings: ``out.routings`` of the step.
         """
         for layer, routing in zip(self.model.backbone.layers, routings, strict=True):
-            router = getattr(layer.mlp, "router", None)
-            if routing is not None and router is not None:
-                router.update(routing)
+            if routing is not None:
+                layer.mlp.update(routing)
 
     def prepare_inputs_for_generation(
         self,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from omnimoe.backbone import Backbone, Block, LayerRange
 from omnimoe.config import ConfigError
 from omnimoe.experts import FeedForward, RoutedExperts
-from omnimoe.layers import Attention, AttentionMask, Norm, Rope, RowLayout
+from omnimoe.layers import Attention, AttentionMask, BaseAttention, Norm, Rope, RowLayout
 from omnimoe.routers import ExpertChoiceRouter
 
 BLOCK = Block.Config(
@@ -115,3 +117,34 @@ def test_a_row_that_no_expert_takes_passes_by_the_residual_alone(placement):
     assert torch.equal(y[untaken], middle[untaken])
     taken = routing.token_index.unique()
     assert (y[taken] != middle[taken]).any(-1).all()
+
+
+class Turning(BaseAttention):
+    """No attention: the rotary table of the rows in the place of it, for a head as wide as the model."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(BaseAttention.Config):
+        theta: float | None = None
+
+    def __init__(self, config, *, hidden_size, num_modalities, layer_idx) -> None:
+        super().__init__()
+        self.theta, self.width = config.theta, hidden_size
+
+    def rotary(self):
+        return None if self.theta is None else (Rope.Config(theta=self.theta), self.width)
+
+    def forward(self, x, rows, mask, cache=None):
+        return torch.zeros_like(x) if rows.cos is None else torch.cat((rows.cos, rows.sin), dim=1)
+
+
+def test_an_attention_of_ones_own_gets_the_rotary_table_it_asks_for_and_no_other():
+    backbone, rows, mask, positions = parts(BLOCK.replace(attention=Turning.Config(theta=100.0)))
+    seen = []
+    backbone.layers[0].self_attn.register_forward_hook(lambda *call: seen.append(call[-1]))
+    backbone(torch.randn(5, 8), rows, mask, positions)
+    cos, sin = Rope(Rope.Config(theta=100.0), head_dim=8).table(positions)
+    assert torch.equal(seen[0], torch.cat((cos, sin), dim=1))
+    backbone, rows, mask, positions = parts(BLOCK.replace(attention=Turning.Config()))
+    backbone.layers[1].self_attn.register_forward_hook(lambda *call: seen.append(call[-1]))
+    backbone(torch.randn(5, 8), rows, mask, positions)
+    assert not seen[1].any()

@@ -541,3 +541,12 @@ def test_the_time_of_the_noise_changes_the_prediction():
     zero = model(ids, features={"latent": rows}, timesteps={"latent": torch.zeros(5)})
     assert not torch.allclose(early.predictions["latent"], late.predictions["latent"], atol=1e-3)
     assert torch.equal(clean.logits, zero.logits)
+
+
+def test_experts_of_ones_own_say_what_a_step_adapts():
+    model = build(DECLARATIONS["moma"])
+    out, seen = model(ids_like(DENSE)), []
+    for layer in model.model.backbone.layers:
+        layer.mlp.update = seen.append  # in the place of the method that hands it to the router
+    model.update_routers(out.routings)
+    assert seen == list(out.routings)

@@ -11,6 +11,7 @@ from omnimoe.config import Config as ConfigBase
 from omnimoe.config import ConfigError, Configurable, register
 from omnimoe.ops import ACTIVATIONS
 from omnimoe.registry import Registry
+from omnimoe.routers import Routing
 
 EXPERTS: Registry = Registry("experts")
 
@@ -35,7 +36,10 @@ def check_network(intermediate_size: int, activation: str) -> None:
 class Experts(nn.Module, Configurable):
     """Works on rows one by one, with or without a router.
 
-    Contract: ``forward(x (N, D), rows) -> (y (N, D), Routing or None)``.
+    Contract: ``__init__(config, *, hidden_size, num_modalities, layer_idx)`` and
+    ``forward(x (N, D), rows) -> (y (N, D), Routing or None)``. ``num_modalities`` is the number of keys a row may have:
+    the modalities, unless the model is given other ``keys``. A router kept as ``self.router`` is updated by
+    :meth:`update`; experts with several, or with none and something else to adapt, define that method.
     """
 
     registry: ClassVar[Registry] = EXPERTS
@@ -57,3 +61,14 @@ class Experts(nn.Module, Configurable):
         def active_params(self, hidden_size: int, modality: int) -> float | None:
             """Weights in matrix products that a token of ``modality`` meets on average; None where unknown."""
             return None
+
+    def update(self, routing: Routing) -> None:
+        """Takes in what a training step routed, after the optimizer's step; by default ``self.router`` does, if there
+        is one.
+
+        Args:
+            routing: what :meth:`forward` returned in that step.
+        """
+        router = getattr(self, "router", None)
+        if router is not None:
+            router.update(routing)

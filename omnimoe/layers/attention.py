@@ -37,7 +37,10 @@ def register_attention(name: str, *, exist_ok: bool = False):
 class BaseAttention(nn.Module, Configurable):
     """What a block calls to mix positions.
 
-    Contract: ``forward(x (N, D), rows, mask, cache) -> (N, D)``, or that and the attention weights.
+    Contract: ``__init__(config, *, hidden_size, num_modalities, layer_idx)`` and
+    ``forward(x (N, D), rows, mask, cache) -> (N, D)``, or that and the attention weights. ``num_modalities`` is the
+    number of keys a row may have: the modalities, unless the model is given other ``keys``. A part with rotary
+    positions says so in :meth:`rotary`.
     """
 
     registry: ClassVar[Registry] = ATTENTIONS
@@ -54,6 +57,14 @@ class BaseAttention(nn.Module, Configurable):
         def kv_shape(self) -> tuple[int, int]:
             """Heads and head dimension that a cache keeps; ``(0, 0)`` where none is kept."""
             return 0, 0
+
+    def rotary(self) -> tuple[Rope.Config, int] | None:
+        """The rotary positions and the head dimension whose table ``rows.cos`` and ``rows.sin`` are to hold.
+
+        Returns:
+            None, the default, for a part that turns nothing; then ``rows`` carry no table.
+        """
+        return None
 
 
 @register_attention("attention")
@@ -134,6 +145,10 @@ class Attention(BaseAttention):
         elif config.qk_norm == "layer":
             self.q_norm = BankHeadLayerNorm(towers("qk_norm"), self.num_heads, self.head_dim, config.qk_norm_eps)
             self.k_norm = BankHeadLayerNorm(towers("qk_norm"), self.num_kv_heads, self.head_dim, config.qk_norm_eps)
+
+    def rotary(self) -> tuple[Rope.Config, int] | None:
+        """See :class:`BaseAttention`."""
+        return None if self.config.rope is None else (self.config.rope, self.head_dim)
 
     def forward(
         self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any = None

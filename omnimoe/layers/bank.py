@@ -20,7 +20,7 @@ def resolve_towers(towers: TowerMap, num_modalities: int) -> tuple[int, ...]:
 
     Args:
         towers: a tower map as a config writes it.
-        num_modalities: number of keys.
+        num_modalities: number of keys, which are the modalities unless the model is given others.
 
     Returns:
         ``(num_modalities,)`` copy indices, every index from 0 up used.

@@ -46,7 +46,9 @@ class Routing:
 class Router(nn.Module, Configurable):
     """Sends rows to experts.
 
-    Contract: ``forward(x (N, D), rows) -> Routing``. ``rows.modality_ids (N,)`` is there to be used. A router that
+    Contract: ``__init__(config, *, hidden_size, num_experts, num_modalities)`` and ``forward(x (N, D), rows) ->
+    Routing``. ``num_modalities`` is the number of keys a row may have: the modalities, unless the model is given other
+    ``keys``. ``rows.key_ids`` and ``rows.modality_ids``, ``(N,)`` each, are there to be used. A router that
     looks at other rows than the one it routes sets :attr:`is_causal` to False, and must route by the row alone where
     ``rows.routes_causally`` asks for it.
     """
