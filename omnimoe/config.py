@@ -198,8 +198,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(hint, type) and issubclass(hint, Config):
         # a part may write its config from scratch; what it builds decides then
         made, wanted = getattr(value, "target", None), getattr(hint, "target", None)
-        builds_it = isinstance(value, Config) and None not in (made, wanted) and issubclass(made, wanted)
-        return isinstance(value, hint) or builds_it
+        builds_it = isinstance(made, type) and isinstance(wanted, type) and issubclass(made, wanted)
+        return isinstance(value, hint) or (isinstance(value, Config) and builds_it)
     if typing.get_origin(hint) in (tuple, list):
         items = [item for item in typing.get_args(hint) if item is not ...]
         if not isinstance(value, tuple | list):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def uncached_facts(name: str) -> tuple[str, ...]:
 def _probed(rule: MaskRule, declared: _Declared) -> tuple[str, ...]:
     one = torch.zeros(1, 1, dtype=torch.int64)
     query, key = Positions(order=one + 1, key_ids=one, block_ids=one), _Watched(order=one, key_ids=one, block_ids=one)
-    rule(query, key)
+    rule(query, cast(Positions, key))
     read = key.read | ({"key_ids"} if declared.reads_key_ids else set())
     return tuple(sorted(read - ({"block_ids"} if declared.blocks_only_add else set())))
 
