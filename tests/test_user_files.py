@@ -12,7 +12,7 @@ from omnimoe.modalities import MODALITIES
 from omnimoe.model import MODELS
 from omnimoe.routers import ROUTERS
 
-TRAIN = "history = Training(model, TrainSettings(steps=2, batch_size=1, sequence_length=128, evaluate_batches=1)).run()"
+TRAIN = "history = Training(model, TrainSettings(steps=4, warmup=0, batch_size=1, sequence_length=128)).run()"
 
 ROUTER = (
     ROUTERS,
@@ -119,7 +119,7 @@ def test_a_whole_file_is_short_and_trains(registry, source, tmp_path):
         registry.remove(new)
     if "history" in made:
         losses = made["history"].held_out["all"]
-        assert made["history"].steps == [0, 2]
+        assert made["history"].steps == [0, 4]
         assert losses[-1] < losses[0]
     else:
         assert all(parameter.grad is not None for parameter in made["model"].parameters())

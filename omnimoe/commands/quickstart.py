@@ -14,7 +14,7 @@ CAPTIONS = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--out", type=Path, default=Path("omnimoe-quickstart"), help="folder to write")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps a model; more make better pictures")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps a model; more make better pictures")
 
 
 def run(args: argparse.Namespace) -> int:
