@@ -96,7 +96,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     restore(folder)
     path = folder / STATE_FILE
     if not path.exists():
-        raise ResumeError(f"no {STATE_FILE} in {folder}: it is no checkpoint of a run, so there is nothing to resume")
+        raise ResumeError(f"no {STATE_FILE} in {folder}: it is no checkpoint of a run, so nothing to resume")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -108,5 +108,5 @@ def load_settings(folder: Path) -> TrainSettings:
     """
     path = folder / SETTINGS_FILE
     if not path.exists():
-        raise ResumeError(f"no {SETTINGS_FILE} in {folder}: it is no checkpoint of a run, so there is nothing to resume")
+        raise ResumeError(f"no {SETTINGS_FILE} in {folder}: it is no checkpoint of a run, so nothing to resume")
     return TrainSettings.from_dict(json.loads(path.read_text()))
