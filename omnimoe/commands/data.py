@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", dest="name", default="P", help="which corpus: P is pictures, words and speech, permissive"
     )
     build.add_argument("--out", type=Path, required=True, help="folder to write")
+    build.add_argument(
+        "--image-size", type=int, choices=(64, 128), default=64, help="height and width of the pictures in pixels"
+    )
     build.add_argument("--tokenize", action="store_true", help="also write the token ids that training reads")
     info = actions.add_parser(
         "info", help="what a corpus holds", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -32,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "build":
         from omnimoe.data import build_corpus, tokenize_corpus
 
-        folder = build_corpus(name=args.name, out=args.out)
+        folder = build_corpus(name=args.name, out=args.out, image_size=args.image_size)
         if args.tokenize:
             tokenize_corpus(folder, folder / "tokens")
         print(f"corpus      {folder}\nlicences    {folder / 'LICENSES.md'}")

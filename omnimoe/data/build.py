@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from omnimoe.data import emoji, openclipart, speech, texts
-from omnimoe.data.pictures import SIDE, fingerprint
+from omnimoe.data.pictures import IMAGE_SIZES, SIDE, fingerprint, scaled
 from omnimoe.data.sources import Source
-from omnimoe.data.splits import assign_splits, check_leaks, concept_key, digest_split, drop_defined
+from omnimoe.data.splits import assign_splits, check_leaks, concept_key, digest_split, drop_defined, loose_key
 from omnimoe.tokenizers.text import BpeTokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,18 +43,25 @@ SOURCES: tuple[Source, ...] = (
 
 
 class _Store:
-    """Pictures, clips and rows as they are collected; equal pictures are kept once."""
+    """Pictures, clips and rows as they are collected; pictures that are equal at 64 pixels are kept once.
 
-    def __init__(self) -> None:
+    Whatever the size, equality and likeness are judged at 64 pixels, so that rows and splits are the same for each.
+    """
+
+    def __init__(self, side: int) -> None:
+        self.side = side
         self.pictures: list[np.ndarray] = []
+        self.fingerprints: list[bytes] = []
         self.rows: list[dict[str, Any]] = []
         self._picture_index: dict[bytes, int] = {}
 
     def picture(self, pixels: np.ndarray) -> int:
-        digest = hashlib.sha1(pixels.tobytes()).digest()
+        small = scaled(pixels, SIDE)
+        digest = hashlib.sha1(small.tobytes()).digest()
         if digest not in self._picture_index:
             self._picture_index[digest] = len(self.pictures)
             self.pictures.append(pixels)
+            self.fingerprints.append(fingerprint(small))
         return self._picture_index[digest]
 
     def row(
@@ -75,36 +82,45 @@ class _Store:
         )
 
 
-def build_corpus(name: str = "P", *, out: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
+def build_corpus(
+    name: str = "P",
+    *,
+    out: str | os.PathLike[str],
+    cache: str | os.PathLike[str] | None = None,
+    image_size: int = SIDE,
+) -> Path:
     """Builds a corpus into a folder that appears only when it is complete.
 
-    Files: ``images.npy (N, 64, 64, 3)`` uint8; ``audio.npy (samples,)`` int16, 16 kHz, all clips end to end;
-    ``audio_offsets.npy (clips + 1,)`` int64; ``rows.jsonl``, one object a row with ``source, text, lang, image, audio,
-    key, group, split, style, license`` (``image`` and ``audio`` are indices or -1); ``text.jsonl``, running text;
-    ``LICENSES.md``.
+    Files: ``images.npy (N, image_size, image_size, 3)`` uint8; ``audio.npy (samples,)`` int16, 16 kHz, all clips end to
+    end; ``audio_offsets.npy (clips + 1,)`` int64; ``rows.jsonl``, one object a row with ``source, text, lang, image,
+    audio, key, group, split, style, license`` (``image`` and ``audio`` are indices or -1); ``text.jsonl``, running
+    text; ``LICENSES.md``.
 
     Args:
         name: ``"P"``, the permissive set; the only one so far.
         out: folder to make; it must not exist, or be empty.
         cache: where packages and intermediate results stay; default ``$OMNIMOE_CACHE`` or ``~/.cache/omnimoe``.
+        image_size: height and width of the pictures, 64 or 128. Rows, indices and splits are the same for both.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if the name is unknown or the folder holds something.
+        ValueError: if the name or the size is unknown or the folder holds something.
         SourceError: if a package cannot be fetched; the message names it and the remedy.
         LeakError: if the splits overlap, which would be a bug.
     """
     if name.upper() not in _SETS:
         raise ValueError(f"unknown corpus {name!r}; known: {', '.join(_SETS)}")
+    if image_size not in IMAGE_SIZES:
+        raise ValueError(f"image_size must be {' or '.join(map(str, IMAGE_SIZES))}, got {image_size!r}")
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; choose another one or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        _SETS[name.upper()](work, cache)
+        _SETS[name.upper()](work, cache, image_size)
         work.chmod(0o755)
         if out.is_dir():
             out.rmdir()
@@ -114,11 +130,11 @@ def build_corpus(name: str = "P", *, out: str | os.PathLike[str], cache: str | o
     return out
 
 
-def _build_p(work: Path, cache: str | os.PathLike[str] | None) -> None:
-    store = _Store()
+def _build_p(work: Path, cache: str | os.PathLike[str] | None, side: int) -> None:
+    store = _Store(side)
     drawn = emoji.read_emoji(cache)
     _add_emoji(store, drawn, cache)
-    for drawing in openclipart.read_openclipart(texts.wordnet_words(cache), cache):
+    for drawing in openclipart.read_openclipart(texts.wordnet_words(cache), cache, side):
         index = store.picture(drawing.pixels)
         store.row(
             "openclipart",
@@ -129,33 +145,34 @@ def _build_p(work: Path, cache: str | os.PathLike[str] | None) -> None:
             "openclipart",
             openclipart.OPENCLIPART.license,
         )
-    pictures, digits = texts.read_digits(cache)
+    pictures, digits = texts.read_digits(cache, side)
     for pixels, digit in zip(pictures, digits, strict=True):
         word = texts.DIGIT_WORDS[digit]
         store.row("digits", word, "en", store.picture(pixels), word, "handwritten", texts.DIGITS.license)
 
+    _add_words(store, cache)
     clips = _add_speech(store, cache)
-    assign_splits(store.rows, look_alikes=[fingerprint(p) for p in store.pictures], always_train=texts.DIGIT_WORDS)
+    assign_splits(store.rows, look_alikes=store.fingerprints, always_train=texts.DIGIT_WORDS)
     collected = _running_text(store, cache)
     documents = drop_defined(collected, store.rows)
     logger.info("entries of train left out, as they define held-out concepts: %d", len(collected) - len(documents))
     logger.info("rows by split: %s", check_leaks(store.rows, documents))
 
-    np.save(work / "images.npy", np.stack(store.pictures).reshape(-1, SIDE, SIDE, 3))
+    np.save(work / "images.npy", np.stack(store.pictures).reshape(-1, side, side, 3))
     np.save(work / "audio.npy", np.concatenate(clips))
     np.save(work / "audio_offsets.npy", np.cumsum([0, *map(len, clips)], dtype=np.int64))
     _write_lines(work / "rows.jsonl", store.rows)
     _write_lines(work / "text.jsonl", documents)
-    (work / "LICENSES.md").write_text(license_page(), encoding="utf-8")
+    (work / "LICENSES.md").write_text(license_page(side), encoding="utf-8")
 
 
-_SETS: dict[str, Callable[[Path, str | os.PathLike[str] | None], None]] = {"P": _build_p}
+_SETS: dict[str, Callable[[Path, str | os.PathLike[str] | None, int], None]] = {"P": _build_p}
 
 
 def _add_emoji(store: _Store, drawn: list[emoji.Emoji], cache: str | os.PathLike[str] | None) -> None:
     pictures: dict[str, list[tuple[int, Source]]] = {}
     for style in emoji.STYLES:
-        for code, variants in emoji.render_style(style, drawn, cache).items():
+        for code, variants in emoji.render_style(style, drawn, cache, store.side).items():
             pictures.setdefault(code, []).extend((store.picture(pixels), style) for pixels in variants)
     for one in drawn:
         key = concept_key(one.label)
@@ -168,6 +185,15 @@ def _add_emoji(store: _Store, drawn: list[emoji.Emoji], cache: str | os.PathLike
                 # One picture a language, so that the languages do not outweigh English.
                 index, style = shown[int(hashlib.sha1(f"{one.code} {lang}".encode()).hexdigest(), 16) % len(shown)]
                 store.row("emoji", label, lang, index, key, style.name, style.license)
+
+
+def _add_words(store: _Store, cache: str | os.PathLike[str] | None) -> None:
+    """Frequent words that no caption names, to be spoken: captions alone are too few to learn how letters sound."""
+    named = {loose_key(row["text"]) for row in store.rows if row["lang"] == "en"}
+    for word in texts.frequent_words(cache):
+        # A word that is loosely a caption would pull its held-out concept into train.
+        if loose_key(word) not in named:
+            store.row("words", word, "en", -1, concept_key(word), "", texts.WORDNET.license)
 
 
 def _add_speech(store: _Store, cache: str | os.PathLike[str] | None) -> list[np.ndarray]:
@@ -228,13 +254,13 @@ def _running_text(store: _Store, cache: str | os.PathLike[str] | None) -> list[d
     return documents
 
 
-def license_page() -> str:
+def license_page(side: int = SIDE) -> str:
     """What the corpus is made of, under which licences and by whom, in Markdown."""
     lines = [
         "# Sources and licences of set P",
         "",
-        "Every source allows use, change and distribution, some with credit. Pictures were rendered to 64 x 64 "
-        "pixels on white; "
+        "Every source allows use, change and distribution, some with credit. Pictures were rendered to "
+        f"{side} x {side} pixels on white; "
         "that is the only change. Set names in `rows.jsonl` are those of the first column.",
         "",
         "| source | what is used | licence | credit | package |",

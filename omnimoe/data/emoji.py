@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from omnimoe.data.pictures import PictureError, render_svg
+from omnimoe.data.pictures import SIDE, PictureError, picture_cache, render_svg
 from omnimoe.data.sources import Source, cache_folder, fetch
 
 logger = logging.getLogger(__name__)
@@ -163,21 +163,21 @@ def read_emoji(cache: str | os.PathLike[str] | None = None) -> list[Emoji]:
 
 
 def render_style(
-    style: Source, emoji: list[Emoji], cache: str | os.PathLike[str] | None = None
+    style: Source, emoji: list[Emoji], cache: str | os.PathLike[str] | None = None, side: int = SIDE
 ) -> dict[str, list[np.ndarray]]:
     """The pictures of one style.
 
     Returns:
-        Code of the emoji to its pictures (one; a few in a style that draws variants), ``(64, 64, 3)`` uint8 each.
+        Code of the emoji to its pictures (one; a few in a style that draws variants), ``(side, side, 3)`` uint8 each.
     """
-    stored = cache_folder(cache) / f"pictures-{style.name}-{style.version}-{len(emoji)}.npz"
+    stored = cache_folder(cache) / picture_cache(f"{style.name}-{style.version}-{len(emoji)}", side)
     if not stored.exists():
         names = _icon_names(style, emoji, cache)
         icons = _json(fetch(style, cache) / "package" / "icons.json")
         codes, pictures, failed = [], [], 0
         for name, code in tqdm(names, desc=f"drawings of {style.name}", disable=None):
             try:
-                pictures.append(render_svg(_document(icons, name)))
+                pictures.append(render_svg(_document(icons, name), side))
                 codes.append(code)
             except PictureError:
                 failed += 1

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from omnimoe.data.pictures import PictureError, render_svg, strip_text
+from omnimoe.data.pictures import SIDE, PictureError, picture_cache, render_svg, scaled, strip_text
 from omnimoe.data.sources import Source, cache_folder, fetch
 
 logger = logging.getLogger(__name__)
@@ -50,20 +50,24 @@ _LICENSE = re.compile(r"<(?:cc:)?license\s+rdf:(?:resource|about)=\"([^\"]*)\"",
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A titled drawing: ``title`` and ``pixels (64, 64, 3)`` uint8."""
+    """A titled drawing: ``title`` and ``pixels (side, side, 3)`` uint8."""
 
     title: str
     pixels: np.ndarray
 
 
-def read_openclipart(words: frozenset[str], cache: str | os.PathLike[str] | None = None) -> list[Drawing]:
+def read_openclipart(
+    words: frozenset[str], cache: str | os.PathLike[str] | None = None, side: int = SIDE
+) -> list[Drawing]:
     """All drawings with a usable title, in path order.
 
     Args:
         words: English words in lower case; a title needs three in four of its words among them.
         cache: as in :func:`omnimoe.data.sources.cache_folder`.
+        side: width and height of a picture in pixels.
     """
-    stored = cache_folder(cache) / f"pictures-openclipart-{OPENCLIPART.version.replace(':', '_')}-{len(words)}.npz"
+    version = OPENCLIPART.version.replace(":", "_")
+    stored = cache_folder(cache) / picture_cache(f"openclipart-{version}-{len(words)}", side)
     if not stored.exists():
         root = fetch(OPENCLIPART, cache) / "usr/share/openclipart/svg"
         titles, pictures = [], []
@@ -76,14 +80,16 @@ def read_openclipart(words: frozenset[str], cache: str | os.PathLike[str] | None
             if title is None or counts[title.lower()] >= MAX_PER_TITLE:
                 continue
             try:
-                pixels = render_svg(path.read_text(encoding="utf-8", errors="replace"))
+                pixels = render_svg(path.read_text(encoding="utf-8", errors="replace"), side)
             except PictureError:
                 skipped["blank or unreadable"] += 1
                 continue
-            if pixels.tobytes() in seen:
+            # Compared at one size, so that every size has the same pictures.
+            small = scaled(pixels, SIDE).tobytes()
+            if small in seen:
                 skipped["duplicate"] += 1
                 continue
-            seen.add(pixels.tobytes())
+            seen.add(small)
             counts[title.lower()] += 1
             titles.append(title)
             pictures.append(pixels)

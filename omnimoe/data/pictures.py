@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 64
+IMAGE_SIZES = (64, 128)
 _RENDER = 128
 
 
@@ -19,11 +20,12 @@ class PictureError(ValueError):
 def render_svg(svg: str, side: int = SIDE) -> np.ndarray:
     """Renders a drawing, centred on a white square.
 
-    System fonts are not used, so the result depends on the drawing alone; text inside a drawing is left out.
+    System fonts are not used, so the result depends on the drawing alone; text inside a drawing is left out. Drawings
+    are rendered at 128 pixels; the picture of 64 is that of 128 scaled down, see :func:`scaled`.
 
     Args:
         svg: the document as text.
-        side: width and height in pixels.
+        side: width and height in pixels, at most 128.
 
     Returns:
         ``(side, side, 3)`` uint8, RGB.
@@ -42,10 +44,19 @@ def render_svg(svg: str, side: int = SIDE) -> np.ndarray:
         png = resvg_py.svg_to_bytes(svg_string=svg, width=_RENDER, height=_RENDER, dpi=96, skip_system_fonts=True)
     except (ValueError, RuntimeError, TypeError) as error:
         raise PictureError(f"drawing cannot be rendered: {error}") from None
-    pixels = to_square(Image.open(io.BytesIO(bytes(png))), side)
-    if int(pixels.min()) > 250 or np.ptp(pixels.reshape(-1, 3).astype(np.int16), axis=0).max() < 8:
+    pixels = to_square(Image.open(io.BytesIO(bytes(png))), _RENDER)
+    small = scaled(pixels, SIDE)
+    # Judged at one size, so that every size has the same pictures.
+    if int(small.min()) > 250 or np.ptp(small.reshape(-1, 3).astype(np.int16), axis=0).max() < 8:
         raise PictureError("drawing renders to a blank picture")
-    return pixels
+    return scaled(pixels, side)
+
+
+def scaled(pixels: np.ndarray, side: int) -> np.ndarray:
+    """A square picture ``(S, S, 3)`` uint8 at another size, ``(side, side, 3)``; itself if ``S`` is ``side``."""
+    if pixels.shape[0] == side:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS), np.uint8)
 
 
 def to_square(image: Image.Image, side: int = SIDE) -> np.ndarray:
@@ -59,6 +70,11 @@ def to_square(image: Image.Image, side: int = SIDE) -> np.ndarray:
     canvas = Image.new("RGBA", (longest, longest), "white")
     canvas.alpha_composite(image, ((longest - image.width) // 2, (longest - image.height) // 2))
     return np.asarray(canvas.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), np.uint8)
+
+
+def picture_cache(name: str, side: int) -> str:
+    """File name in the cache for the rendered pictures of one source."""
+    return f"pictures-{name}.npz" if side == SIDE else f"pictures-{name}-{side}px.npz"
 
 
 def fingerprint(pixels: np.ndarray) -> bytes:

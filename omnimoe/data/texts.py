@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gzip
 import hashlib
 import os
@@ -46,7 +47,7 @@ WORDNET = Source(
     license="LicenseRef-WordNet-3.0",
     credit="WordNet 3.0, Copyright 2006 by Princeton University",
     homepage="https://wordnet.princeton.edu",
-    used="words and glosses of concrete nouns",
+    used="words and glosses of concrete nouns; frequent words, spoken",
 )
 JARGON = Source(
     name="jargon",
@@ -138,6 +139,15 @@ def wordnet_words(cache: str | os.PathLike[str] | None = None) -> frozenset[str]
     return frozenset(words)
 
 
+def frequent_words(cache: str | os.PathLike[str] | None = None, *, least: int = 3) -> list[str]:
+    """Single words of 3 to 14 letters whose senses were met ``least`` times or more in WordNet's tagged texts, sorted."""
+    counts: collections.Counter[str] = collections.Counter()
+    for line in _wordnet_lines("cntlist.rev", cache):
+        sense, _, count = line.split()
+        counts[sense.split("%", 1)[0]] += int(count)
+    return sorted(word for word, count in counts.items() if count >= least and re.fullmatch("[a-z]{3,14}", word))
+
+
 def read_jargon(cache: str | os.PathLike[str] | None = None) -> Iterator[tuple[str, str]]:
     """Entries of the Jargon File as ``(headword, text)``."""
     folder = fetch(JARGON, cache) / "usr/share/dictd"
@@ -164,11 +174,11 @@ def headwords(source: Source, name: str, text: str) -> list[str]:
     return [name] if source.name == JARGON.name else []
 
 
-def read_digits(cache: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Handwritten digits, dark on white.
+def read_digits(cache: str | os.PathLike[str] | None = None, side: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
+    """Handwritten digits, dark on white, enlarged from 8 x 8 cells.
 
     Returns:
-        Pictures ``(1797, 64, 64, 3)`` uint8 and digits ``(1797,)`` int64.
+        Pictures ``(1797, side, side, 3)`` uint8 and digits ``(1797,)`` int64.
     """
     path = fetch(DIGITS, cache) / "sklearn/datasets/data/digits.csv.gz"
     raw = path.read_bytes()
@@ -180,9 +190,11 @@ def read_digits(cache: str | os.PathLike[str] | None = None) -> tuple[np.ndarray
         )
     table = np.loadtxt(gzip.decompress(raw).decode().splitlines(), delimiter=",")
     ink = np.clip(255 - table[:, :64].reshape(-1, 8, 8) * 255 / 16, 0, 255).astype(np.uint8)
-    pictures = np.full((len(ink), SIDE, SIDE), 255, np.uint8)
+    pictures = np.full((len(ink), side, side), 255, np.uint8)
+    edge, inner = side // 16, side - side // 8
     for picture, cells in zip(pictures, ink, strict=True):
-        picture[4:60, 4:60] = np.asarray(Image.fromarray(cells).resize((56, 56), Image.Resampling.BICUBIC))
+        large = Image.fromarray(cells).resize((inner, inner), Image.Resampling.BICUBIC)
+        picture[edge : edge + inner, edge : edge + inner] = np.asarray(large)
     return np.repeat(pictures[..., None], 3, axis=-1), table[:, 64].astype(np.int64)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from omnimoe.data.build import SOURCES, build_corpus, license_page
 from omnimoe.data.openclipart import clean_title, usable_title
-from omnimoe.data.pictures import PictureError, fingerprint, render_svg, to_square
+from omnimoe.data.pictures import PictureError, fingerprint, render_svg, scaled, to_square
 from omnimoe.data.speech import SAMPLE_RATE, to_clip
 from omnimoe.data.texts import bounded
 
@@ -28,6 +28,19 @@ def test_drawings_are_centred_on_white() -> None:
     assert pixels.dtype == np.uint8
     assert pixels[32, 32].tolist() == [255, 0, 0]
     assert pixels[4, 32].tolist() == [255, 255, 255]
+
+
+def test_a_drawing_is_rendered_at_128_and_the_small_one_is_that_one_scaled() -> None:
+    pytest.importorskip("resvg_py")
+    fine = '<svg xmlns="http://www.w3.org/2000/svg" width="128" height="128"><path d="{}" stroke="black"/></svg>'
+    lines = " ".join(f"M0 {2 * row}.5 H128" for row in range(64))
+    large, small = render_svg(fine.format(lines), 128), render_svg(fine.format(lines), 64)
+    assert large.shape == (128, 128, 3)
+    assert small.shape == (64, 64, 3)
+    # Lines of one pixel: black and white in turn, which no enlarged picture of 64 pixels could show.
+    assert np.ptp(large[40:80, 64, 0]) == 255
+    assert np.ptp(small[20:40, 32, 0]) < 64
+    assert np.array_equal(scaled(large, 64), small)
 
 
 @pytest.mark.parametrize("svg", [SVG.format(w=10, h=10, c="white"), "no drawing", ""])
@@ -117,3 +130,5 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(ValueError, match="not an empty folder"):
         build_corpus("P", out=tmp_path / "full")
+    with pytest.raises(ValueError, match="image_size must be 64 or 128, got 96"):
+        build_corpus("P", out=tmp_path / "p", image_size=96)
