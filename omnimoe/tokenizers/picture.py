@@ -162,11 +162,11 @@ class PictureTokenizer(CodecTokenizer):
     class Config(ConfigBase):
         image_size: int = 64
         """Height and width of a picture in pixels, a multiple of 8; the grid has one cell for 8 x 8 pixels."""
-        hidden_size: int = 160
+        hidden_size: int = 200
         """Width of the network on the grid, a multiple of 5 and of ``num_heads``."""
-        encoder_blocks: int = 2
+        encoder_blocks: int = 3
         """Attention blocks of the encoder."""
-        decoder_blocks: int = 3
+        decoder_blocks: int = 4
         """Attention blocks of the decoder, which has the harder half of the work."""
         num_heads: int = 4
         """Attention heads of a block."""

@@ -187,7 +187,7 @@ class SpeechTokenizer(CodecTokenizer):
         """Mel bands the encoder hears."""
         frames_per_unit: int = 4
         """Frames a unit stands for; 4 gives 25 units a second."""
-        hidden_size: int = 224
+        hidden_size: int = 288
         """Width at the rate of units; half of it at the rate of frames."""
         encoder_blocks: int = 3
         """Blocks of the encoder."""

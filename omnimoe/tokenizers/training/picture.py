@@ -132,7 +132,7 @@ def train(options) -> dict[str, dict[str, float]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line and trains."""
-    options = parser(__doc__.splitlines()[0], steps=6000, batch_size=32, learning_rate=2e-3).parse_args(arguments)
+    options = parser(__doc__.splitlines()[0], steps=8000, batch_size=32, learning_rate=1.5e-3).parse_args(arguments)
     train(options)
     return 0
 

@@ -29,7 +29,7 @@ from omnimoe.tokenizers.training.common import (
 
 logger = logging.getLogger(__name__)
 
-_CROP_UNITS = 40
+_CROP_UNITS = 32
 
 
 def read_clips(corpus: Path, indices: list[int]) -> list[Tensor]:
@@ -148,7 +148,7 @@ def train(options) -> dict[str, dict[str, float]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line and trains."""
-    options = parser(__doc__.splitlines()[0], steps=6000, batch_size=32, learning_rate=2e-3)
+    options = parser(__doc__.splitlines()[0], steps=8000, batch_size=32, learning_rate=1.5e-3)
     options.add_argument("--frames-per-unit", type=int, default=4, help="10 ms frames of a unit (%(default)s)")
     options.add_argument("--glosses", type=int, default=1500, help="glosses spoken and added to train (%(default)s)")
     train(options.parse_args(arguments))
