@@ -361,7 +361,9 @@ def _sample(
 def _decoded(name: str, ids: Tensor, tokenizer: Tokenizer) -> Generated:
     raw = tokenizer.decode(ids)
     is_sound = isinstance(raw, np.ndarray) and raw.ndim == 1
-    return Generated(modality=name, ids=ids, raw=raw, sample_rate=SAMPLE_RATE if is_sound else None)
+    return Generated(
+        modality=name, ids=ids, raw=raw, sample_rate=(tokenizer.sample_rate or SAMPLE_RATE) if is_sound else None
+    )
 
 
 @contextlib.contextmanager

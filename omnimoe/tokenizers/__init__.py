@@ -1,7 +1,7 @@
-"""Tokenizers: text, pictures and speech to discrete ids and back, with small weights that ship with the package."""
+"""Tokenizers: text, pictures, speech and video to ids or vectors and back, with small weights that ship."""
 
 from __future__ import annotations
 
-from omnimoe.tokenizers.base import TOKENIZERS, Tokenizer, TokenizerError, load_tokenizer, register_tokenizer
+from omnimoe.tokenizers.base import TOKENIZERS, Encoded, Tokenizer, TokenizerError, load_tokenizer, register_tokenizer
 
-__all__ = ["TOKENIZERS", "Tokenizer", "TokenizerError", "load_tokenizer", "register_tokenizer"]
+__all__ = ["TOKENIZERS", "Encoded", "Tokenizer", "TokenizerError", "load_tokenizer", "register_tokenizer"]

@@ -174,6 +174,8 @@ class SpeechTokenizer(CodecTokenizer):
         (torch.Size([25]), (16000,))
     """
 
+    modality = "speech"
+    sample_rate = SAMPLE_RATE
     shipped = "speech_25hz.safetensors"
     network: SpeechAutoencoder
 

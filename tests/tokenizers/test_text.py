@@ -60,6 +60,7 @@ def test_text_cannot_forge_markers() -> None:
 def test_markers_have_fixed_ids_and_are_not_text() -> None:
     markers = [PAD_ID, BOS_ID, EOS_ID, BEGIN_IMAGE_ID, END_IMAGE_ID, BEGIN_SPEECH_ID, END_SPEECH_ID]
     assert markers == list(range(7))
+    assert SPECIAL_TOKENS[7:9] == ("<video>", "</video>")
     assert [TOKENIZER.bpe.id_to_token(i) for i in range(16)] == list(SPECIAL_TOKENS)
     assert TOKENIZER.decode([BOS_ID, *TOKENIZER.encode("a lion").tolist(), EOS_ID]) == "a lion"
 
@@ -112,6 +113,13 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(TokenizerError, match="is not a tokenizer file"):
         BpeTokenizer.from_pretrained(tmp_path / "broken.json")
+
+
+def test_a_file_from_before_video_had_markers_is_read(tmp_path: Path) -> None:
+    older = TOKENIZER.bpe.to_str().replace("<video>", "<reserved_7>").replace("</video>", "<reserved_8>")
+    (tmp_path / "older.json").write_text(older)
+    again = load_tokenizer("text", tmp_path / "older.json")
+    assert again.encode("a lion").equal(TOKENIZER.encode("a lion"))
 
 
 def test_a_file_without_the_markers_is_refused(tmp_path: Path) -> None:
