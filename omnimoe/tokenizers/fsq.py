@@ -37,6 +37,7 @@ class FSQ(nn.Module):
         if not levels or any(not isinstance(level, int) or level < 2 for level in levels):
             raise ValueError(f"levels must be integers of 2 or more, one a channel, got {tuple(levels)}")
         self.levels = tuple(levels)
+        self.in_channels = self.channels = len(levels)
         self.num_codes = math.prod(levels)
         count = torch.tensor(levels, dtype=torch.float32)
         # Slightly above (L - 1) / 2, so that the outermost integers are reached and the shift is finite for two levels.

@@ -10,7 +10,8 @@ from PIL import Image
 from omnimoe.config import ConfigError
 from omnimoe.tokenizers import TokenizerError, load_tokenizer
 from omnimoe.tokenizers.codec import WEIGHTS
-from omnimoe.tokenizers.picture import PictureTokenizer, to_square
+from omnimoe.tokenizers.picture import PictureTokenizer
+from omnimoe.tokenizers.raster import to_square
 
 PICTURES = sorted((Path(__file__).parents[1] / "fixtures" / "pictures").glob("*.png"))
 

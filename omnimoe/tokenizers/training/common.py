@@ -1,4 +1,4 @@
-"""What the trainings share: reading a corpus folder, the schedule, averaged weights, the command line."""
+"""What the trainings share: reading a corpus folder, the loop with averaged weights, the command line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 
@@ -105,6 +107,51 @@ class Clock:
         """Share of the schedule that lies behind, 1 at its end."""
         by_time = self.seconds / (60 * self.minutes) if self.minutes else 0.0
         return max(step / self.steps, by_time)
+
+
+def fit(
+    network: nn.Module,
+    batches: Iterator[Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    options: argparse.Namespace,
+    *,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+) -> nn.Module:
+    """Trains until the steps or the minutes run out: AdamW, a cosine, clipped gradients, averaged weights.
+
+    Args:
+        network: changed in place.
+        batches: what ``loss_of`` takes, without end.
+        loss_of: a batch to a loss ``()``.
+        options: of :func:`parser`.
+        evaluate: figures of the averaged network, logged every 500 steps.
+
+    Returns:
+        The averaged network, in evaluation mode.
+    """
+    average = AveragedWeights(network, decay=0.998)
+    optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    logger.info("%.2f M parameters", parameters / 1e6)
+    clock, recent, step = Clock(options.steps, options.minutes), [], 0
+    while (progress := clock.progress(step)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * cosine_rate(progress)
+        loss = loss_of(next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        average.update(network)
+        recent.append(loss.item())
+        step += 1
+        if step % 100 == 0:
+            shown = evaluate(average.network) if step % 500 == 0 else {}
+            extra = "".join(f"  val {name} {value:.3f}" for name, value in shown.items())
+            logger.info("step %d  %.0f s  loss %.4f%s", step, clock.seconds, sum(recent) / len(recent), extra)
+            recent.clear()
+    logger.info("%d steps, %.0f s", step, clock.seconds)
+    return average.network
 
 
 def parser(description: str, *, steps: int, batch_size: int, learning_rate: float) -> argparse.ArgumentParser:

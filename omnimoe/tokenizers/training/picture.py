@@ -7,25 +7,23 @@ halved copies fix colour areas early, the differences keep outlines, and no borr
 from __future__ import annotations
 
 import logging
+import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
-from omnimoe.tokenizers.picture import PictureAutoencoder, PictureTokenizer
-from omnimoe.tokenizers.training.common import (
-    AveragedWeights,
-    Clock,
-    cosine_rate,
-    epochs,
-    indices_by_split,
-    parser,
-    prepare,
-)
+from omnimoe.tokenizers.autoencoder import PictureAutoencoder
+from omnimoe.tokenizers.base import TOKENIZERS
+from omnimoe.tokenizers.training.common import epochs, fit, indices_by_split, parser, prepare
 
 logger = logging.getLogger(__name__)
+
+_DIVERGENCE_WEIGHT = 3e-3
 
 
 def to_batch(pictures: Tensor) -> Tensor:
@@ -70,70 +68,96 @@ def reconstruction_loss(made: Tensor, real: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(network: PictureAutoencoder, pictures: Tensor) -> dict[str, float]:
-    """Mean PSNR in dB over ``pictures (N, S, S, 3)`` uint8, decoded to uint8, and how many codes they use."""
-    decibels, used = [], set()
+    """Mean PSNR in dB over ``pictures (N, S, S, 3)`` uint8, decoded to uint8, and for ids how many codes they use."""
+    decibels: list[Tensor] = []
+    used: set[int] = set()
     for part in pictures.split(128):
-        made, ids = network(to_batch(part))
+        made, extra = network(to_batch(part))
         made = ((made.clamp(-1, 1) + 1) * 127.5).round()
         real = part.permute(0, 3, 1, 2).float()
         error = (made - real).square().mean((1, 2, 3)).clamp_min(1e-2)
         decibels.append(10 * torch.log10(255**2 / error))
-        used.update(ids.unique().tolist())
-    return {"psnr": torch.cat(decibels).mean().item(), "codes": len(used)}
+        used.update([] if extra.is_floating_point() else extra.unique().tolist())
+    return {"psnr": torch.cat(decibels).mean().item(), **({"codes": len(used)} if used else {})}
+
+
+def start_from(network: PictureAutoencoder, file: Path) -> None:
+    """Takes over what fits from the weights of another picture tokenizer; positions are resampled to the own grid.
+
+    The layers at the bottleneck stay fresh if it has another width. Raises OSError if there is no such file.
+    """
+    own, given = network.state_dict(), load_file(file)
+    for name, value in given.items():
+        if name.endswith("_positions") and value.shape != own[name].shape:
+            side = math.isqrt(len(value))
+            square = value.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+            value = F.interpolate(square, size=(network.side,) * 2, mode="bilinear", align_corners=False)
+            value = value[0].flatten(1).T
+        if name in own and own[name].shape == value.shape:
+            own[name] = value.float()
+    network.load_state_dict(own)
 
 
 def train(options) -> dict[str, dict[str, float]]:
-    """Trains, writes ``options.out`` and returns the figures of each split."""
+    """Trains, writes ``options.out`` and returns the figures of each split.
+
+    Raises:
+        ValueError: if the pictures of the corpus have another size than the tokenizer's.
+    """
     prepare(options.seed)
     pictures = torch.from_numpy(np.load(options.corpus / "images.npy")).to(options.device)
     splits = indices_by_split(options.corpus, "image")
-    config = PictureTokenizer.Config()
-    tokenizer = PictureTokenizer(config)
+    tokenizer = TOKENIZERS.get(options.tokenizer).Config().build()
+    if pictures.shape[1] != tokenizer.image_size:
+        raise ValueError(
+            f"{options.tokenizer} is for pictures of {tokenizer.image_size} pixels, {options.corpus} has "
+            f"{pictures.shape[1]}; build it with omnimoe data build --image-size {tokenizer.image_size}"
+        )
     network = tokenizer.network.train().requires_grad_(True).to(options.device, memory_format=torch.channels_last)
-    average = AveragedWeights(network, decay=0.998)
-    optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    if options.init is not None:
+        start_from(network, options.init)
+    logger.info("pictures: %s", {name: len(indices) for name, indices in splits.items()})
     generator = torch.Generator().manual_seed(options.seed)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    logger.info("%.2f M parameters, pictures: %s", parameters / 1e6, {name: len(ix) for name, ix in splits.items()})
 
-    held_out = pictures[splits["val"][:256] or splits["train"][:256]]
-    clock, recent = Clock(options.steps, options.minutes), []
-    for step, batch in enumerate(epochs(splits["train"], options.batch_size, generator)):
-        progress = clock.progress(step)
-        if progress >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * cosine_rate(progress)
+    def loss_of(batch: Tensor) -> Tensor:
         real = augment(to_batch(pictures[batch]), generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast(real.device.type, torch.bfloat16):
-            made, _ = network(real)
+            made, extra = network(real)
         loss = reconstruction_loss(made, real)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        average.update(network)
-        recent.append(loss.item())
-        if step % 100 == 99:
-            shown = evaluate(average.network, held_out) if step % 500 == 499 else {}
-            extra = "".join(f"  val {name} {value:.2f}" for name, value in shown.items())
-            logger.info("step %d  %.0f s  loss %.4f%s", step + 1, clock.seconds, np.mean(recent), extra)
-            recent.clear()
+        return loss + _DIVERGENCE_WEIGHT * extra if extra.is_floating_point() else loss
 
-    tokenizer = PictureTokenizer(config)
-    tokenizer.network.load_state_dict(average.network.state_dict())
+    held_out = pictures[splits["val"][:256] or splits["train"][:256]]
+    average = fit(
+        network,
+        epochs(splits["train"], options.batch_size, generator),
+        loss_of,
+        options,
+        evaluate=lambda averaged: evaluate(averaged, held_out),
+    )
+
+    tokenizer = type(tokenizer)(tokenizer.config)
+    tokenizer.network.load_state_dict(average.state_dict())
+    if tokenizer.is_continuous:
+        tokenizer.standardize(pictures[splits["train"]].cpu().numpy())
     tokenizer.save_pretrained(options.out)
     # Figures are those of the file as stored, in float16, not of the weights in memory.
-    network = PictureTokenizer.from_pretrained(options.out).network.to(options.device)
+    network = type(tokenizer).from_pretrained(options.out).network.to(options.device)
     figures = {split: evaluate(network, pictures[indices]) for split, indices in splits.items() if indices}
-    logger.info("%d steps; %s", step, figures)
+    logger.info("%s", figures)
     return figures
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line and trains."""
-    options = parser(__doc__.splitlines()[0], steps=8000, batch_size=32, learning_rate=1.5e-3).parse_args(arguments)
-    train(options)
+    options = parser(__doc__.splitlines()[0], steps=8000, batch_size=32, learning_rate=1.5e-3)
+    options.add_argument(
+        "--tokenizer",
+        default="picture",
+        choices=("picture", "picture_128", "picture_latents"),
+        help="which form (%(default)s)",
+    )
+    options.add_argument("--init", type=Path, help="weights of another form to start from (none)")
+    train(options.parse_args(arguments))
     return 0
 
 

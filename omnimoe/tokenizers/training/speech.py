@@ -18,10 +18,8 @@ from torch import Tensor
 
 from omnimoe.tokenizers.speech import FLOOR, SAMPLE_RATE, SpeechAutoencoder, SpeechTokenizer, to_peak
 from omnimoe.tokenizers.training.common import (
-    AveragedWeights,
-    Clock,
-    cosine_rate,
     epochs,
+    fit,
     indices_by_split,
     parser,
     prepare,
@@ -102,47 +100,32 @@ def train(options) -> dict[str, dict[str, float]]:
     config = SpeechTokenizer.Config(frames_per_unit=options.frames_per_unit)
     tokenizer = SpeechTokenizer(config)
     network = tokenizer.network.train().requires_grad_(True).to(options.device)
-    average = AveragedWeights(network, decay=0.998)
-    optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    generator = torch.Generator().manual_seed(options.seed)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
     minutes = {split: round(sum(map(len, of)) / SAMPLE_RATE / 60, 1) for split, of in clips.items()}
-    logger.info("%.2f M parameters, minutes of speech: %s", parameters / 1e6, minutes)
-
+    logger.info("minutes of speech: %s", minutes)
+    generator = torch.Generator().manual_seed(options.seed)
     length = tokenizer.samples_per_unit * _CROP_UNITS * 4 // options.frames_per_unit
-    clock, recent = Clock(options.steps, options.minutes), []
-    for step, batch in enumerate(epochs(list(range(len(clips["train"]))), options.batch_size, generator)):
-        progress = clock.progress(step)
-        if progress >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * cosine_rate(progress)
+
+    def loss_of(batch: Tensor) -> Tensor:
         waveforms = torch.stack([crop(clips["train"][i], length, generator) for i in batch.tolist()])
         magnitudes = network.spectrum.magnitudes(waveforms.to(options.device))
         with torch.autocast(magnitudes.device.type, torch.bfloat16):
             made, _ = network(magnitudes)
-        loss = spectral_loss(network, made, magnitudes)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        average.update(network)
-        recent.append(loss.item())
-        if step % 100 == 99:
-            shown = (
-                evaluate(average.network, clips["val"][:64], tokenizer.samples_per_unit) if step % 500 == 499 else {}
-            )
-            extra = "".join(f"  val {name} {value:.3f}" for name, value in shown.items())
-            logger.info("step %d  %.0f s  loss %.4f%s", step + 1, clock.seconds, np.mean(recent), extra)
-            recent.clear()
+        return spectral_loss(network, made, magnitudes)
 
+    average = fit(
+        network,
+        epochs(list(range(len(clips["train"]))), options.batch_size, generator),
+        loss_of,
+        options,
+        evaluate=lambda averaged: evaluate(averaged, clips["val"][:64], tokenizer.samples_per_unit),
+    )
     tokenizer = SpeechTokenizer(config)
-    tokenizer.network.load_state_dict(average.network.state_dict())
+    tokenizer.network.load_state_dict(average.state_dict())
     tokenizer.save_pretrained(options.out)
     # Figures are those of the file as stored, in float16, not of the weights in memory.
     network = SpeechTokenizer.from_pretrained(options.out).network.to(options.device)
     figures = {split: evaluate(network, of[:1000], tokenizer.samples_per_unit) for split, of in clips.items() if of}
-    logger.info("%d steps; %s", step, figures)
+    logger.info("%s", figures)
     return figures
 
 

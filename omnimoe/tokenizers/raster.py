@@ -1,0 +1,89 @@
+"""Pictures of any kind and size to squares of pixels, and pixels to tensors and back."""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from omnimoe.tokenizers.base import TokenizerError
+
+
+def to_square(raw: Any, size: int) -> np.ndarray:
+    """A picture of any kind and size on a white square: ``(size, size, 3)`` uint8.
+
+    Args:
+        raw: what :meth:`~omnimoe.tokenizers.picture.PictureTokenizer.encode` takes.
+        size: side of the result in pixels.
+
+    Raises:
+        TokenizerError: if ``raw`` is not a picture.
+    """
+    if isinstance(raw, torch.Tensor):
+        raw = raw.detach().cpu().numpy()
+    if isinstance(raw, np.ndarray):
+        if raw.dtype == np.uint8 and raw.shape == (size, size, 3):
+            return raw
+        picture = _from_array(raw)
+    elif isinstance(raw, Image.Image):
+        picture = raw
+    elif isinstance(raw, str | PathLike):
+        picture = _from_file(Path(fspath(raw)))
+    else:
+        raise TokenizerError(
+            f"a picture is a path, a PIL image or a uint8 array (H, W, 3), not {type(raw).__name__}: {str(raw)[:60]!r}"
+        )
+    try:
+        picture = picture.convert("RGBA")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise TokenizerError(f"the picture cannot be read to its end: {error}; is the file complete?") from error
+    side = max(picture.size)
+    if min(picture.size) < 1:
+        raise TokenizerError(f"a picture needs at least one pixel, got {picture.width} x {picture.height}")
+    square = Image.new("RGBA", (side, side), "white")
+    square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square = square.convert("RGB")
+    return np.asarray(square if side == size else square.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+
+
+def to_signed(pictures: np.ndarray) -> Tensor:
+    """``(B, H, W, 3)`` uint8 to ``(B, 3, H, W)`` float32 in ``[-1, 1]``."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def from_signed(pictures: Tensor) -> np.ndarray:
+    """``(B, 3, H, W)`` to ``(B, H, W, 3)`` uint8; the inverse of :func:`to_signed`, clipping."""
+    scaled = (pictures.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _from_array(raw: np.ndarray) -> Image.Image:
+    channels_fit = raw.ndim == 2 or (raw.ndim == 3 and raw.shape[2] in (3, 4))
+    if raw.dtype != np.uint8 or not channels_fit:
+        raise TokenizerError(
+            f"an array of a picture is uint8 of shape (H, W), (H, W, 3) or (H, W, 4), not {raw.dtype} {raw.shape}; "
+            "scale floats to 0..255 and move channels last"
+        )
+    if not raw.size:
+        raise TokenizerError(f"a picture needs at least one pixel, got an array of shape {raw.shape}")
+    return Image.fromarray(np.ascontiguousarray(raw))
+
+
+def _from_file(path: Path) -> Image.Image:
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except FileNotFoundError:
+        raise TokenizerError(f"no picture at {path}") from None
+    except UnidentifiedImageError:
+        raise TokenizerError(
+            f"{path} is not a picture in a format that Pillow knows (png, jpeg, webp, gif, ...)"
+        ) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise TokenizerError(f"the picture {path} cannot be read: {error}") from error
+    return picture
