@@ -46,7 +46,7 @@ from omnimoe.model_config import OmniMoeConfig
 from omnimoe.registry import Registry
 from omnimoe.routers import Router, Routing
 from omnimoe.scoring import Scores, aux_loss_of
-from omnimoe.spans import SpanProcessor, has_spans
+from omnimoe.spans import span_positions, span_processors
 
 MODELS: Registry[Callable[[], OmniMoeConfig]] = Registry("model")
 register_model = MODELS.register
@@ -499,15 +499,20 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         max_span: int | Mapping[str, int] | None = None,
         span_temperature: Mapping[str, float] | None = None,
         span_top_k: Mapping[str, int] | None = None,
+        span_top_p: Mapping[str, float] | None = None,
+        span_min_p: Mapping[str, float] | None = None,
+        guidance: float | Mapping[str, float] | None = None,
+        grids: Mapping[str, Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What ``generate`` passes at a step.
 
-        ``free`` to ``span_top_k`` are arguments of ``generate``. It knows them from this signature and hands them to
-        ``_get_logits_processor``, where they are used; they go no further than here.
+        ``free`` to ``grids`` are arguments of ``generate``. It knows them from this signature and hands them to
+        ``_get_logits_processor``, where they are used; all but ``grids`` go no further than here.
 
         Past the prompt, modality ids come from the partition, the key of the last position goes on, and nothing is in a
-        block; features enter with the prompt.
+        block; features enter with the prompt. With ``grids``, the rows and columns of modalities with positions in
+        space, rotary positions are read off the ids; without, they go on by one in every axis.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
@@ -517,6 +522,9 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         cache = inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         total = past + inputs["input_ids"].shape[1]
+        if grids is not None:
+            positions = span_positions(self.config, input_ids, grids, kwargs.get("attention_mask"))
+            inputs["position_ids"] = positions[:, past:]
         for name in ("modality_ids", "key_ids", "block_ids"):
             given = inputs.get(name)
             if given is None:
@@ -546,19 +554,10 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
     def _get_logits_processor(
         self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> LogitsProcessorList:
-        """Puts the grammar of spans before everything else, so that ``top_k`` and the like count what may follow."""
+        """Puts guidance and the grammar of spans first, so that ``top_k`` and the like count what may follow."""
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
-        given = model_kwargs or {}
-        options = {
-            "spans": given.get("spans"),
-            "max_span": given.get("max_span"),
-            "temperature": given.get("span_temperature"),
-            "top_k": given.get("span_top_k"),
-        }
-        wanted = has_spans(self.config) or any(value is not None for value in options.values())
-        if wanted and not given.get("free"):
-            processor = SpanProcessor(self.config, **options)
-            processors.insert(0, processor)
+        settings = kwargs.get("generation_config") or (args[0] if args else None)
+        processors[:0] = span_processors(self, model_kwargs or {}, use_cache=getattr(settings, "use_cache", True))
         return processors
 
     @staticmethod
