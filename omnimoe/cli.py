@@ -1,4 +1,4 @@
-"""The command line: ``omnimoe quickstart | list | info | train | compare | generate | data``.
+"""The command line: ``omnimoe quickstart | list | info | train | compare | generate | eval | data``.
 
 A command is a module of ``omnimoe.commands`` with ``add_arguments(parser)`` and ``run(args) -> int``. It is imported
 only when it is asked for, so that ``omnimoe --help`` answers at once.
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a model of the zoo, or one declared in a JSON file",
     "compare": "train several architectures on the same data and compare the steps they need",
     "generate": "make text, pictures or speech from text, pictures or speech",
+    "eval": "measure models on held-out data: loss, retrieval, generated pictures and speech",
     "data": "build or look at a corpus",
 }
 

@@ -44,8 +44,8 @@ def spread(measured: dict[str, float] | None, *, percent: bool = False) -> str:
 def comparison_table(rows: list[dict[str, Any]], modalities: list[str]) -> Group:
     """A comparison as two tables: sizes, FLOPs and time; then loss and share of the baseline's steps by modality."""
     names = ["all tokens" if modality == "all" else modality for modality in modalities]
-    costs = _table("model", "params", "active", "FLOPs/token", "time")
-    losses = _table("model", *(f"loss\n{name}" for name in names), *(f"steps\n{name}" for name in names))
+    costs = plain_table("model", "params", "active", "FLOPs/token", "time")
+    losses = plain_table("model", *(f"loss\n{name}" for name in names), *(f"steps\n{name}" for name in names))
     base = rows[0]["model"]
     for row in rows:
         costs.add_row(
@@ -62,7 +62,8 @@ def comparison_table(rows: list[dict[str, Any]], modalities: list[str]) -> Group
     return Group(costs, "", losses)
 
 
-def _table(first: str, *others: str) -> Table:
+def plain_table(first: str, *others: str) -> Table:
+    """An empty table: the first column to the left, numbers to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(first, no_wrap=True)
     for heading in others:

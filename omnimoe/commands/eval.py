@@ -1,0 +1,149 @@
+"""``omnimoe eval``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omnimoe.evaluate.run import Evaluation
+    from omnimoe.model import OmniMoeForCausalLM
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="NAME|DIR",
+        help="zoo names with weights, or folders of saved models; LABEL=DIR names the column",
+    )
+    parser.add_argument("--data", default="p", help="a shipped corpus, or a folder of 'omnimoe data build'")
+    parser.add_argument(
+        "--raw",
+        type=Path,
+        metavar="DIR",
+        help="folder with the pictures and clips behind --data, if it is not that folder itself; without one, what "
+        "tokens decode to stands for them",
+    )
+    parser.add_argument("--split", default="test", help="val, test, drawing or train")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="which; all if left out")
+    parser.add_argument("--num", default="100", metavar="N", help="concepts that each metric uses, or 'all'")
+    parser.add_argument(
+        "--candidates", type=int, nargs="+", default=[4, 10], metavar="N", help="sizes of the sets to choose from"
+    )
+    parser.add_argument("--out", type=Path, default=Path("omnimoe-eval"), metavar="DIR", help="folder for the report")
+    parser.add_argument("--seed", type=int, default=0, help="draws concepts, candidates and samples")
+    parser.add_argument("--temperature", type=float, metavar="X", help="of pictures and speech, not 0.9 and 0.8")
+    parser.add_argument("--top-k", type=int, metavar="K", help="of pictures and speech, not 100 and 50")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences, pictures or clips at once")
+    parser.add_argument("--untrained", action="store_true", help="evaluate zoo names without weights too, fresh")
+    parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda; the fastest there is if left out")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates, prints a table for each metric, and says where the report is."""
+    if args.num != "all" and not args.num.isdecimal():
+        raise ValueError(f"--num must be a number of concepts or 'all', got {args.num!r}")
+    labelled = labels(args.models)
+
+    from omnimoe.evaluate.base import METRICS
+    from omnimoe.evaluate.run import evaluate
+
+    for name in args.metrics or ():
+        METRICS.get(name)
+    raw = args.raw
+    if raw is None and (Path(args.data) / "images.npy").is_file():
+        raw = Path(args.data)
+    options = {"temperature": args.temperature, "top_k": args.top_k}
+    given = {name: value for name, value in options.items() if value is not None}
+    models = {label: _model(source, args.device, args.untrained, args.seed) for label, source in labelled.items()}
+    evaluation = evaluate(
+        models,
+        corpus=args.data,
+        split=args.split,
+        metrics=args.metrics,
+        raw=raw,
+        num=None if args.num == "all" else int(args.num),
+        candidates=args.candidates,
+        seed=args.seed,
+        out=args.out,
+        sampling={"image": given, "speech": given},
+        batch_size=args.batch_size,
+        show_progress=True,
+    )
+    if args.json:
+        print(json.dumps(evaluation.to_dict()))
+        return 0
+    _tell(evaluation)
+    print(f"report  {args.out / 'report.html'}\nnumbers {args.out / 'eval.json'}")
+    return 0
+
+
+def labels(models: list[str]) -> dict[str, str]:
+    """A label for each model: what stands before ``=``, else the zoo name, else the folder that tells it apart.
+
+    Example:
+        >>> labels(["mot_nano", "runs/dense-seed0/checkpoint", "mine=runs/x/checkpoint"])
+        {'mot_nano': 'mot_nano', 'dense-seed0': 'runs/dense-seed0/checkpoint', 'mine': 'runs/x/checkpoint'}
+    """
+    found: dict[str, str] = {}
+    for given in models:
+        named = re.fullmatch(r"([\w.\-]+)=(.+)", given)
+        label, source = (named[1], named[2]) if named else ("", given)
+        if not label:
+            parts = [part for part in Path(given).parts if part not in ("checkpoint", "/", ".", "..")]
+            label = parts[-1] if parts else given
+        unique = label
+        while unique in found:
+            if named:
+                raise ValueError(f"two models are called {label!r}; write LABEL=DIR with a label for each")
+            unique = f"{label}-{sum(other.partition('-')[0] == label for other in found) + 2}"
+        found[unique] = source
+    return found
+
+
+def _model(source: str, device: str | None, untrained: bool, seed: int) -> OmniMoeForCausalLM:
+    import torch
+
+    from omnimoe.commands._settings import read_device
+    from omnimoe.hub import from_pretrained, load, model_info
+    from omnimoe.model import MODELS
+
+    place = read_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if source not in MODELS or Path(source).is_dir():
+        return from_pretrained(source, device=place)
+    if model_info(source).pretrained is not None:
+        return load(source, pretrained=True, device=place)
+    if not untrained:
+        raise ValueError(
+            f"there are no weights for {source!r}; train it and pass the folder, or evaluate fresh weights with "
+            "--untrained"
+        )
+    return load(source, device=place, seed=seed)
+
+
+def _tell(evaluation: Evaluation) -> None:
+    from omnimoe.commands._tables import console, plain_table
+    from omnimoe.evaluate.base import title_of
+    from omnimoe.evaluate.tables import header, legend, lines
+
+    screen: Any = console()
+    for metric in evaluation.measures:
+        told = lines(evaluation, metric, detail=False)
+        screen.print(f"\n[bold]{metric}[/bold]  {title_of(metric)}  ({evaluation.seconds[metric]:.0f} s)")
+        table = plain_table(*header(evaluation, metric))
+        for row in told:
+            table.add_row(*row)
+        screen.print(table)
+        for note in evaluation.notes[metric]:
+            screen.print(f"  {note}", style="dim", highlight=False)
+        for file, _ in evaluation.sheets[metric]:
+            print(f"  sheet   {file}")
+    for metric, reason in evaluation.not_run.items():
+        screen.print(f"\n[bold]{metric}[/bold]  not run: {reason}", highlight=False)
+    print(f"\n{legend(evaluation)}")
