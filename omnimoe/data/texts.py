@@ -140,7 +140,7 @@ def wordnet_words(cache: str | os.PathLike[str] | None = None) -> frozenset[str]
 
 
 def frequent_words(cache: str | os.PathLike[str] | None = None, *, least: int = 3) -> list[str]:
-    """Single words of 3 to 14 letters whose senses were met ``least`` times or more in WordNet's tagged texts, sorted."""
+    """Words of 3 to 14 letters whose senses were met ``least`` times or more in WordNet's tagged texts, sorted."""
     counts: collections.Counter[str] = collections.Counter()
     for line in _wordnet_lines("cntlist.rev", cache):
         sense, _, count = line.split()

@@ -27,8 +27,8 @@ def tokenize_corpus(
     out: str | os.PathLike[str],
     *,
     tokenizers: Mapping[str, Tokenizer] | None = None,
-    languages: Sequence[str] | None = LANGUAGES,
-    name: str = "p",
+    languages: Sequence[str] | None = (),
+    name: str | None = None,
 ) -> Path:
     """Encodes a folder of ``build_corpus``: ``tokens.npz``, ``corpus.json``, ``LICENSES.md`` and ``ATTRIBUTION``.
 
@@ -36,8 +36,9 @@ def tokenize_corpus(
         folder: the built folder.
         out: folder to write, made if need be.
         tokenizers: ``{"text": ..., "image": ..., "speech": ...}``; None for the shipped ones.
-        languages: languages of the rows to keep; None for all.
-        name: name of the corpus.
+        languages: languages of the rows to keep; None for all, empty for those that the folder's ``about.json`` names,
+            :data:`LANGUAGES` where it names none.
+        name: name of the corpus; None for that of ``about.json``.
 
     Returns:
         ``out``.
@@ -51,9 +52,12 @@ def tokenize_corpus(
         raise CorpusError(f"{folder} is not a built corpus: rows.jsonl is missing; run build_corpus first")
     if tokenizers is None:
         tokenizers = {modality: load_tokenizer(known) for modality, known in TOKENIZERS.items()}
+    about = _about(folder)
+    if languages is not None and not languages:
+        languages = about.get("languages", LANGUAGES)
     rows = [row for row in _lines(folder / "rows.jsonl") if languages is None or row["lang"] in languages]
     documents = _lines(folder / "text.jsonl")
-    check_leaks(rows, documents)
+    check_leaks(rows, documents, shares_concepts=about["shares_concepts"])
 
     texts = list(dict.fromkeys([row["text"] for row in rows] + [document["text"] for document in documents]))
     text_index = {text: i for i, text in enumerate(texts)}
@@ -92,15 +96,24 @@ def tokenize_corpus(
     partial = out / "tokens.partial.npz"
     np.savez_compressed(partial, **arrays)
     (out / "corpus.json").write_text(
-        json.dumps(_meta(name, tokenizers, names, rows, documents), indent=1, ensure_ascii=False) + "\n",
+        json.dumps(_meta(name or about["name"], tokenizers, names, rows, documents), indent=1, ensure_ascii=False)
+        + "\n",
         encoding="utf-8",
     )
     if (folder / "LICENSES.md").is_file():
         shutil.copyfile(folder / "LICENSES.md", out / "LICENSES.md")
+    if (folder / "LICENSES.md").is_file() and about["permissive"]:
         notices = files("omnimoe.data").joinpath("NOTICES.md").read_text(encoding="utf-8")
         (out / "ATTRIBUTION").write_text(_attribution(notices), encoding="utf-8")
     partial.rename(out / "tokens.npz")
     return out
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What ``build_corpus`` says of a folder; a folder without it is taken for set P."""
+    file = folder / "about.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {"name": "p", "permissive": True, "shares_concepts": False, **said}
 
 
 def _encode(tokenizer: Tokenizer, raws: list[Any], what: str, batch: int = 64) -> list[np.ndarray]:

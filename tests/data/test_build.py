@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omnimoe.data.build import SOURCES, build_corpus, license_page
+from omnimoe.data.build import SETS, build_corpus
+from omnimoe.data.licenses import license_page
 from omnimoe.data.openclipart import clean_title, usable_title
 from omnimoe.data.pictures import PictureError, fingerprint, render_svg, scaled, to_square
 from omnimoe.data.speech import SAMPLE_RATE, to_clip
@@ -114,17 +115,20 @@ def test_a_bounded_part_is_the_same_each_time_and_in_order() -> None:
     assert part == sorted(part) == bounded(iter(documents), 1000)
 
 
-def test_every_source_is_on_the_licence_page() -> None:
-    page = license_page()
-    for source in SOURCES:
-        assert source.license in page
-        assert source.credit in page
-    assert all(not source.license.startswith("CC-BY-SA") and "GPL" not in source.license for source in SOURCES)
-    assert len({source.name for source in SOURCES}) == len(SOURCES)
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_every_source_is_on_the_licence_page(name: str) -> None:
+    made = SETS[name]
+    page = license_page(name, made.sources, 64, permissive=made.permissive)
+    for source in made.sources:
+        assert f"| {source.name} | {source.used} | {source.license} | [{source.credit}]" in page
+    copyleft = [s.name for s in made.sources if s.license.startswith("CC-BY-SA") or "GPL" in s.license]
+    assert bool(copyleft) != made.permissive
+    assert ("may be done with weights" in page) != made.permissive
+    assert len({source.name for source in made.sources}) == len(made.sources)
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown corpus 'Q'; known: P"):
+    with pytest.raises(ValueError, match="unknown corpus 'Q'; known: P, S, D"):
         build_corpus("Q", out=tmp_path / "q")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")

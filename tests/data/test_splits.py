@@ -6,6 +6,7 @@ import pytest
 
 from omnimoe.data.splits import (
     LeakError,
+    assign_by_picture,
     assign_splits,
     check_leaks,
     concept_key,
@@ -199,3 +200,18 @@ def test_entries_that_define_a_held_out_concept_are_found_and_dropped(split: str
         check_leaks(rows, [*keep, defines])
     assert drop_defined([defines, *keep], rows) == keep
     assert check_leaks(rows, keep)["train"] == 1
+
+
+def test_pictures_of_shared_concepts_are_held_out_one_by_one() -> None:
+    rows = [row(f"digit {i % 3}", f"digit {i % 3}", i, i % 3) for i in range(600)] + [row("digit 0", "digit 0")]
+    assign_by_picture(rows)
+    counts = check_leaks(rows, shares_concepts=True)
+    assert counts["train"] == pytest.approx(480, rel=0.1)
+    assert counts["val"] > 30
+    assert counts["test"] > 30
+    assert rows[-1]["split"] == "train"
+    with pytest.raises(LeakError, match="concept 'digit"):
+        check_leaks(rows)
+    rows[1]["split"], rows[2]["split"], rows[2]["image"] = "train", "test", rows[1]["image"]
+    with pytest.raises(LeakError, match="picture 1 is in train and test"):
+        check_leaks(rows, shares_concepts=True)
