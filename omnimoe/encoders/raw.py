@@ -1,0 +1,63 @@
+"""Raw inputs as the encoders take them; what cannot be one is refused as the tokenizers refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnimoe.encoders.base import EncoderError
+from omnimoe.tokenizers.base import TokenizerError
+from omnimoe.tokenizers.raster import to_square
+from omnimoe.tokenizers.speech import check_waveform
+
+
+def square_pictures(raws: Sequence[Any], size: int) -> np.ndarray:
+    """Pictures of any kind and size, each on a white square.
+
+    Args:
+        raws: B paths, PIL images, or uint8 arrays or tensors ``(H, W, 3)``, ``(H, W, 4)`` or ``(H, W)``.
+        size: side of the result in pixels.
+
+    Returns:
+        ``(B, size, size, 3)`` uint8.
+
+    Raises:
+        EncoderError: if one is not a picture; the message says which.
+    """
+    pictures = []
+    for place, raw in enumerate(raws):
+        try:
+            pictures.append(to_square(raw, size))
+        except TokenizerError as error:
+            raise EncoderError(f"input {place}: {error}") from error
+    return np.stack(pictures)
+
+
+def waveforms_at(raws: Sequence[Any], sample_rate: int, wanted_rate: int) -> list[Tensor]:
+    """Clips at the rate an encoder hears.
+
+    Args:
+        raws: B clips ``(n,)``, floating point in [-1, 1] or int16, one channel.
+        sample_rate: of the clips, in Hz.
+        wanted_rate: of the result, in Hz.
+
+    Returns:
+        B tensors ``(n,)`` float32 on the CPU.
+
+    Raises:
+        EncoderError: if one is empty, has several channels, is not finite or lies out of range.
+    """
+    from torchaudio.functional import resample
+
+    clips = []
+    for place, raw in enumerate(raws):
+        try:
+            clip = torch.from_numpy(check_waveform(raw, sample_rate))
+        except TokenizerError as error:
+            raise EncoderError(f"input {place}: {error}") from error
+        clips.append(clip if sample_rate == wanted_rate else resample(clip, sample_rate, wanted_rate))
+    return clips
