@@ -7,6 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 from omnimoe.config import ConfigError
 from omnimoe.encoders.base import Encoder, EncoderError, Features, register_encoder
 from omnimoe.encoders.raw import square_pictures, waveforms_at
+
+_ONLY_IN_TRAINING = ("masked_spec_embed", "mask_token")
 
 
 class HFEncoder(Encoder):
@@ -48,17 +51,28 @@ class HFEncoder(Encoder):
 
         given = {"revision": config.revision, "trust_remote_code": False}
         try:
+            missing: set[str] = set()
             if weights:
-                whole = AutoModel.from_pretrained(config.source, use_safetensors=True, dtype=torch.float32, **given)
+                whole, report = AutoModel.from_pretrained(
+                    config.source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **given
+                )
+                missing = {name for name in report["missing_keys"] if not name.endswith(_ONLY_IN_TRAINING)}
             else:
                 whole = AutoModel.from_config(AutoConfig.from_pretrained(config.source, **given))
             self._processor = self._load_processor(config.source, **given)
         except (OSError, ValueError, RuntimeError) as error:
             raise EncoderError(f"no encoder can be loaded from {config.source!r}: {error}") from error
-        self.network = next((getattr(whole, name) for name in self.towers if hasattr(whole, name)), whole)
-        if getattr(self.network.config, "is_encoder_decoder", False) and self.network is whole:
-            raise EncoderError(f"{config.source!r} is a {type(whole).__name__}, of which no tower is {self.kind}")
-        self.hidden_size = self.network.config.hidden_size
+        absent = sorted(name for name in missing if "pooler" not in name.split("."))
+        if absent:
+            raise EncoderError(f"the weights in {config.source!r} lack {', '.join(absent[:3])} of {len(absent)}")
+        # a pooler that the file does not hold would be random
+        self.pools = not missing
+        tower = next((getattr(whole, name) for name in self.towers if hasattr(whole, name)), None)
+        if tower is None and getattr(whole.config, "is_encoder_decoder", False):
+            tower = whole.get_encoder()
+        self.network = whole if tower is None else tower
+        form = self.network.config
+        self.hidden_size = form.hidden_size if hasattr(form, "hidden_size") else form.hidden_sizes[-1]
         self.freeze()
 
     @staticmethod
@@ -68,18 +82,18 @@ class HFEncoder(Encoder):
 
 @register_encoder("hf_vision")
 class HFVision(HFEncoder):
-    """A vision encoder: ViT, DINOv2, the vision towers of CLIP and SigLIP, and others that take ``pixel_values``."""
+    """A vision encoder that takes ``pixel_values``: ViT, DINOv2, the towers of CLIP and SigLIP, Swin, ConvNeXt."""
 
     kind = "image"
     towers = ("vision_model", "vision_tower", "visual")
 
     def __init__(self, config: HFVision.Config, *, weights: bool = True) -> None:
         super().__init__(config, weights=weights)
-        form, name = self.network.config, type(self.network).__name__
-        side, patch = getattr(form, "image_size", None), getattr(form, "patch_size", None)
-        if not isinstance(side, int) or not isinstance(patch, int):
-            raise EncoderError(f"{config.source!r} holds a {name}, which does not cut pictures into square patches")
-        self._side, self._patch = side, patch
+        side = getattr(self.network.config, "image_size", None)
+        if not isinstance(side, int):
+            sizes = getattr(self._processor, "crop_size", None) or self._processor.size
+            side = max(value for value in dict(sizes).values() if value)
+        self._side = side
 
     def prepare(self, raws: Sequence[Any], **options: Any) -> dict[str, Tensor]:
         """Pictures to ``pixel_values (B, 3, H, W)``, as the model's own processor makes them.
@@ -101,17 +115,28 @@ class HFVision(HFEncoder):
         """
         pixels = inputs["pixel_values"].to(self.device, self.dtype)
         out = self.network(pixel_values=pixels)
-        grid = (pixels.shape[2] // self._patch, pixels.shape[3] // self._patch)
-        places = grid[0] * grid[1]
         hidden = out.last_hidden_state
-        if hidden.ndim != 3 or hidden.shape[1] < places:
-            raise EncoderError(
-                f"{type(self.network).__name__} gives {tuple(hidden.shape)} for {grid[0]} x {grid[1]} patches; "
-                "only encoders with a row for each patch are supported"
-            )
-        rows = hidden[:, hidden.shape[1] - places :]
-        pooled = getattr(out, "pooler_output", None)
-        return Features(rows=rows, pooled=rows.mean(1) if pooled is None else pooled, grid=grid)
+        if hidden.ndim == 4:  # a convolutional network: (B, C, rows, columns)
+            grid = (hidden.shape[2], hidden.shape[3])
+            rows = hidden.flatten(2).transpose(1, 2)
+        else:
+            grid = self._grid(pixels, hidden)
+            rows = hidden[:, hidden.shape[1] - grid[0] * grid[1] :]
+        pooled = getattr(out, "pooler_output", None) if self.pools else None
+        pooled = rows.mean(1) if pooled is None else pooled.flatten(1)
+        return Features(rows=rows, pooled=pooled, grid=grid)
+
+    def _grid(self, pixels: Tensor, hidden: Tensor) -> tuple[int, int]:
+        """Rows and columns of what a transformer gives; class and register tokens come before the patches."""
+        patch = getattr(self.network.config, "patch_size", None)
+        if isinstance(patch, int):
+            grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+            if grid[0] * grid[1] <= hidden.shape[1]:
+                return grid
+        side = math.isqrt(hidden.shape[1])
+        if side * side != hidden.shape[1]:
+            raise EncoderError(f"{type(self.network).__name__} gives {hidden.shape[1]} rows, which are no square grid")
+        return side, side
 
     @staticmethod
     def _load_processor(source: str, **given: Any) -> Any:
@@ -125,7 +150,7 @@ class HFAudio(HFEncoder):
     """An audio encoder: Whisper's, wav2vec 2.0, HuBERT, others that take ``input_features`` or ``input_values``."""
 
     kind = "audio"
-    towers = ("encoder", "audio_model", "audio_tower")
+    towers = ("audio_model", "audio_tower")
 
     def __init__(self, config: HFAudio.Config, *, weights: bool = True) -> None:
         super().__init__(config, weights=weights)
