@@ -134,9 +134,12 @@ def _tell(evaluation: Evaluation) -> None:
 
     screen: Any = console()
     for metric in evaluation.measures:
-        told = lines(evaluation, metric, detail=False)
         screen.print(f"\n[bold]{metric}[/bold]  {title_of(metric)}  ({evaluation.seconds[metric]:.0f} s)")
-        table = plain_table(*header(evaluation, metric))
+        named = header(evaluation, metric)
+        told = lines(evaluation, metric, detail=False)
+        if sum(max(map(len, column)) + 2 for column in zip(named, *told, strict=True)) > screen.width:
+            told = lines(evaluation, metric, detail=False, intervals=False)
+        table = plain_table(*named)
         for row in told:
             table.add_row(*row)
         screen.print(table)

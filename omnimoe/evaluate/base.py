@@ -12,7 +12,7 @@ from omnimoe.registry import Registry
 if TYPE_CHECKING:
     from omnimoe.evaluate.bench import Bench
 
-BUILT_IN = ("loss", "retrieval")
+BUILT_IN = ("loss", "retrieval", "tokenizers", "pictures", "speech")
 """Metrics that come with the package, in the order in which they run and are told."""
 
 

@@ -19,10 +19,7 @@ def number(value: float, unit: str) -> str:
         >>> number(0.345, "share"), number(5.0668, "nats/token"), number(467.83, "bits/picture")
         ('34.5 %', '5.067', '468')
     """
-    if unit == "share":
-        return f"{100 * value:.1f} %"
-    size = abs(value)
-    return f"{value:.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if unit == "share" else f"{value:.{_digits(value, unit)}f}"
 
 
 def interval(measure: Measure) -> str:
@@ -30,16 +27,21 @@ def interval(measure: Measure) -> str:
     if measure.low is None or measure.high is None:
         return ""
     if measure.unit == "share":
-        return f"{100 * measure.low:.0f}-{100 * measure.high:.0f}"
-    return f"{number(measure.low, measure.unit)} to {number(measure.high, measure.unit)}"
+        return f"({100 * measure.low:.0f}-{100 * measure.high:.0f})"
+    return f"± {(measure.high - measure.low) / 2:.{_digits(measure.value, measure.unit)}f}"
 
 
-def cell(measure: Measure | None) -> str:
+def _digits(value: float, unit: str) -> int:
+    size = abs(value)
+    return 0 if size >= 100 or unit == "clips" else 1 if size >= 10 else 3
+
+
+def cell(measure: Measure | None, *, intervals: bool = True) -> str:
     """A value with its interval; a dash where nothing was measured."""
     if measure is None:
         return "–"
-    told = interval(measure)
-    return number(measure.value, measure.unit) + (f" ({told})" if told else "")
+    told = interval(measure) if intervals else ""
+    return number(measure.value, measure.unit) + (f" {told}" if told else "")
 
 
 def header(evaluation: Evaluation, metric: str) -> list[str]:
@@ -49,7 +51,7 @@ def header(evaluation: Evaluation, metric: str) -> list[str]:
     return ["", "unit", *evaluation.columns(metric), *(["chance"] if has_chance else []), "n"]
 
 
-def lines(evaluation: Evaluation, metric: str, *, detail: bool = True) -> list[list[str]]:
+def lines(evaluation: Evaluation, metric: str, *, detail: bool = True, intervals: bool = True) -> list[list[str]]:
     """The cells of a metric's table, under those of :func:`header`."""
     has_chance = "chance" in header(evaluation, metric)
     found = []
@@ -63,7 +65,7 @@ def lines(evaluation: Evaluation, metric: str, *, detail: bool = True) -> list[l
             [
                 name,
                 told.strip(),
-                *(cell(held.get(column)) for column in evaluation.columns(metric)),
+                *(cell(held.get(column), intervals=intervals) for column in evaluation.columns(metric)),
                 *(["" if chance is None else number(chance, unit)] if has_chance else []),
                 "" if not counts else f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}-{counts[-1]:,}",
             ]
@@ -76,8 +78,8 @@ def legend(evaluation: Evaluation) -> str:
     size = evaluation.settings["num"]
     used = "all concepts" if size is None else f"at most {size} concepts, one row of each"
     return (
-        f"Split {evaluation.settings['split']!r} of corpus {evaluation.environment['corpus']}, {used}. In brackets: "
-        "95 % intervals. ↓: lower is better, ↑: higher is better. chance: what guessing gives."
+        f"Split {evaluation.settings['split']!r} of corpus {evaluation.environment['corpus']}, {used}. In "
+        "brackets and after ±: 95 % intervals. ↓: lower is better, ↑: higher is better. chance: what guessing gives."
     )
 
 
