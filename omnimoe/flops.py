@@ -180,7 +180,10 @@ def _of_batch(config: OmniMoeConfig, batch: Mapping[str, Any]) -> _Work:
         valid &= batch["segment_ids"] >= 0
     found = torch.bincount(modality_ids[valid], minlength=len(config.modalities)).tolist()
     features = {name: float(len(rows)) for name, rows in (batch.get("features") or {}).items()}
-    return _Work(dict(zip(config.modality_names, found, strict=True)), batch_size * length, length, features)
+    # what only enters comes in a form of its own; its rows are its positions
+    rows = dict(zip(config.modality_names, found, strict=True))
+    features |= {name: float(rows[name]) for name in config.input_only if name in features}
+    return _Work(rows, batch_size * length, length, features)
 
 
 def _heads(config: Attention.Config, hidden_size: int) -> tuple[int, int]:

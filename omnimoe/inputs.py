@@ -126,8 +126,13 @@ def check_batch(
     return shape
 
 
-def check_rows(name: str, given: object) -> None:
+def check_rows(name: str, given: object, *, free: Iterable[str] = ()) -> None:
     """Refuses rows of continuous modalities that do not come by name, ``{modality: tensor}``; None is fine.
+
+    Args:
+        name: the argument's name.
+        given: what was passed.
+        free: modalities whose rows may come in another form.
 
     Raises:
         InputError: with the type found.
@@ -135,6 +140,8 @@ def check_rows(name: str, given: object) -> None:
     if given is not None and not isinstance(given, Mapping):
         raise InputError(f"{name} must be a mapping, {{modality: tensor (n, C)}}, got {type(given).__name__}")
     for key, rows in (given or {}).items():
+        if key in free:
+            continue
         check_tensor(f"{name}[{key!r}]", rows, "(n, C)" if name != "timesteps" else "(n,)")
 
 
@@ -159,6 +166,19 @@ def check_features(
         raise InputError(f"features[{name!r}] must be ({expected}, {channels}), got {tuple(rows.shape)}")
     if timesteps is not None and tuple(timesteps.shape) != (expected,):
         raise InputError(f"timesteps[{name!r}] must be ({expected},), got {tuple(timesteps.shape)}; one for each row")
+
+
+def check_embedded(name: str, embedded: Tensor, expected: int) -> None:
+    """Refuses features of an input-only modality that become more or fewer rows than the sequence has places for.
+
+    Raises:
+        InputError: with both counts.
+    """
+    if len(embedded) != expected:
+        raise InputError(
+            f"features[{name!r}] become {len(embedded)} rows, and the sequence has {expected} positions whose modality "
+            f"is {name!r}; lay them out with span_ids(features) of that modality"
+        )
 
 
 def valid_positions(

@@ -21,6 +21,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
+    SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,6 +33,7 @@ from omnimoe.inputs import (
     InputError,
     check_arguments,
     check_batch,
+    check_embedded,
     check_features,
     check_ids,
     check_prompt,
@@ -154,9 +156,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         continuous = [held for held in config.modalities if not held.is_discrete]
-        self.modalities = nn.ModuleDict(
-            {held.name: held.build(hidden_size=config.hidden_size) for held in continuous}
-        )
+        self.modalities = nn.ModuleDict({held.name: held.build(hidden_size=config.hidden_size) for held in continuous})
         self.backbone = Backbone(config.blocks, hidden_size=config.hidden_size, num_modalities=config.num_keys)
         self.norm = config.final_norm.build(hidden_size=config.hidden_size, num_modalities=config.num_keys)
         self.gradient_checkpointing = False
@@ -287,8 +287,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         rows: RowLayout,
     ) -> Tensor:
         x = rows.to_rows(inputs_embeds) if input_ids is None else self.embed_tokens(rows.to_rows(input_ids))
-        for what, held in (("features", features), ("timesteps", timesteps)):
-            check_rows(what, held)
+        check_rows("features", features, free=self.config.input_only)
+        check_rows("timesteps", timesteps)
         unused = sorted(set(timesteps or {}) - set(features or {}))
         if unused:
             raise InputError(f"timesteps for {unused} without features; pass their rows as features[{unused[0]!r}]")
@@ -296,11 +296,17 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         for name, given in (features or {}).items():
             index = rows.where(self._modality_id(name))
             times = (timesteps or {}).get(name)
-            check_features(self.config, name, given, len(index), times)
+            is_free = name in self.config.input_only
+            if not is_free:
+                check_features(self.config, name, given, len(index), times)
             embedded = self.modalities[name].embed(given, times)
+            if is_free:
+                check_embedded(name, embedded, len(index))
             x = x.index_copy(0, index, embedded.to(x.dtype))
             untouched.discard(name)
         for name in sorted(untouched):
+            if name in self.config.input_only and input_ids is not None and input_ids.device.type == "cpu":
+                check_embedded(name, x[:0], len(rows.where(self._modality_id(name))))
             # an absent modality takes part with no rows: its gradients are zero, not missing
             x = x + 0 * sum(parameter.sum() for parameter in self.modalities[name].parameters()).to(x.dtype)
         return x
@@ -439,13 +445,16 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         predictions = {
             name: self.model.modalities[name].head(rows.to_rows(hidden)[rows.where(self.model._modality_id(name))])
             for name in features or {}
+            if name not in self.config.input_only
         }
         aux_loss = aux_loss_of(out.routings)
         scores = Scores(self.config, self.model.modality_ids_of)
         if labels is not None:
-            scores.add_tokens(logits, labels, segment_ids, rows.valid)
+            scores.add_tokens(logits, self._predicted(labels, input_ids, modality_ids), segment_ids, rows.valid)
         check_rows("targets", targets)
         for name, target in (targets or {}).items():
+            if name in self.config.input_only:
+                raise InputError(f"targets for {name!r}, which is input only: it has no head")
             if name not in predictions:
                 raise InputError(f"targets for {name!r} without features; pass the noisy rows as features[{name!r}]")
             wanted, got = tuple(predictions[name].shape), tuple(target.shape)
@@ -477,6 +486,18 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             routings=out.routings,
             rows=rows,
         )
+
+    def _predicted(self, labels: Tensor, input_ids: Tensor | None, modality_ids: Tensor | None) -> Tensor:
+        """Labels without those at positions of input-only modalities, where any id may stand."""
+        if not self.config.input_only:
+            return labels
+        if modality_ids is None and input_ids is not None:
+            modality_ids = self.model.modality_ids_of(input_ids)
+        if modality_ids is None or not isinstance(labels, Tensor) or labels.shape != modality_ids.shape:
+            return labels  # refused where it is scored
+        for name in self.config.input_only:
+            labels = labels.masked_fill(modality_ids == self.model._modality_id(name), -100)
+        return labels
 
     def update_routers(self, routings: tuple[Routing | None, ...]) -> None:
         """Lets routers that adapt outside of the gradient take in a training step; call it after the optimizer's step.
@@ -557,7 +578,13 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         """Puts guidance and the grammar of spans first, so that ``top_k`` and the like count what may follow."""
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         settings = kwargs.get("generation_config") or (args[0] if args else None)
-        processors[:0] = span_processors(self, model_kwargs or {}, use_cache=getattr(settings, "use_cache", True))
+        first = span_processors(self, model_kwargs or {}, use_cache=getattr(settings, "use_cache", True))
+        entries = [held for held in self.config.modalities if held.is_input_only]
+        barred = [token for held in entries for token in (held.placeholder_id, held.begin_id) if token is not None]
+        if barred:
+            # there would be no features for what they open
+            first.append(SuppressTokensLogitsProcessor(barred, device=self.device))
+        processors[:0] = first
         return processors
 
     @staticmethod

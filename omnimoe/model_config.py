@@ -159,6 +159,11 @@ class OmniMoeConfig(PreTrainedConfig):
         return tuple(modality.name for modality in self.modalities)
 
     @property
+    def input_only(self) -> tuple[str, ...]:
+        """Modalities that only enter, as features in a form of their own."""
+        return tuple(modality.name for modality in self.modalities if modality.is_input_only)
+
+    @property
     def num_keys(self) -> int:
         """Keys that tower maps are written over: the modalities unless ``keys`` names others."""
         return len(self.keys) or len(self.modalities)

@@ -1,8 +1,9 @@
 """Tier 4: modalities own what a token is, how it enters, what predicts it and how that is scored."""
 
 from omnimoe.modalities.base import MODALITIES, Modality, register_modality
+from omnimoe.modalities.connected import Connected
 from omnimoe.modalities.patches import Patches
 from omnimoe.modalities.tokens import Tokens
 from omnimoe.modalities.vocabulary import TokenRange
 
-__all__ = ["MODALITIES", "Modality", "Patches", "TokenRange", "Tokens", "register_modality"]
+__all__ = ["MODALITIES", "Connected", "Modality", "Patches", "TokenRange", "Tokens", "register_modality"]

@@ -51,6 +51,11 @@ class Modality(nn.Module, Configurable):
             """Whether the modality owns rows of the vocabulary."""
             return False
 
+        @property
+        def is_input_only(self) -> bool:
+            """Whether rows only enter: no head, no targets, and features in whatever form ``embed`` takes."""
+            return False
+
         def active_params(self, hidden_size: int) -> int:
             """Weights in matrix products that one of its rows meets on the way in and out."""
             return 0

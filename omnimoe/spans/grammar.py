@@ -61,7 +61,9 @@ class SpanProcessor(LogitsProcessor):
         bounded = bounded_ranges(config)
         if not has_spans(config):
             raise SpanError(f"the modalities {', '.join(config.modality_names)} have no boundary tokens to follow")
-        begins = {held.name: held.begin_id for held in config.modalities if not held.is_discrete}
+        begins = {
+            held.name: held.begin_id for held in config.modalities if not (held.is_discrete or held.is_input_only)
+        }
         for name in spans or ():
             if name not in bounded and name not in begins:
                 raise SpanError(f"spans names {name!r}; spans of {', '.join([*bounded, *begins])} can be opened")

@@ -1,0 +1,168 @@
+"""Features of a pretrained encoder, brought to the model's width by a connector: a modality that only enters.
+
+Features can be computed once and passed (``encoder.encode(pictures)``), or the modality runs the encoder itself on what
+``encoder.prepare(pictures)`` gives. A frozen encoder is held beside the model: its weights are in no checkpoint, its
+name is in the config, and it is loaded when first needed. An encoder that is trained is a part of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnimoe.config import ConfigError
+from omnimoe.connectors import MLP, Connector
+from omnimoe.encoders import Encoder, Features
+from omnimoe.modalities.base import Modality, register_modality
+
+
+@register_modality("connected")
+class Connected(Modality):
+    """Encoder and connector; no head: labels at its positions are ignored."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Modality.Config):
+        """A modality of encoder features."""
+
+        channels: int = 0
+        """Width C of the features: the encoder's ``hidden_size``."""
+        connector: Connector.Config = field(default_factory=MLP.Config)
+        """What brings them to the model's width."""
+        encoder: Encoder.Config | None = None
+        """The encoder that raw inputs go through; None where features are always computed outside."""
+        trains_encoder: bool = False
+        """Make the encoder a part of the model: trained, and saved with it. Otherwise it is frozen and not saved."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.channels < 1:
+                raise ConfigError(
+                    f"modality {self.name!r} needs the width of its features: channels=encoder.hidden_size, "
+                    f"got {self.channels}"
+                )
+            if self.trains_encoder and self.encoder is None:
+                raise ConfigError(f"modality {self.name!r} trains an encoder and names none; pass encoder=...")
+
+        @property
+        def is_input_only(self) -> bool:
+            return True
+
+        def active_params(self, hidden_size: int) -> int:
+            """Of the connector; what an encoder costs does not depend on the model."""
+            return self.connector.active_params(self.channels, hidden_size)
+
+    config: Connected.Config
+
+    def __init__(self, config: Connected.Config, *, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.connector = config.connector.build(channels=config.channels, hidden_size=hidden_size)
+        # In a list, so that it is no submodule: neither in the state dict nor among the parameters.
+        self._beside: list[Encoder] = []
+        if config.trains_encoder:
+            self.encoder = self._build()
+
+    def get_encoder(self) -> Encoder:
+        """The encoder, loaded on first use.
+
+        Raises:
+            ValueError: if the config names none.
+            EncoderError: if its weights or a library are missing.
+        """
+        if self.config.trains_encoder:
+            return self.encoder
+        if not self._beside:
+            if self.config.encoder is None:
+                raise ValueError(
+                    f"modality {self.config.name!r} has no encoder; pass features, or declare encoder=encoder.config"
+                )
+            encoder = self.config.encoder.build()
+            self._check_width(encoder)
+            weight = next(self.connector.parameters())
+            self._beside.append(encoder.to(weight.device))
+        return self._beside[0]
+
+    def embed(self, inputs: Any, timesteps: Tensor | None = None) -> Tensor:
+        """Features or prepared raw inputs of S spans to the rows of all their positions.
+
+        Args:
+            inputs: ``(S, n, C)``, or :class:`~omnimoe.encoders.Features` if spans differ in length, or what the
+                encoder's ``prepare`` gives; spans in order of batch and time.
+            timesteps: must be None: features carry no noise.
+
+        Returns:
+            ``(N, D)``, span after span, without padding.
+
+        Raises:
+            ValueError: if ``inputs`` have another form.
+        """
+        if timesteps is not None:
+            raise ValueError(f"modality {self.config.name!r} takes no timesteps: its rows are features without noise")
+        x, mask = self._features(inputs)
+        rows = self.connector(x.to(next(self.connector.parameters()).dtype), mask)
+        return rows.flatten(0, 1) if mask is None else rows[self.connector.row_mask(mask)]
+
+    def row_counts(self, inputs: Any) -> list[int]:
+        """How many positions each span of ``inputs`` takes; see :meth:`embed`."""
+        x, mask = self._features(inputs)
+        if mask is None:
+            return [self.connector.num_rows(x.shape[1])] * len(x)
+        return self.connector.row_mask(mask).sum(1).tolist()
+
+    def span_ids(self, inputs: Any) -> list[Tensor]:
+        """The ids that stand for each span of ``inputs``: begin, placeholders, end, ``(n,)`` int64 on the CPU.
+
+        Raises:
+            ValueError: if the config has no placeholder_id.
+        """
+        place, ends = self.config.placeholder_id, (self.config.begin_id, self.config.end_id)
+        if place is None:
+            raise ValueError(f"modality {self.config.name!r} has no placeholder_id, so no ids can stand for it")
+        begin, end = ([] if marker is None else [marker] for marker in ends)
+        return [torch.tensor([*begin, *[place] * count, *end]) for count in self.row_counts(inputs)]
+
+    def _features(self, inputs: Any) -> tuple[Tensor, Tensor | None]:
+        if isinstance(inputs, Mapping):
+            inputs = self.get_encoder()(inputs)
+        x, mask = (inputs.rows, inputs.mask) if isinstance(inputs, Features) else (inputs, None)
+        name, width = self.config.name, self.config.channels
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != width or not x.is_floating_point():
+            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"features[{name!r}] must be (spans, n, {width}) floating point, Features, or what the encoder's "
+                f"prepare gives, got {got}"
+            )
+        if mask is not None and mask.device.type == "cpu" and not bool(mask.any(1).all()):
+            empty = int((~mask.any(1)).nonzero()[0])
+            raise ValueError(f"features[{name!r}]: span {empty} is all padding; leave it out")
+        return x, mask
+
+    def _build(self) -> Encoder:
+        """The encoder as a part of the model: without weights where a checkpoint will fill it, that is on meta."""
+        config = self.config.encoder
+        assert config is not None
+        is_meta = torch.get_default_device().type == "meta"
+        encoder = config.build(weights=not is_meta)
+        self._check_width(encoder)
+        if not is_meta:
+            # transformers initialises every module that it does not know to be filled
+            for part in (*encoder.modules(), *encoder.parameters(), *encoder.buffers()):
+                part._is_hf_initialized = True
+        return encoder.freeze(False)
+
+    def _check_width(self, encoder: Encoder) -> None:
+        if encoder.hidden_size != self.config.channels:
+            raise ConfigError(
+                f"modality {self.config.name!r} has channels {self.config.channels}, and its encoder gives "
+                f"{encoder.hidden_size}"
+            )
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        # a move or a cast of the model takes the encoder beside it along
+        for encoder in self._beside:
+            encoder._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
