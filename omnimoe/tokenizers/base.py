@@ -21,7 +21,7 @@ from omnimoe.registry import Registry
 
 TOKENIZERS: Registry[type[Tokenizer]] = Registry("tokenizer")
 
-_BUILT_IN = ("text", "bytes", "picture", "speech")
+_BUILT_IN = ("text", "bytes", "hf_text", "picture", "speech", "vq", "latents", "codec2", "neural_codecs", "video")
 
 MARKERS: dict[str, tuple[str, str]] = {
     "image": ("<image>", "</image>"),
