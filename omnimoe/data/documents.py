@@ -14,6 +14,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor
 from omnimoe.data.corpus import MODALITIES, Corpus, Example
 from omnimoe.modalities.vocabulary import TokenRange
 from omnimoe.tokenizers.text import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS
+
+if TYPE_CHECKING:
+    from omnimoe.tokenizers.base import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +45,29 @@ class Piece:
         ids: ``(n,)`` int64, rows of the vocabulary.
         modality_ids: ``(n,)`` int64, index into the ranges.
         positions: ``(n, 3)`` int64: time, row, column, from 0.
+        learned: ``(n,)`` bool, tokens that carry a label; None for all.
     """
 
     ids: np.ndarray
     modality_ids: np.ndarray
     positions: np.ndarray
+    learned: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def default_ranges(corpus: Corpus | None = None, modalities: Sequence[str] = MODALITIES) -> dict[str, TokenRange]:
+def default_ranges(
+    corpus: Corpus | None = None,
+    modalities: Sequence[str] = MODALITIES,
+    tokenizers: Mapping[str, Tokenizer] | None = None,
+) -> dict[str, TokenRange]:
     """The usual partition: text from 0 (its markers are the first sixteen), then pictures, then speech.
 
     Args:
         corpus: take sizes from it; None for the sizes of the shipped tokenizers.
         modalities: those wanted, text among them, in the order of the vocabulary.
+        tokenizers: modality to tokenizer, to take sizes from where there is no corpus.
 
     Returns:
         Modality to range, in that order.
@@ -72,7 +83,8 @@ def default_ranges(corpus: Corpus | None = None, modalities: Sequence[str] = MOD
         from omnimoe.data.tokenize import TOKENIZERS
         from omnimoe.tokenizers.base import load_tokenizer
 
-        loaded = {name: load_tokenizer(TOKENIZERS[name]) for name in modalities}
+        given = tokenizers or {}
+        loaded = {name: given[name] if name in given else load_tokenizer(TOKENIZERS[name]) for name in modalities}
         sizes = {name: tokenizer.vocab_size for name, tokenizer in loaded.items()}
         lengths = {name: tokenizer.num_tokens for name, tokenizer in loaded.items()}
     ranges, start = {}, 0
@@ -173,7 +185,14 @@ def tellable(
     return np.array(rows, dtype=np.int64), orders
 
 
-def collate(sequences: list[list[Piece]], builder: DocumentBuilder, length: int, axes: int) -> dict[str, Tensor]:
+class Markers(Protocol):
+    """What :func:`collate` asks of a builder: the row of padding, and the number of text among the modalities."""
+
+    pad_id: int
+    text_number: int
+
+
+def collate(sequences: list[list[Piece]], builder: Markers, length: int, axes: int) -> dict[str, Tensor]:
     """Pieces to one batch; :class:`omnimoe.data.sequences.PackedSequences` says what it holds."""
     shape = (len(sequences), length)
     ids = np.full(shape, builder.pad_id, dtype=np.int64)
@@ -187,6 +206,8 @@ def collate(sequences: list[list[Piece]], builder: DocumentBuilder, length: int,
             end = start + len(piece)
             ids[row, start:end] = piece.ids
             labels[row, start + 1 : end] = piece.ids[1:]
+            if piece.learned is not None:
+                labels[row, start:end][~piece.learned] = IGNORE
             modality_ids[row, start:end] = piece.modality_ids
             segments[row, start:end] = number
             positions[row, start:end] = piece.positions
