@@ -179,12 +179,15 @@ class VideoTokenizer(Tokenizer):
             raise TokenizerError(f"the video {path} cannot be read: {error}") from error
 
     def _from_animation(self, picture: Image.Image) -> list[Any]:
-        # Formats write 0 where the viewer is to choose; a tenth of a second is what viewers choose.
         times = [0.0]
         for frame in ImageSequence.Iterator(picture):
+            frame.load()  # some formats know the duration only then
+            # 0 leaves it to the viewer; a tenth of a second is what viewers take.
             times.append(times[-1] + (frame.info.get("duration") or 100) / 1000)
-        copies = ((time, frame.copy) for time, frame in zip(times, ImageSequence.Iterator(picture), strict=False))
-        return list(shown_at(copies, self.moments(times[-1])))
+        # The iterator changes one picture in place, so what may be shown later is copied now.
+        frames = (frame.copy() for frame in ImageSequence.Iterator(picture))
+        timed = ((time, lambda frame=frame: frame) for time, frame in zip(times, frames, strict=False))
+        return list(shown_at(timed, self.moments(times[-1])))
 
     def _from_video(self, path: Path) -> list[Any]:
         try:
