@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from pathlib import Path
@@ -98,12 +99,10 @@ def labels(models: list[str]) -> dict[str, str]:
         if not label:
             parts = [part for part in Path(given).parts if part not in ("checkpoint", "/", ".", "..")]
             label = parts[-1] if parts else given
-        unique = label
-        while unique in found:
-            if named:
-                raise ValueError(f"two models are called {label!r}; write LABEL=DIR with a label for each")
-            unique = f"{label}-{sum(other.partition('-')[0] == label for other in found) + 2}"
-        found[unique] = source
+        if named and label in found:
+            raise ValueError(f"two models are called {label!r}; write LABEL=DIR with a label for each")
+        numbered = (label if i == 1 else f"{label}-{i}" for i in itertools.count(1))
+        found[next(name for name in numbered if name not in found)] = source
     return found
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +12,11 @@ import torch
 from omnimoe.data import Corpus, evaluation_batches
 from omnimoe.evaluate import Bench
 from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.tokenizers import load_tokenizer
 from omnimoe.train.data import check_ranges
 from tests.train.runs import build, tiny
 
-LEARNED = 16
+LEARNED = 12
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +51,45 @@ def learned(few) -> OmniMoeForCausalLM:
             model(**batch).loss.backward()
             optimizer.step()
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def raw_folder(corpus, fresh, tmp_path_factory) -> Path:
+    """A built corpus of a few concepts of the shipped one, each in several styles; raw material from its tokens."""
+    folder = tmp_path_factory.mktemp("raw")
+    text, pictures, speech = (load_tokenizer(name) for name in ("text", "picture", "speech"))
+    images, clips, rows = [], [], []
+    for split, count in (("train", 4), ("val", 8), ("test", 14)):
+        bench = Bench(models={"fresh": fresh}, corpus=corpus, split=split)
+        every = bench.concepts("text", "image", "speech", num=None)
+        several = [held for held in every if len({drawing.style for drawing in bench.drawings(held.group)}) > 2]
+        for example in several[:count]:
+            clips.append((32767 * speech.decode(example.speech)).astype(np.int16))
+            for drawing in bench.drawings(example.group)[:4]:
+                rows.append(
+                    {
+                        "source": drawing.source,
+                        "text": text.decode(drawing.text),
+                        "lang": "en",
+                        "image": len(images),
+                        "audio": len(clips) - 1,
+                        "key": f"group {drawing.group}",
+                        "group": f"group {drawing.group}",
+                        "split": split,
+                        "style": drawing.style,
+                        "license": "see the shipped corpus",
+                    }
+                )
+                images.append(pictures.decode(drawing.image))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "text.jsonl").write_text("", encoding="utf-8")
+    np.save(folder / "images.npy", np.stack(images))
+    np.save(folder / "audio.npy", np.concatenate(clips))
+    np.save(folder / "audio_offsets.npy", np.cumsum([0, *map(len, clips)]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(raw_folder) -> Corpus:
+    """The tokens of ``raw_folder``."""
+    return Corpus.load(raw_folder)

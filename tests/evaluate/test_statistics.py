@@ -24,7 +24,7 @@ def test_wilson_refuses_what_is_no_count(wins, count):
 
 
 def test_frechet_distance_of_gaussians_in_closed_form():
-    """For commuting covariances it is |m1 - m2|^2 + sum((s1 - s2)^2); samples are made to have exactly these moments."""
+    """For commuting covariances: |m1 - m2|^2 + sum((s1 - s2)^2); samples are made to have exactly these moments."""
     generator = np.random.default_rng(0)
     means, deviations = np.array([[0, 1, 2, 3.0], [1, 1, 0, 3.0]]), np.array([[1, 2, 0.5, 3.0], [2, 2, 1.5, 1.0]])
     turn = np.linalg.qr(generator.normal(size=(4, 4)))[0]

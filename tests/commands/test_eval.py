@@ -1,0 +1,80 @@
+"""``omnimoe eval`` from the command line to the report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from omnimoe.cli import main
+from omnimoe.commands.eval import labels
+from tests.train.runs import build, tiny
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = tmp_path_factory.mktemp("models")
+    for name in ("mot", "dense"):
+        build(tiny(name)).save_pretrained(made / name / "checkpoint")
+    return made
+
+
+def test_two_folders_end_to_end(capsys, tmp_path, folders):
+    given = ["eval", str(folders / "mot" / "checkpoint"), f"twin={folders / 'dense' / 'checkpoint'}"]
+    short = ["--num", "4", "--candidates", "4", "--out", str(tmp_path), "--device", "cpu"]
+    assert main([*given, "--metrics", "retrieval", "tokenizers", *short]) == 0
+    told = capsys.readouterr().out
+    assert "mot" in told
+    assert "twin" in told
+    assert "text -> image, 1 of 4, gain" in told
+    assert "not run: a round trip starts at the pictures" in " ".join(told.split())
+    assert (tmp_path / "report.html").is_file()
+    kept = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert list(kept["models"]) == ["mot", "twin"]
+    assert kept["settings"]["raw"] is False
+
+
+def test_json_and_all_concepts(capsys, tmp_path, folders):
+    given = ["eval", str(folders / "mot" / "checkpoint"), "--metrics", "loss", "--out", str(tmp_path), "--json"]
+    assert main([*given, "--split", "drawing", "--num", "3", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert found["settings"]["split"] == "drawing"
+    assert any("no running text" in note for note in found["metrics"]["loss"]["notes"])
+
+
+def test_a_name_without_weights(capsys, tmp_path):
+    given = ["eval", "mot_nano", "--metrics", "loss", "--num", "3", "--out", str(tmp_path), "--device", "cpu"]
+    assert main(given) == 2
+    assert "there are no weights for 'mot_nano'; train it and pass the folder" in capsys.readouterr().err
+    assert main([*given, "--untrained", "--json"]) == 0
+    assert "mot_nano" in json.loads(capsys.readouterr().out)["models"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere"], "nowhere"),
+        (["mot_nano", "--num", "many"], "--num must be a number of concepts or 'all', got 'many'"),
+        (["mot_nano", "--metrics", "retrival"], "did you mean 'retrieval'"),
+        (["mot_nano", "--untrained", "--raw", "nowhere"], "nowhere is not a built corpus"),
+        (["mot_nano", "--untrained", "--candidates", "1"], "candidates must be sizes of at least 2"),
+        (["a=x", "a=y"], "two models are called 'a'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_two(capsys, tmp_path, monkeypatch, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", *arguments]) == 2
+    complaint = capsys.readouterr().err
+    assert told in complaint
+    assert complaint.startswith("omnimoe eval: ")
+    assert complaint.count("\n") == 1
+
+
+def test_labels_tell_folders_apart():
+    assert labels(["runs/mot/checkpoint", "runs/dense/checkpoint"]) == {
+        "mot": "runs/mot/checkpoint",
+        "dense": "runs/dense/checkpoint",
+    }
+    assert labels(["a/mot/checkpoint", "b/mot/checkpoint"]) == {"mot": "a/mot/checkpoint", "mot-2": "b/mot/checkpoint"}
+    assert labels(["/x/y", "z=/x/y"]) == {"y": "/x/y", "z": "/x/y"}
