@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws concepts, candidates and samples")
     parser.add_argument("--temperature", type=float, metavar="X", help="of pictures and speech, not 0.9 and 0.8")
     parser.add_argument("--top-k", type=int, metavar="K", help="of pictures and speech, not 100 and 50")
+    parser.add_argument("--guidance", type=float, metavar="X", help="of pictures; 1 is none")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences, pictures or clips at once")
     parser.add_argument("--untrained", action="store_true", help="evaluate zoo names without weights too, fresh")
     parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda; the fastest there is if left out")
@@ -60,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     raw = args.raw
     if raw is None and (Path(args.data) / "images.npy").is_file():
         raw = Path(args.data)
-    options = {"temperature": args.temperature, "top_k": args.top_k}
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: getattr(args, name) for name in ("temperature", "top_k") if getattr(args, name) is not None}
+    drawn = given if args.guidance is None else {**given, "guidance": args.guidance}
     models = {label: _model(source, args.device, args.untrained, args.seed) for label, source in labelled.items()}
     evaluation = evaluate(
         models,
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         candidates=args.candidates,
         seed=args.seed,
         out=args.out,
-        sampling={"image": given, "speech": given},
+        sampling={"image": drawn, "speech": given},
         batch_size=args.batch_size,
         show_progress=True,
     )
