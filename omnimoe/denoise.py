@@ -6,10 +6,12 @@ What stands before the drawn span does not see it under a causal rule, so its ke
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnimoe.inputs import InputError
@@ -33,6 +35,7 @@ def denoise(
     steps: int = 50,
     seed: int | None = None,
     noise: Tensor | None = None,
+    guidance: float = 1.0,
     use_cache: bool | None = None,
 ) -> Tensor:
     """Draws rows of a continuous modality.
@@ -51,6 +54,8 @@ def denoise(
         steps: forwards through the model.
         seed: of the noise, on the model's device; None draws from the global generator.
         noise: ``(n, C)``, what to start from in place of ``seed``.
+        guidance: scale of classifier-free guidance: with predictions c and u of a second forward that sees the begin of
+            document and the drawn spans alone, ``u + guidance * (c - u)``; 1 does without.
         use_cache: keep what stands before the drawn rows. None does so where it changes nothing: under the mask rules
             causal and block_causal, with routers that look at one row at a time.
 
@@ -60,12 +65,15 @@ def denoise(
     Raises:
         InputError: if there is no such modality, nothing to draw, or an argument does not fit the layout.
 
-    Source: flow matching, https://arxiv.org/abs/2210.02747; DDIM, https://arxiv.org/abs/2010.02502.
+    Source: flow matching, https://arxiv.org/abs/2210.02747; DDIM, https://arxiv.org/abs/2010.02502; guidance,
+    https://arxiv.org/abs/2207.12598.
     """
     config = model.config
     patches = _patches(model, name)
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
+    if not 0 <= guidance < math.inf:
+        raise InputError(f"guidance must be 0 or more, got {guidance}")
     if modality_ids is None:
         modality_ids = model.model.modality_ids_of(input_ids)
     if position_ids is None and attention_mask is not None:
@@ -107,13 +115,19 @@ def denoise(
     if cut:
         cache = model.model(**part(0, cut, torch.zeros(len(rows), device=rows.device)), use_cache=True).past_key_values
     predicted = is_drawn[placed[name] >= cut]
+    alone = None if guidance == 1 else _alone(model, name, layout, valid, drawn)
     grid = torch.linspace(1, 0, steps + 1).tolist()
     for time, next_time in itertools.pairwise(grid):
         times = is_drawn.to(torch.float32) * time
         out = model(**part(cut, None, times), past_key_values=cache, logits_to_keep=1)
         if cache is not None:
             cache.crop(cut - input_ids.shape[1])
-        rows[is_drawn] = patches.step(rows[is_drawn], out.predictions[name][predicted], time, next_time).to(rows.dtype)
+        prediction = out.predictions[name][predicted]
+        if alone is not None:
+            lone = {"features": {name: rows[is_drawn]}, "timesteps": {name: times[is_drawn]}}
+            plain = model(**alone, **lone, logits_to_keep=1).predictions[name]
+            prediction = plain + guidance * (prediction - plain)
+        rows[is_drawn] = patches.step(rows[is_drawn], prediction, time, next_time).to(rows.dtype)
     return rows[is_drawn]
 
 
@@ -148,6 +162,41 @@ def _start(
     if known is not None:
         rows[~is_drawn] = known.to(rows)
     return rows
+
+
+def _alone(
+    model: OmniMoeForCausalLM, name: str, layout: Mapping[str, Tensor | None], valid: Tensor, drawn: Tensor
+) -> dict[str, Tensor]:
+    """The layout without its condition: the begin of document, and the drawn spans with their boundary tokens."""
+    config = model.config
+    ids = layout["input_ids"]
+    assert ids is not None
+    held = next(part for part in config.modalities if part.name == name)
+    kept = drawn.clone()
+    # -1 is no token, so a boundary that the model lacks is found nowhere
+    kept[:, :-1] |= drawn[:, 1:] & (ids[:, :-1] == (-1 if held.begin_id is None else held.begin_id))
+    kept[:, 1:] |= drawn[:, :-1] & (ids[:, 1:] == (-1 if held.end_id is None else held.end_id))
+    kept |= ids == (-1 if config.bos_token_id is None else config.bos_token_id)
+    kept &= valid
+    # what is kept moves to the right end of each row, in its order
+    column = kept.long().argsort(dim=1, stable=True)[:, -int(kept.sum(1).max()) :]
+    mask = kept.gather(1, column)
+    time = (mask.long().cumsum(1) - 1).clamp_min(0)
+    found = {"attention_mask": mask.long(), "position_ids": time}
+    for key in ("input_ids", "modality_ids", "key_ids"):
+        given = layout[key]
+        if given is not None:
+            found[key] = given.gather(1, column)
+    given = layout["position_ids"]
+    if given is not None and given.ndim == 3:
+        # a run of columns moves as one, so that rows and columns stay where they are relative to its start
+        old = given.expand(len(ids), -1, -1).gather(1, column.unsqueeze(-1).expand(-1, -1, given.shape[2]))
+        starts = F.pad(column[:, 1:] != column[:, :-1] + 1, (1, 0), value=True)
+        place = torch.arange(column.shape[1], device=column.device).expand_as(column)
+        first = torch.where(starts, place, 0).cummax(dim=1).values
+        moved = (old[..., 0] - time).gather(1, first)
+        found["position_ids"] = (old - moved.unsqueeze(-1)).clamp_min(0)
+    return found
 
 
 def _can_keep(model: OmniMoeForCausalLM) -> bool:

@@ -1,5 +1,4 @@
-"""Tier 9: from any modality to any other. Discrete codes are sampled by transformers' ``generate``; for latents see
-:mod:`omnimoe.denoise`.
+"""Tier 9: from any modality to any other. Discrete codes are sampled by transformers' ``generate``, latents denoised.
 
 A prompt is laid out as training documents are (:func:`omnimoe.data.documents.lay_out`), with the begin token of what is
 wanted at its end; the grammar of :mod:`omnimoe.spans` does the rest.
@@ -9,113 +8,54 @@ With a cache, routers of expert choice route by their cut-off and not by rank, s
 
 from __future__ import annotations
 
-import contextlib
-import wave
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
-from omnimoe.data.documents import lay_out
-from omnimoe.data.tokenize import TOKENIZERS
 from omnimoe.denoise import denoise
-from omnimoe.layers.masks import is_causal_rule, uncached_facts
+from omnimoe.generation.latents import draw_latents, with_span
+from omnimoe.generation.media import Generated, GenerationError, read_wave
+from omnimoe.generation.prompts import (
+    Document,
+    Prompt,
+    check_model,
+    check_target,
+    documents_of,
+    encode_document,
+    grids_of,
+    lay_out_prompt,
+    load_tokenizers,
+    token_ids,
+)
+from omnimoe.generation.ranking import log_likelihood
+from omnimoe.generation.sampling import ByModality, Sampling, row_generators, sample, seeds_of
+from omnimoe.generation.streaming import TextSpanStreamer
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.spans import bounded_ranges, owned_rows, read_spans
-from omnimoe.tokenizers import Tokenizer, load_tokenizer
-from omnimoe.tokenizers.speech import SAMPLE_RATE
+from omnimoe.tokenizers import Tokenizer
 
-__all__ = ["Generated", "GenerationError", "denoise", "generate", "interleave", "read_wave"]
+__all__ = [
+    "Generated",
+    "GenerationError",
+    "TextSpanStreamer",
+    "denoise",
+    "generate",
+    "interleave",
+    "log_likelihood",
+    "read_wave",
+]
 
 LONGEST_TEXT = 128
 """Tokens of a text, where the caller sets no other limit."""
 LONGEST_SPAN = 250
 """Tokens of a span of free length, ten seconds of speech, where the caller sets no other limit."""
-
-Document = Mapping[str, Any] | Sequence[tuple[str, Any]]
-"""Modality and raw input, in order: ``{"text": "a red apple"}`` or ``[("text", "a red"), ("image", pixels)]``."""
-
-
-class GenerationError(ValueError):
-    """A model, a modality or an input that cannot be generated from or to."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Generated:
-    """One generated span.
-
-    Args:
-        modality: its modality.
-        ids: ``(n,)`` int64 local ids, as the modality's tokenizer has them.
-        raw: what they decode to: a str, a picture ``(H, W, 3)`` uint8, or a waveform ``(samples,)`` float32.
-        sample_rate: of a waveform in Hz, else None.
-    """
-
-    modality: str
-    ids: Tensor
-    raw: Any
-    sample_rate: int | None = None
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Writes the raw output: text as UTF-8, a picture in the format of the ending, a waveform as 16-bit WAV.
-
-        Returns:
-            The path.
-
-        Raises:
-            GenerationError: if the ending does not fit the modality.
-        """
-        path = Path(path)
-        if isinstance(self.raw, str):
-            path.write_text(self.raw + "\n", encoding="utf-8")
-        elif self.sample_rate is not None:
-            if path.suffix.lower() != ".wav":
-                raise GenerationError(f"speech is written as .wav, not as {path.name!r}; change the ending")
-            with wave.open(str(path), "wb") as file:
-                file.setnchannels(1)
-                file.setsampwidth(2)
-                file.setframerate(self.sample_rate)
-                file.writeframes((self.raw.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
-        else:
-            endings = Image.registered_extensions()
-            if endings.get(path.suffix.lower()) not in Image.SAVE:
-                raise GenerationError(f"a picture is written as .png, .jpg or .webp, not as {path.name!r}")
-            Image.fromarray(self.raw).save(path)
-        return path
-
-
-def read_wave(path: str | PathLike[str]) -> tuple[np.ndarray, int]:
-    """Reads a WAV file, for ``("speech", read_wave(path))``.
-
-    Args:
-        path: of 8, 16, 24 or 32-bit PCM; channels are averaged.
-
-    Returns:
-        ``(samples,)`` float32 in [-1, 1], and the rate in Hz. The speech tokenizer resamples other rates than its own.
-
-    Raises:
-        GenerationError: if there is no such file, or it is no PCM WAV file.
-    """
-    try:
-        with wave.open(str(path), "rb") as file:
-            channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            data = file.readframes(file.getnframes())
-    except FileNotFoundError:
-        raise GenerationError(f"no sound at {path}") from None
-    except (wave.Error, EOFError, OSError) as error:
-        raise GenerationError(f"{path} is not a PCM WAV file: {error or 'it ends early'}; convert it first") from None
-    samples = np.frombuffer(data[: len(data) // (channels * width) * channels * width], np.uint8).reshape(-1, width)
-    # A sample's bytes go to the top of 32 bits, the lowest first; 8-bit samples are unsigned.
-    wide = np.zeros((len(samples), 4), np.uint8)
-    wide[:, 4 - width :] = samples if width > 1 else samples ^ 0x80
-    waveform = wide.view("<i4").reshape(-1, channels).astype(np.float32) / 2**31
-    return waveform.mean(axis=1), rate
+STEPS = 50
+"""Steps of the sampler of continuous modalities."""
+BATCH_SIZE = 32
+"""Rows that are generated at once."""
 
 
 def generate(
@@ -124,12 +64,18 @@ def generate(
     to: str,
     *,
     tokenizers: Mapping[str, Tokenizer] | None = None,
-    seed: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    seed: int | Sequence[int] | None = None,
+    temperature: ByModality = 1.0,
+    top_k: ByModality | None = None,
+    top_p: ByModality | None = None,
+    min_p: ByModality | None = None,
+    guidance: ByModality = 1.0,
+    steps: int = STEPS,
     max_new_tokens: int | None = None,
     num_samples: int = 1,
+    best_of: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    on_text: Callable[[str], Any] | None = None,
 ) -> list[Generated]:
     """Generates a span of one modality after spans of others.
 
@@ -139,14 +85,24 @@ def generate(
             for several arguments: ``("speech", (waveform, 44_100))``. An empty document generates from nothing.
         to: the modality wanted.
         tokenizers: modality to tokenizer; those that ship with the package where a name is missing.
-        seed: repeats exactly for the same inputs, in the same batch, on the same device; the global generator is left
-            as it was. None draws from the global generator.
-        temperature: of sampling; 0 takes the most likely token.
+        seed: repeats exactly. The n-th sample of a document depends on the seed, n and the document, and not on what
+            else is in the batch, so a document that stands there twice is answered twice alike; a list gives each
+            document its own seed. None draws seeds from the global generator, which is otherwise left as it was.
+        temperature: of sampling; 0 takes the most likely token. This and the next four are numbers, or numbers by
+            modality.
         top_k: sample among so many tokens; None among all.
         top_p: sample among the most likely tokens that hold this share; None among all.
+        min_p: sample among tokens at least this share as likely as the likeliest; None among all.
+        guidance: scale of classifier-free guidance by a second forward that sees the span alone; 1 is none. For
+            modalities with boundary tokens and continuous ones.
+        steps: forwards of the sampler, for a continuous modality.
         max_new_tokens: longest output in tokens, for modalities of free length; 128 for text and 250 for others where
             None. The text also ends where the model would begin another span.
         num_samples: outputs for each document.
+        best_of: draw so many candidates for each document and keep the ``num_samples`` under which the model finds the
+            document's inputs most likely, the likeliest first.
+        batch_size: rows that are generated at once.
+        on_text: takes text as it is written, word by word; for one output.
 
     Returns:
         ``num_samples`` for each document, document by document.
@@ -156,21 +112,53 @@ def generate(
         TokenizerError: if a raw input is not of its modality.
     """
     config = model.config
-    _check_model(config)
-    _check_target(config, to)
-    held = config.token_ranges[to]
-    loaded = _load(config, tokenizers, {to, *(name for document in _documents(inputs) for name, _ in document)})
-    prompts = [_prompt(config, document, loaded, opened=to) for document in _documents(inputs)]
-    if held.num_tokens is not None and max_new_tokens not in (None, held.num_tokens):
-        raise GenerationError(
-            f"a span of {to} has {held.num_tokens} tokens, so max_new_tokens cannot be {max_new_tokens}"
-        )
-    longest = held.num_tokens or max_new_tokens or (LONGEST_TEXT if held.begin_id is None else LONGEST_SPAN)
-    begins = [other.begin_id for other in bounded_ranges(config).values() if other.begin_id is not None]
-    stops = [*_ids(config.eos_token_id), *begins] if held.end_id is None else [held.end_id]
-    sequences = _sample(model, prompts, stops, longest, seed, temperature, top_k, top_p, num_samples, min_new_tokens=1)
-    rows = owned_rows(config)[to]
-    return [_decoded(to, ids[rows[ids]] - held.start, loaded[to]) for ids in sequences]
+    check_model(config)
+    check_target(config, to)
+    documents = documents_of(inputs)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
+    sampling.check(config)
+    drawn = num_samples if best_of is None else best_of
+    is_discrete = to in config.token_ranges
+    longest = _longest(config, to, max_new_tokens)
+    _check_counts(num_samples, drawn, batch_size, steps, longest)
+    if drawn > 1 and is_discrete and sampling.is_greedy([to]):
+        raise GenerationError(f"temperature 0 has one answer, not {drawn}; raise it or ask for one sample")
+    if is_discrete and to not in bounded_ranges(config) and sampling.guidance_of(to) != 1:
+        raise GenerationError(f"{to} has no boundary tokens, so no part of it stands alone; leave guidance out")
+    loaded = load_tokenizers(config, tokenizers, {to, *(name for document in documents for name, _ in document)})
+    grids = grids_of(config, loaded)
+    spans = [encode_document(config, document, loaded) for document in documents]
+    prompts = [lay_out_prompt(config, held, opened=to) for held in spans]
+    rows = [prompt for prompt in prompts for _ in range(drawn)]
+    generators = row_generators(prompts, seeds_of(seed, len(prompts)), drawn)
+    streamer = _streamer(config, to, loaded, on_text, len(rows))
+
+    made: list[Tensor] = []
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        if is_discrete:
+            stops = _stops(config, to)
+            options: dict[str, Any] = {
+                "stops": stops,
+                "longest": longest,
+                "min_new_tokens": 1,
+                "guided": (to,),
+                "grids": grids,
+            }
+            found = sample(model, rows[part], generators[part], sampling, streamer=streamer, **options)
+            made += [_local(config, to, ids) for ids, _ in found]
+        else:
+            scale = sampling.guidance_of(to)
+            made += draw_latents(model, to, rows[part], generators[part], steps=steps, guidance=scale, grids=grids)
+    if best_of is None:
+        return [decoded(to, held, loaded[to]) for held in made]
+    pairs = [([(to, held)], spans[place // drawn]) for place, held in enumerate(made)]
+    scores = log_likelihood(model, pairs, batch_size=batch_size, grids=grids)
+    kept: list[Generated] = []
+    for start in range(0, len(made), drawn):
+        best = sorted(range(start, start + drawn), key=lambda place: -scores[place])[:num_samples]
+        kept += [dataclasses.replace(decoded(to, made[place], loaded[to]), score=scores[place]) for place in best]
+    return kept
 
 
 def interleave(
@@ -179,12 +167,17 @@ def interleave(
     *,
     spans: Sequence[str] | None = None,
     tokenizers: Mapping[str, Tokenizer] | None = None,
-    seed: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    seed: int | Sequence[int] | None = None,
+    temperature: ByModality = 1.0,
+    top_k: ByModality | None = None,
+    top_p: ByModality | None = None,
+    min_p: ByModality | None = None,
+    guidance: ByModality = 1.0,
+    steps: int = STEPS,
     max_new_tokens: int = 512,
     num_samples: int = 1,
+    batch_size: int = BATCH_SIZE,
+    on_text: Callable[[str], Any] | None = None,
 ) -> list[list[Generated]]:
     """Continues documents in whatever modalities the model chooses, until it ends them.
 
@@ -194,11 +187,16 @@ def interleave(
         spans: modalities it may open besides text; None for all.
         tokenizers: see there.
         seed: see there.
-        temperature: see there.
+        temperature: see there; values by modality hold inside the spans of each.
         top_k: see there.
         top_p: see there.
-        max_new_tokens: longest continuation, boundary tokens included.
+        min_p: see there.
+        guidance: see there; one number holds for all spans with boundary tokens, and for continuous ones.
+        steps: see there.
+        max_new_tokens: longest continuation, boundary tokens and continuous spans included.
         num_samples: continuations of each document.
+        batch_size: see there.
+        on_text: see there.
 
     Returns:
         The spans of each continuation in order. A picture that the limit cut short is left out.
@@ -207,174 +205,115 @@ def interleave(
         GenerationError: as :func:`generate`.
     """
     config = model.config
-    _check_model(config)
-    loaded = _load(config, tokenizers, set(config.token_ranges))
-    prompts = [_prompt(config, document, loaded) for document in _documents(inputs)]
-    stops = _ids(config.eos_token_id)
-    given = (model, prompts, stops, max_new_tokens, seed, temperature, top_k, top_p, num_samples)
-    found = []
-    for ids in _sample(*given, min_new_tokens=0, spans=spans):
-        whole = [span for span in read_spans(ids, config) if span.is_whole or loaded[span.modality].num_tokens is None]
-        found.append([_decoded(span.modality, span.ids, loaded[span.modality]) for span in whole])
-    return found
-
-
-def _documents(inputs: Document | Sequence[Document]) -> list[list[tuple[str, Any]]]:
-    is_pair = lambda item: isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)  # noqa: E731
-    single = isinstance(inputs, Mapping) or not inputs or all(is_pair(item) for item in inputs)
-    documents = [
-        list(held.items()) if isinstance(held, Mapping) else list(held) for held in ([inputs] if single else inputs)
-    ]
-    for item in (item for document in documents for item in document):
-        if not is_pair(item):
-            raise GenerationError(f"a document is a list of (modality, raw input), but it holds {str(item)[:60]!r}")
-    return documents
-
-
-def _check_model(config: OmniMoeConfig) -> None:
-    if not is_causal_rule(config.mask) and config.mask != "block_causal":
-        raise GenerationError(f"the model's mask rule is {config.mask!r}; only causal models generate token by token")
-    for block in config.blocks:
-        rope = getattr(block.attention, "rope", None)
-        if rope is not None and len(rope.sections) > 1:
-            raise GenerationError(
-                f"the model's positions have {len(rope.sections)} axes, and only one axis can be continued; "
-                "call model.generate with position_ids of your own"
-            )
-
-
-def _check_target(config: OmniMoeConfig, to: str) -> None:
-    ranges = config.token_ranges
-    if to not in config.modality_names:
-        raise GenerationError(f"the model has no modality {to!r}; it has {', '.join(config.modality_names)}")
-    if to not in ranges:
-        raise GenerationError(f"{to!r} is continuous and not sampled token by token; call denoise")
-    if to in config.bidirectional_modalities:
-        raise GenerationError(
-            f"the model sees spans of {to!r} in both directions, so they have no first token to sample"
-        )
-    if ranges[to].begin_id is None and to != next(iter(ranges)):
-        raise GenerationError(f"{to!r} has no begin_id in the model's config, so nothing says where a span begins")
-
-
-def _load(config: OmniMoeConfig, given: Mapping[str, Tokenizer] | None, names: set[str]) -> dict[str, Tokenizer]:
-    """The tokenizers of some modalities, each checked against the model's range."""
-    loaded = {}
-    for name in sorted(names):
-        if name not in config.token_ranges:
-            known = ", ".join(config.token_ranges)
-            raise GenerationError(f"the model has no discrete modality {name!r}; it has {known}")
-        tokenizer = (given or {}).get(name)
-        if tokenizer is None:
-            if name not in TOKENIZERS:
-                raise GenerationError(f"no tokenizer ships for {name!r}; pass tokenizers={{{name!r}: ...}}")
-            tokenizer = load_tokenizer(TOKENIZERS[name])
-        held = config.token_ranges[name]
-        if (tokenizer.vocab_size, tokenizer.num_tokens) != (held.size, held.num_tokens):
-            raise GenerationError(
-                f"the tokenizer of {name!r} has {tokenizer.vocab_size} ids and spans of {tokenizer.num_tokens or 'any'}"
-                f" tokens, the model {held.size} and {held.num_tokens or 'any'}; pass the one it was trained with"
-            )
-        loaded[name] = tokenizer
-    return loaded
-
-
-def _prompt(
-    config: OmniMoeConfig,
-    document: list[tuple[str, Any]],
-    tokenizers: Mapping[str, Tokenizer],
-    opened: str | None = None,
-) -> Tensor:
-    """``(T,)`` int64: begin of document, the spans, and the begin token of what is wanted."""
-    spans = []
-    for name, raw in document:
-        ids = tokenizers[name].encode(*raw) if isinstance(raw, tuple) else tokenizers[name].encode(raw)
-        if not len(ids):
-            raise GenerationError(f"the {name} input {str(raw)[:40]!r} is empty; leave it out to generate without it")
-        spans.append((name, ids.numpy()))
-    ids = lay_out(spans, config.token_ranges, bos_id=config.bos_token_id, opened=opened).ids
-    if not len(ids):
-        raise GenerationError("nothing to start from: the model has no bos_token_id; pass an input")
-    return torch.from_numpy(ids)
-
-
-def _sample(
-    model: OmniMoeForCausalLM,
-    prompts: list[Tensor],
-    stops: list[int],
-    longest: int,
-    seed: int | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    num_samples: int,
-    *,
-    min_new_tokens: int,
-    spans: Sequence[str] | None = None,
-) -> list[Tensor]:
-    """The new ids of each sample, up to the first of ``stops``, on the CPU."""
-    if temperature < 0 or num_samples < 1 or longest < 1:
-        raise GenerationError(
-            f"temperature must be 0 or more, num_samples and max_new_tokens at least 1, "
-            f"got {temperature}, {num_samples} and {longest}"
-        )
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise GenerationError(f"top_k must be at least 1 and top_p in (0, 1], got {top_k} and {top_p}")
-    if temperature == 0 and num_samples > 1:
+    check_model(config)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
+    sampling.check(config)
+    _check_counts(num_samples, num_samples, batch_size, steps, max_new_tokens)
+    if num_samples > 1 and sampling.is_greedy(config.modality_names):
         raise GenerationError(f"temperature 0 has one answer, not {num_samples}; raise it or ask for one sample")
-    config, length = model.config, max(map(len, prompts))
-    if length > config.max_position_embeddings:
-        raise GenerationError(
-            f"the prompt has {length} tokens, and the model was made for {config.max_position_embeddings}; "
-            "shorten the input"
-        )
-    pad = next(iter([*_ids(config.pad_token_id), *_ids(config.eos_token_id), 0]))
-    ids = torch.full((len(prompts), length), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = 1
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
-    with _seeded(seed, model.device):
-        made = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=longest,
-            min_new_tokens=min_new_tokens,
-            num_return_sequences=num_samples,
-            eos_token_id=stops or None,
-            pad_token_id=pad,
-            # some rules read what a cache does not keep
-            use_cache=not uncached_facts(config.mask),
-            spans=spans,
-            **options,
-        )
-    found = []
-    for new in made[:, length:].cpu():
-        at = torch.isin(new, torch.tensor(stops, dtype=torch.int64)).nonzero()
-        found.append(new[: int(at[0])] if len(at) else new)
+    documents = documents_of(inputs)
+    wanted = {*config.token_ranges, *_opened(config).values()}
+    loaded = load_tokenizers(config, tokenizers, wanted | {name for document in documents for name, _ in document})
+    prompts = [lay_out_prompt(config, encode_document(config, held, loaded)) for held in documents]
+    rows = [prompt for prompt in prompts for _ in range(num_samples)]
+    generators = row_generators(prompts, seeds_of(seed, len(prompts)), num_samples)
+    streamer = _streamer(config, next(iter(config.token_ranges)), loaded, on_text, len(rows))
+    options: dict[str, Any] = {
+        "spans": spans,
+        "guided": tuple(bounded_ranges(config)),
+        "grids": grids_of(config, loaded),
+    }
+
+    opened = _opened(config)
+    stops = [*token_ids(config.eos_token_id), *opened]
+
+    def go_on(part: list[Prompt], own: list[Generator], longest: int) -> list[tuple[Tensor, int | None]]:
+        return sample(model, part, own, sampling, stops=stops, longest=longest, streamer=streamer, **options)
+
+    def read(ids: Tensor) -> list[Generated]:
+        whole = [span for span in read_spans(ids, config) if span.is_whole or loaded[span.modality].num_tokens is None]
+        return [decoded(span.modality, span.ids, loaded[span.modality]) for span in whole]
+
+    found: list[list[Generated]] = []
+    for start in range(0, len(rows), batch_size):
+        part, own = rows[start : start + batch_size], generators[start : start + batch_size]
+        for prompt, generator, (ids, stop) in zip(part, own, go_on(part, own, max_new_tokens), strict=True):
+            held, left = read(ids), max_new_tokens - len(ids)
+            # where a continuous span begins, it is denoised, and the row goes on alone
+            while stop is not None and stop in opened:
+                name = opened[stop]
+                prompt = prompt.then(torch.cat((ids, torch.tensor([stop]))))
+                left -= 1 + (config.modalities[config.modality_names.index(name)].num_tokens or 0)
+                if left < 0:
+                    break
+                scale = sampling.guidance_of(name)
+                (latent,) = draw_latents(
+                    model, name, [prompt], [generator], steps=steps, guidance=scale, grids=options["grids"]
+                )
+                held.append(decoded(name, latent, loaded[name]))
+                prompt = with_span(model, name, prompt, latent)
+                if left == 0:
+                    break
+                ((ids, stop),) = go_on([prompt], [generator], left)
+                held, left = held + read(ids), left - len(ids)
+            found.append(held)
     return found
 
 
-def _decoded(name: str, ids: Tensor, tokenizer: Tokenizer) -> Generated:
-    raw = tokenizer.decode(ids)
-    is_sound = isinstance(raw, np.ndarray) and raw.ndim == 1
-    return Generated(
-        modality=name, ids=ids, raw=raw, sample_rate=(tokenizer.sample_rate or SAMPLE_RATE) if is_sound else None
-    )
+def decoded(name: str, held: Tensor, tokenizer: Tokenizer) -> Generated:
+    """Local ids ``(n,)`` or rows ``(n, C)`` of a modality with what they decode to."""
+    if held.is_floating_point():
+        return Generated(modality=name, rows=held, raw=tokenizer.decode_rows(held), sample_rate=tokenizer.sample_rate)
+    return Generated(modality=name, ids=held, raw=tokenizer.decode(held), sample_rate=tokenizer.sample_rate)
 
 
-@contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def _check_counts(num_samples: int, drawn: int, batch_size: int, steps: int, longest: int) -> None:
+    given = {"num_samples": num_samples, "batch_size": batch_size, "steps": steps, "max_new_tokens": longest}
+    for what, value in given.items():
+        if value < 1:
+            raise GenerationError(f"{what} must be at least 1, got {value}")
+    if drawn < num_samples:
+        raise GenerationError(f"best_of must be at least num_samples, {num_samples}, got {drawn}")
 
 
-def _ids(token: int | Sequence[int] | None) -> list[int]:
-    return [] if token is None else [token] if isinstance(token, int) else list(token)
+def _longest(config: OmniMoeConfig, to: str, asked: int | None) -> int:
+    held = config.modalities[config.modality_names.index(to)]
+    if held.num_tokens is None:
+        return asked if asked is not None else LONGEST_TEXT if held.begin_id is None else LONGEST_SPAN
+    if asked not in (None, held.num_tokens):
+        raise GenerationError(f"a span of {to} has {held.num_tokens} tokens, so max_new_tokens cannot be {asked}")
+    return held.num_tokens
+
+
+def _stops(config: OmniMoeConfig, to: str) -> list[int]:
+    """What ends a span; text also ends where another span would begin."""
+    held = config.token_ranges[to]
+    if held.end_id is not None:
+        return [held.end_id]
+    begins = [part.begin_id for part in config.modalities if part.begin_id is not None and part.end_id is not None]
+    return [*token_ids(config.eos_token_id), *begins]
+
+
+def _local(config: OmniMoeConfig, to: str, ids: Tensor) -> Tensor:
+    return ids[owned_rows(config)[to][ids]] - config.token_ranges[to].start
+
+
+def _opened(config: OmniMoeConfig) -> dict[int, str]:
+    """Begin tokens of the continuous modalities that can be denoised behind them."""
+    continuous = [held for held in config.modalities if not held.is_discrete]
+    can = [held for held in continuous if held.num_tokens is not None and held.placeholder_id is not None]
+    return {held.begin_id: held.name for held in can if held.begin_id is not None}
+
+
+def _streamer(
+    config: OmniMoeConfig,
+    name: str,
+    tokenizers: Mapping[str, Tokenizer],
+    write: Callable[[str], Any] | None,
+    num_rows: int,
+) -> TextSpanStreamer | None:
+    if write is None:
+        return None
+    if num_rows != 1 or name not in config.token_ranges or config.token_ranges[name].begin_id is not None:
+        raise GenerationError(f"text is streamed for one output of text, not for {num_rows} of {name}; drop on_text")
+    return TextSpanStreamer(config, tokenizers[name], write, name=name)

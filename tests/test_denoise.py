@@ -8,7 +8,9 @@ import torch
 from omnimoe.denoise import denoise
 from omnimoe.experts import RoutedExperts
 from omnimoe.inputs import InputError
+from omnimoe.layers import Rope
 from omnimoe.routers import ExpertChoiceRouter
+from omnimoe.spans import span_positions
 from tests.declarations import DECLARATIONS, DENSE, PATCHES, TEXT, build
 
 CONFIG = DECLARATIONS["transfusion"]
@@ -138,3 +140,54 @@ def test_a_rule_that_looks_ahead_has_no_cache():
 def test_a_model_of_codes_has_nothing_to_denoise():
     with pytest.raises(InputError, match="it has none"):
         denoise(build(DENSE), "image", torch.tensor([[1, 9]]))
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+@pytest.mark.parametrize("rule", ["causal", "block_causal", "bidirectional"])
+def test_a_guided_step_is_that_of_two_forwards(rule, axes):
+    latent = PATCHES.replace(begin_id=8, end_id=9)
+    attention = CONFIG.attention.replace(num_heads=2, num_kv_heads=1, rope=Rope.Config(sections=(2, 1, 1)))
+    changes = {"modalities": (TEXT, latent), "mask": rule, "bidirectional_modalities": ("latent",)}
+    model = build(CONFIG.replace(**changes, **({"attention": attention} if axes == 3 else {})))
+    ids = torch.tensor([[0, 0, 1, 11, 12, 8, LATENT, LATENT, 9], [1, 13, 11, 12, 14, 15, 8, LATENT, LATENT]])
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    grid = {"latent": (1, 2)}
+    spread = span_positions(model.config, ids, grid, mask)
+    noise = torch.randn(4, 6)
+    given = {"position_ids": spread if axes == 3 else None, "attention_mask": mask}
+    found = denoise(model, "latent", ids, **given, steps=1, noise=noise, guidance=3.0)
+    full = denoise(model, "latent", ids, **given, steps=1, noise=noise)
+    alone = []
+    for row, tail in enumerate(([LATENT, LATENT, 9], [LATENT, LATENT])):
+        lone = torch.tensor([[1, 8, *tail]])
+        places = span_positions(model.config, lone, grid) if axes == 3 else None
+        part = noise[2 * row : 2 * row + 2]
+        alone.append(denoise(model, "latent", lone, position_ids=places, steps=1, noise=part))
+    # the step is linear in the prediction, so results mix as predictions do
+    plain = torch.cat(alone)
+    torch.testing.assert_close(found, plain + 3.0 * (full - plain), **CLOSE)
+    assert not torch.allclose(found, full, atol=1e-2)
+
+
+def test_given_pictures_are_part_of_the_condition():
+    model = build(CONFIG)
+    ids = torch.tensor([[1, 9, LATENT, LATENT, LATENT, 10, LATENT, LATENT]])
+    drawn = ids == LATENT
+    drawn[0, :5] = False
+    options = {"drawn": drawn, "steps": 2, "seed": 0, "guidance": 0.0}
+    one, other = (denoise(model, "latent", ids, features={"latent": torch.randn(3, 6)}, **options) for _ in range(2))
+    torch.testing.assert_close(one, other)
+
+
+def test_a_scale_of_one_is_no_guidance_to_the_bit():
+    model = build(CONFIG)
+    ids, mask = layout()
+    given = {"attention_mask": mask, "steps": 2, "seed": 0}
+    assert torch.equal(denoise(model, "latent", ids, **given), denoise(model, "latent", ids, guidance=1, **given))
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
+def test_a_scale_out_of_range_is_refused(scale):
+    with pytest.raises(InputError, match="guidance must be 0 or more"):
+        denoise(build(CONFIG), "latent", layout()[0], guidance=scale)

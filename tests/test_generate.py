@@ -2,66 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import wave
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from omnimoe.commands import generate as command
 from omnimoe.data.documents import lay_out
-from omnimoe.generate import Generated, GenerationError, generate, interleave, read_wave
-from omnimoe.hub import load
+from omnimoe.generate import GenerationError, generate, interleave, read_wave
+from omnimoe.generation import prompts
 from omnimoe.layers import Attention, Rope
 from omnimoe.model import OmniMoeForCausalLM
-from omnimoe.tokenizers import TokenizerError, load_tokenizer
-from omnimoe.tokenizers.picture import PictureTokenizer
-from omnimoe.tokenizers.speech import SpeechTokenizer
+from omnimoe.tokenizers import TokenizerError
 from omnimoe.tokenizers.text import BEGIN_IMAGE_ID, BEGIN_SPEECH_ID, BOS_ID, END_IMAGE_ID, EOS_ID
 from tests.declarations import DECLARATIONS, DENSE, build
+from tests.generation.test_media import write_wave
+from tests.narrow import CONFIG, NANO, PICTURE, RAW, SOUND, eager_model, narrow_model, narrow_tokenizers
 
 # the module; `omnimoe.generate` is the function
 generation = sys.modules["omnimoe.generate"]
 
-NANO = load("mot_nano", device="meta").config
-CONFIG = NANO.replace(
-    hidden_size=32, num_layers=1, attention=NANO.attention.replace(num_heads=2), max_position_embeddings=512
-)
 RANGES = CONFIG.token_ranges
 
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    """The real text tokenizer, and untrained narrow networks with the real numbers of codes."""
-    torch.manual_seed(0)
-    small = {"hidden_size": 20, "encoder_blocks": 1, "decoder_blocks": 1}
-    return {
-        "text": load_tokenizer("text"),
-        "image": PictureTokenizer(PictureTokenizer.Config(**small)),
-        "speech": SpeechTokenizer(SpeechTokenizer.Config(**small, frame_blocks=1)),
-    }
+    return narrow_tokenizers()
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return OmniMoeForCausalLM(CONFIG).eval()
-
-
-@pytest.fixture
-def shipped(tokenizers, monkeypatch):
-    """Puts the narrow tokenizers in the place of those that ship."""
-    by_name = {"text": "text", "picture": "image", "speech": "speech"}
-    monkeypatch.setattr(generation, "load_tokenizer", lambda name: tokenizers[by_name[name]])
-
-
-PICTURE = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-SOUND = (0.5 * np.sin(np.arange(8_000) * 0.05)).astype(np.float32)
-RAW = {"text": "a red apple", "image": PICTURE, "speech": SOUND}
+    return narrow_model()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +77,7 @@ def test_prompts_are_the_starts_of_documents(model, tokenizers, monkeypatch, doc
         return torch.cat((ids, torch.full((len(ids), 1), RANGES[to].start + 20)), 1)
 
     monkeypatch.setattr(model, "generate", record)
-    monkeypatch.setattr(generation, "_decoded", lambda name, ids, tokenizer: ids)
+    monkeypatch.setattr(generation, "decoded", lambda name, ids, tokenizer: ids)
     generate(model, document, to, tokenizers=tokenizers)
     parts = dict(document)
     if "text" in parts and "image" in parts:
@@ -128,13 +99,81 @@ def test_a_prompt_is_what_training_documents_start_with(tokenizers):
     assert whole[-1] == EOS_ID
 
 
-def test_a_batch_of_prompts_of_different_lengths(model, tokenizers):
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {"seed": 3}, {"seed": 3, "guidance": 3.0, "top_k": 50}, {"seed": 3, "top_p": 0.8}],
+    ids=str,
+)
+@pytest.mark.parametrize("to", ["image", "speech", "text"])
+def test_a_batch_gives_what_each_document_gives_alone(model, tokenizers, to, options):
+    """Sampled too, and however the batch is cut."""
+    if to == "text" and "guidance" in options:
+        pytest.skip("text is not guided")
     documents = [{"text": "a"}, [("text", "a very long red apple on a table"), ("speech", SOUND)], []]
-    options = {"tokenizers": tokenizers, "temperature": 0}
-    together = generate(model, documents, "image", **options)
-    for document, made in zip(documents, together, strict=True):
-        (alone,) = generate(model, document, "image", **options)
+    options = {**options, "tokenizers": tokenizers, "max_new_tokens": None if to == "image" else 20}
+    together = generate(model, documents, to, **options)
+    cut = generate(model, documents, to, batch_size=2, **options)
+    for document, made, other in zip(documents, together, cut, strict=True):
+        (alone,) = generate(model, document, to, **options)
         assert torch.equal(alone.ids, made.ids)
+        assert torch.equal(other.ids, made.ids)
+
+
+def test_the_first_of_more_samples_are_those_of_fewer(model, tokenizers):
+    options = {"tokenizers": tokenizers, "seed": 1, "max_new_tokens": 12}
+    few, more = (generate(model, {"text": "a"}, "speech", num_samples=count, **options) for count in (2, 4))
+    assert [made.ids.tolist() for made in few] == [made.ids.tolist() for made in more[:2]]
+
+
+def test_a_seed_for_each_document(model, tokenizers):
+    options = {"tokenizers": tokenizers, "max_new_tokens": 12}
+    one, other, same = generate(model, [{"text": "a"}] * 3, "speech", seed=[1, 2, 1], **options)
+    assert torch.equal(one.ids, same.ids)
+    assert not torch.equal(one.ids, other.ids)
+
+
+def test_guidance_of_one_changes_nothing_and_of_three_does(model, tokenizers):
+    options = {"tokenizers": tokenizers, "seed": 0}
+    usual, one, by_name, three = (
+        generate(model, {"text": "a red apple"}, "image", guidance=scale, **options)[0].ids
+        for scale in (1.0, 1, {"speech": 3.0}, 3.0)
+    )
+    assert torch.equal(usual, one)
+    assert torch.equal(usual, by_name)
+    assert not torch.equal(usual, three)
+    nothing = [generate(model, {}, "image", guidance=scale, **options)[0].ids for scale in (1.0, 3.0)]
+    assert torch.equal(*nothing), "with nothing given there is nothing to guide towards"
+
+
+def test_choices_by_modality(model, tokenizers):
+    options = {"tokenizers": tokenizers, "seed": 0}
+    greedy, mixed, sampled = (
+        generate(model, {"text": "a"}, "image", temperature=given, **options)[0].ids
+        for given in (0, {"image": 0, "text": 1.0}, {"text": 0})
+    )
+    assert torch.equal(greedy, mixed)
+    assert not torch.equal(greedy, sampled)
+    (narrow,) = generate(model, {"text": "a"}, "image", top_k={"image": 1}, **options)
+    assert torch.equal(narrow.ids, greedy)
+    (spans,) = interleave(
+        eager_model(), {"text": "a"}, temperature={"image": 0}, guidance=2.0, max_new_tokens=300, **options
+    )
+    pictures = [span for span in spans if span.modality == "image"]
+    assert pictures
+    assert all(len(span) == 64 for span in pictures)
+
+
+def test_a_model_with_positions_in_three_axes_generates(tokenizers):
+    attention = CONFIG.attention.replace(rope=Rope.Config(sections=(4, 2, 2)))
+    model, seen = narrow_model(CONFIG.replace(attention=attention)), []
+    forward = model.model.forward
+    model.model.forward = lambda **given: seen.append(given["position_ids"]) or forward(**given)
+    (made,) = generate(model, {"image": PICTURE}, "image", tokenizers=tokenizers, seed=0)
+    assert len(made.ids) == 64
+    whole = torch.cat(seen, 1)[0]
+    first, second = 2, 2 + 64 + 2
+    assert whole[first + 63].tolist() == [first + 63, first + 7, first + 7]
+    assert whole[second + 9].tolist() == [second + 9, second + 1, second + 1]
 
 
 def test_samples_come_document_by_document(model, tokenizers):
@@ -189,19 +228,31 @@ def test_every_kind_of_model_generates(name, tokenizers):
     ("document", "to", "options", "message"),
     [
         ({"text": "a"}, "video", {}, "no modality 'video'; it has text, image, speech"),
-        ({"video": "a"}, "image", {}, "no discrete modality 'video'"),
+        ({"video": "a"}, "image", {}, "no modality 'video'"),
         ({"text": ""}, "image", {}, "the text input '' is empty; leave it out"),
         ({"image": "nowhere.png"}, "text", {}, "no picture at nowhere.png"),
         ({"image": 3}, "text", {}, "a picture is a path"),
         ({"speech": np.zeros(0, np.float32)}, "text", {}, "at least one sample"),
         (["text"], "image", {}, "a document is a list of"),
         ({"text": "a"}, "image", {"max_new_tokens": 10}, "64 tokens, so max_new_tokens cannot be 10"),
-        ({"text": "a"}, "text", {"max_new_tokens": -1}, "max_new_tokens at least 1"),
+        ({"text": "a"}, "text", {"max_new_tokens": -1}, "max_new_tokens must be at least 1, got -1"),
         ({"text": "a"}, "image", {"temperature": -1}, "temperature must be 0 or more"),
         ({"text": "a"}, "image", {"temperature": 0, "num_samples": 2}, "one answer, not 2"),
         ({"text": "a"}, "image", {"num_samples": 0}, "num_samples"),
         ({"text": "a"}, "image", {"top_k": 0}, "top_k must be at least 1"),
-        ({"text": "a"}, "image", {"top_p": 1.5}, "top_p in"),
+        ({"text": "a"}, "image", {"top_p": 1.5}, "top_p must be in"),
+        ({"text": "a"}, "image", {"min_p": -1}, "min_p must be in"),
+        ({"text": "a"}, "image", {"guidance": -1}, "guidance must be 0 or more, got -1"),
+        ({"text": "a"}, "text", {"guidance": 2}, "text has no boundary tokens"),
+        ({"text": "a"}, "image", {"temperature": {"video": 1}}, "temperature names 'video'; the modalities are text"),
+        ({"text": "a"}, "image", {"temperature": {"image": 0}, "num_samples": 2}, "one answer, not 2"),
+        ({"text": "a"}, "image", {"batch_size": 0}, "batch_size must be at least 1"),
+        ({"text": "a"}, "image", {"best_of": 2, "num_samples": 3}, "best_of must be at least num_samples, 3, got 2"),
+        ({}, "image", {"best_of": 2}, "needs inputs of discrete modalities"),
+        ({"text": "a"}, "image", {"seed": -1}, "seed must be 0 or more"),
+        ({"text": "a"}, "image", {"seed": [1, 2]}, "one for each of 1 documents"),
+        ({"text": "a"}, "image", {"on_text": print}, "text is streamed for one output of text"),
+        ({"text": "a"}, "text", {"on_text": print, "num_samples": 2}, "text is streamed for one output of text"),
     ],
 )
 def test_what_does_not_fit_is_refused(model, tokenizers, document, to, options, message):
@@ -215,38 +266,17 @@ def test_what_does_not_fit_is_refused(model, tokenizers, document, to, options, 
         (DENSE, "image", "has 1000 ids and spans of 64 tokens, the model 12 and 4"),
         (CONFIG.replace(mask="bidirectional"), "image", "only causal models"),
         (CONFIG.replace(mask="block_causal", bidirectional_modalities=("image",)), "image", "both directions"),
-        (DECLARATIONS["transfusion"], "latent", "call denoise"),
+        (DECLARATIONS["transfusion"], "latent", "cannot be laid out without num_tokens"),
         (
-            CONFIG.replace(attention=Attention.Config(num_heads=2, rope=Rope.Config(sections=(4, 2, 2)))),
+            CONFIG.replace(attention=Attention.Config(num_heads=2, rope=Rope.Config(sections=(4, 4)))),
             "text",
-            "3 axes",
+            "2 axes",
         ),
     ],
 )
 def test_models_that_cannot_are_told(config, to, message, tokenizers):
     with pytest.raises(GenerationError, match=message):
         generate(OmniMoeForCausalLM(config), [], to, tokenizers=tokenizers)
-
-
-def write_wave(path, samples: np.ndarray, rate: int, width: int = 2, channels: int = 1) -> str:
-    scale = 2 ** (8 * width - 1) - 1
-    whole = (samples * scale).round().astype(np.int64) + (128 if width == 1 else 0)
-    data = np.repeat(whole, channels).astype("<i8").view(np.uint8).reshape(-1, 8)[:, :width].tobytes()
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        file.writeframes(data)
-    return str(path)
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-@pytest.mark.parametrize("channels", [1, 2])
-def test_wave_files_are_read(tmp_path, width, channels):
-    waveform, rate = read_wave(write_wave(tmp_path / "a.wav", SOUND, 22_050, width, channels))
-    assert rate == 22_050
-    assert waveform.dtype == np.float32
-    np.testing.assert_allclose(waveform, SOUND, atol=1.5 / 2 ** (8 * width - 1))
 
 
 def test_a_sound_of_another_rate_is_resampled(model, tokenizers, tmp_path, monkeypatch):
@@ -258,119 +288,13 @@ def test_a_sound_of_another_rate_is_resampled(model, tokenizers, tmp_path, monke
     assert lengths == [25]  # a second at 8 kHz, in units of 40 ms
 
 
-def test_outputs_are_written(tmp_path):
-    picture = Generated(modality="image", ids=torch.zeros(64), raw=np.full((64, 64, 3), 7, np.uint8))
-    assert np.array_equal(np.asarray(Image.open(picture.save(tmp_path / "a.png"))), picture.raw)
-    sound = Generated(modality="speech", ids=torch.zeros(1), raw=SOUND, sample_rate=16_000)
-    waveform, rate = read_wave(sound.save(tmp_path / "a.wav"))
-    assert rate == 16_000
-    np.testing.assert_allclose(waveform, SOUND, atol=1e-4)
-    text = Generated(modality="text", ids=torch.zeros(1), raw="ein Äpfelchen")
-    assert text.save(tmp_path / "a.txt").read_text(encoding="utf-8") == "ein Äpfelchen\n"
-    with pytest.raises(GenerationError, match=r"written as \.wav"):
-        sound.save(tmp_path / "a.mp3")
-    with pytest.raises(GenerationError, match=r"written as \.png"):
-        picture.save(tmp_path / "a.wav")
-
-
 def test_what_ships_fits_the_zoo():
-    found = generation._load(NANO, None, {"text", "image", "speech"})
+    found = prompts.load_tokenizers(NANO, None, {"text", "image", "speech"})
     assert {name: tokenizer.num_tokens for name, tokenizer in found.items()} == {
         "text": None,
         "image": 64,
         "speech": None,
     }
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    return str(path)
-
-
-def call(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([str(part) for part in arguments]))
-
-
-@pytest.mark.usefixtures("shipped")
-def test_the_command_draws_numbered_pictures(folder, tmp_path, capsys):
-    out = tmp_path / "new" / "x.png"
-    common = (
-        "--model",
-        folder,
-        "--from",
-        "text",
-        "a red apple",
-        "--to",
-        "image",
-        "--num",
-        "2",
-        "--seed",
-        "0",
-        "--json",
-    )
-    assert call(*common, "--out", out) == 0
-    told = json.loads(capsys.readouterr().out)
-    files = [tmp_path / "new" / name for name in ("x_1.png", "x_2.png")]
-    assert [sample["file"] for sample in told["samples"]] == [str(file) for file in files]
-    assert [sample["num_tokens"] for sample in told["samples"]] == [64, 64]
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    assert [picture.size for picture in pictures] == [(64, 64)] * 2
-    again = tmp_path / "again.png"
-    assert call(*common, "--out", again) == 0
-    repeated = [(tmp_path / f"again_{i}.png").read_bytes() for i in (1, 2)]
-    assert repeated == [file.read_bytes() for file in files]
-
-
-@pytest.mark.usefixtures("shipped")
-def test_the_command_reads_pictures_and_sounds(folder, tmp_path, capsys):
-    Image.fromarray(PICTURE).save(tmp_path / "a.png")
-    write_wave(tmp_path / "a.wav", SOUND, 8_000)
-    given = ("--from", "image", tmp_path / "a.png", "--from", "speech", tmp_path / "a.wav")
-    assert call("--model", folder, *given, "--to", "text", "--max-new-tokens", "5", "--seed", "1") == 0
-    printed = capsys.readouterr().out
-    out = tmp_path / "b.wav"
-    assert call("--model", folder, *given, "--to", "speech", "--out", out, "--max-new-tokens", "5") == 0
-    assert capsys.readouterr().out == f"wrote {out}\n"
-    assert len(read_wave(out)[0]) % 640 == 0
-    out = tmp_path / "b.txt"
-    assert call("--model", folder, *given, "--to", "text", "--max-new-tokens", "5", "--seed", "1", "--out", out) == 0
-    assert out.read_text(encoding="utf-8") == printed
-
-
-@pytest.mark.usefixtures("shipped")
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"--out": None}, "needs a file to write: --out image.png"),
-        ({"--out": "x.wav"}, "must end in .png"),
-        ({"--out": "."}, "must end in .png"),
-        ({"--num": "0"}, "--num must be at least 1"),
-        ({"--to": "video"}, "no modality 'video'"),
-        ({"--model": "nowhere"}, "neither an existing folder nor an id"),
-        ({"--model": "mot_nanoo"}, "mot_nano"),
-        ({"--model": "mot_7b"}, "no weights for 'mot_7b'; train it first"),
-        ({"--from": ("image", "nowhere.png")}, "no picture at nowhere.png"),
-        ({"--from": ("speech", "nowhere.wav")}, "no sound at nowhere.wav"),
-        ({"--from": ("speech", __file__)}, "is not a PCM WAV file"),
-        ({"--from": ("image", __file__)}, "is not a picture"),
-        ({"--from": ("text", "")}, "is empty"),
-        ({"--from": ("smell", "roses")}, "no discrete modality 'smell'"),
-    ],
-)
-def test_a_wrong_call_is_one_clear_error(folder, tmp_path, monkeypatch, changes, message):
-    monkeypatch.chdir(tmp_path)
-    usual = {"--model": folder, "--from": ("text", "a"), "--to": "image", "--out": "x.png"}
-    arguments = []
-    for option, value in {**usual, **changes}.items():
-        if value is not None:
-            arguments += [option, *(value if isinstance(value, tuple) else (value,))]
-    with pytest.raises(ValueError, match=message) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_prompt_longer_than_the_model_was_made_for_is_refused(model, tokenizers):

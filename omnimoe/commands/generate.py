@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-ENDINGS = {"image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"), "speech": (".wav",)}
+from omnimoe.commands._model import add_model, by_modality, read_model, read_tokenizers
+
+ENDINGS = {"image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"), "speech": (".wav",), "video": (".gif", ".webp")}
 """What an output file may be called."""
+ANY = "any"
+"""The target that lets the model choose."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument(
-        "--model", required=True, help="folder of a saved model, Hub id, or a name of the zoo with weights"
-    )
+    add_model(parser)
     parser.add_argument(
         "--from",
         dest="sources",
@@ -25,88 +29,160 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("MODALITY", "INPUT"),
         help='an input: text "a red apple", image apple.png, speech apple.wav; several are one document, in order',
     )
-    parser.add_argument("--to", required=True, metavar="MODALITY", help="what to generate: text, image or speech")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to write it; text is printed where this is left out"
+        "--prompts", type=Path, metavar="FILE", help="many inputs: a caption a line, or .jsonl with a document a line"
     )
     parser.add_argument(
-        "--num", type=int, default=1, metavar="N", help="samples; files are numbered then: x_1.png, ..."
+        "--to", required=True, metavar="MODALITY", help="text, image or speech; any lets the model choose, span by span"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to write it; for --to any a folder, or an .html page"
+    )
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="a contact sheet of all pictures with their captions")
+    parser.add_argument("--num", type=int, default=1, metavar="N", help="samples a prompt; files are numbered then")
+    parser.add_argument(
+        "--best-of", type=int, metavar="N", help="draw N and keep the --num under which the inputs are likeliest"
     )
     parser.add_argument("--seed", type=int, help="repeats the same samples")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the most likely token")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among so many tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the tokens that hold this share")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest text or speech, in tokens")
-    parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda; the fastest there is if left out")
+    choices = parser.add_argument_group("sampling, each X or by modality, text=X,image=Y")
+    number, whole = by_modality(float), by_modality(int)
+    choices.add_argument("--temperature", type=number, default=1.0, metavar="X", help="0 takes the most likely token")
+    choices.add_argument("--top-k", type=whole, metavar="K", help="sample among so many tokens")
+    choices.add_argument("--top-p", type=number, metavar="P", help="sample among the tokens that hold this share")
+    choices.add_argument("--min-p", type=number, metavar="P", help="and not below this share of the likeliest")
+    choices.add_argument(
+        "--guidance", type=number, default=1.0, metavar="X", help="classifier-free guidance of pictures and sounds"
+    )
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of denoising, where it is denoised")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest text, speech or document, in tokens")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows that are generated at once")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Generates, writes and tells what was written."""
     # Wrong calls are told before the seconds that a model takes to load.
-    files = _files(args.to, args.out, args.num)
+    _check(args)
 
-    from omnimoe.generate import generate
+    from omnimoe.generate import generate, interleave
+    from omnimoe.generation.prompt_files import read_prompts, read_raw
 
-    document = [(modality, _raw(modality, given)) for modality, given in args.sources]
-    model = _model(args.model, args.device)
-    made = generate(
-        model,
-        document,
-        to=args.to,
-        seed=args.seed,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
-        num_samples=args.num,
-    )
-    told: list[dict[str, Any]] = []
-    for found, file in zip(made, files, strict=True):
-        sample: dict[str, Any] = {"modality": found.modality, "num_tokens": len(found.ids)}
-        if isinstance(found.raw, str):
-            sample["text"] = found.raw
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            sample["file"] = str(found.save(file))
-        told.append(sample)
-    if args.json:
-        print(json.dumps({"model": args.model, "to": args.to, "seed": args.seed, "samples": told}))
+    given = [(modality, read_raw(modality, source)) for modality, source in args.sources]
+    documents = [given] if args.prompts is None else read_prompts(args.prompts)
+    options: dict[str, Any] = {"tokenizers": read_tokenizers(args.tokenizer), "num_samples": args.num}
+    options |= {
+        name: getattr(args, name)
+        for name in ("seed", "temperature", "top_k", "top_p", "min_p", "guidance", "steps", "batch_size")
+    }
+    model = read_model(args.model, args.device)
+    is_streamed = sys.stdout.isatty() and not args.json and args.to in ("text", ANY) and len(documents) * args.num == 1
+    if is_streamed and args.best_of is None:
+        options["on_text"] = lambda text: print(text, end="", flush=True)
+    if args.max_new_tokens is not None:
+        options["max_new_tokens"] = args.max_new_tokens
+    if args.to == ANY:
+        made = interleave(model, documents, **options)
+        told = _write_documents(made, documents, args)
     else:
-        for sample in told:
-            print(f"wrote {sample['file']}" if "file" in sample else sample["text"])
+        flat = generate(model, documents, to=args.to, best_of=args.best_of, **options)
+        told = _write(flat, documents, args)
+    if "on_text" in options:
+        print()
+    _tell(told, args, is_streamed="on_text" in options)
     return 0
 
 
-def _files(to: str, out: Path | None, count: int) -> list[Path | None]:
-    if count < 1:
-        raise ValueError(f"--num must be at least 1, got {count}")
-    if out is None:
-        if to in ENDINGS:
-            raise ValueError(f"--to {to} needs a file to write: --out {to}{ENDINGS[to][0]}")
-        return [None] * count
-    if to in ENDINGS and out.suffix.lower() not in ENDINGS[to]:
-        raise ValueError(f"--out must end in {', '.join(ENDINGS[to])} for {to}, got {str(out)!r}")
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file")
-    return [out] if count == 1 else [out.with_name(f"{out.stem}_{i}{out.suffix}") for i in range(1, count + 1)]
+def _check(args: argparse.Namespace) -> None:
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1, got {args.num}")
+    if args.prompts is not None and args.sources:
+        raise ValueError("--prompts holds all inputs; leave --from out, or write it into each document of a .jsonl")
+    if args.to == ANY:
+        if args.out is None:
+            raise ValueError("--to any needs a folder or a page to write: --out made, or --out made.html")
+        if args.best_of is not None or args.sheet is not None:
+            raise ValueError("--best-of and --sheet are for one modality, not for --to any; leave them out")
+        return
+    if args.sheet is not None and args.to in ("text", "speech"):
+        raise ValueError(f"--sheet shows pictures, not {args.to}; use --out")
+    if args.out is None:
+        if args.to in ENDINGS and args.sheet is None:
+            raise ValueError(f"--to {args.to} needs a file to write: --out {args.to}{ENDINGS[args.to][0]}")
+        return
+    if args.to in ENDINGS and args.out.suffix.lower() not in ENDINGS[args.to]:
+        raise ValueError(f"--out must end in {', '.join(ENDINGS[args.to])} for {args.to}, got {str(args.out)!r}")
+    if args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder; name a file")
 
 
-def _raw(modality: str, given: str) -> Any:
-    from omnimoe.generate import read_wave
+def _write(made: list, documents: list, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Writes samples of one modality, numbered by prompt and by sample where there are several."""
+    told: list[dict[str, Any]] = []
+    for place, found in enumerate(made):
+        prompt, number = divmod(place, args.num)
+        sample: dict[str, Any] = {"prompt": prompt + 1, "modality": found.modality, "num_tokens": len(found)}
+        if found.score is not None:
+            sample["score"] = round(found.score, 4)
+        if isinstance(found.raw, str):
+            sample["text"] = found.raw
+        if args.out is not None:
+            parts = [str(prompt + 1)] * (len(documents) > 1) + [str(number + 1)] * (args.num > 1)
+            file = args.out.with_name("_".join([args.out.stem, *parts]) + args.out.suffix)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            sample["file"] = str(found.save(file))
+        told.append(sample)
+    if args.sheet is not None:
+        from omnimoe.generation.sheet import draw_sheet
 
-    return read_wave(given) if modality == "speech" else given
+        groups = [[found.raw for found in made[start : start + args.num]] for start in range(0, len(made), args.num)]
+        draw_sheet(groups, [_caption(document) for document in documents], args.sheet)
+    return told
 
 
-def _model(name: str, device: str | None):
-    import torch
+def _write_documents(made: list, documents: list, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Writes interleaved documents: a file a span and ``index.html`` in a folder, or one page."""
+    from omnimoe.generation.pages import write_page, write_spans
 
-    from omnimoe.hub import from_pretrained, load, model_info
-    from omnimoe.model import MODELS
+    prompts = [document for document in documents for _ in range(args.num)]
+    title = f"omnimoe generate --model {args.model} --to any"
+    if args.out.suffix.lower() in (".html", ".htm"):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            files = [write_spans(spans, Path(folder), str(number)) for number, spans in enumerate(made, 1)]
+            write_page(made, files, prompts, args.out, title=title)
+        files = [[args.out] * len(spans) for spans in made]
+    else:
+        files = [write_spans(spans, args.out, str(number)) for number, spans in enumerate(made, 1)]
+        write_page(made, files, prompts, args.out / "index.html", title=title)
+    told = []
+    for number, (spans, written) in enumerate(zip(made, files, strict=True)):
+        for found, file in zip(spans, written, strict=True):
+            sample = {"prompt": number // args.num + 1, "modality": found.modality, "num_tokens": len(found)}
+            sample |= {"text": found.raw} if isinstance(found.raw, str) else {}
+            told.append({**sample, "file": str(file)})
+    return told
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name in MODELS and not Path(name).is_dir():
-        if model_info(name).pretrained is None:
-            raise ValueError(f"there are no weights for {name!r}; train it first and pass the folder: --model DIR")
-        return load(name, pretrained=True, device=device)
-    return from_pretrained(name, device=device)
+
+def _caption(document: list[tuple[str, Any]]) -> str:
+    """A document in words: its text, or what else it holds."""
+    words = [raw if modality == "text" else f"({modality})" for modality, raw in document]
+    return " ".join(words) or "(no prompt)"
+
+
+def _tell(told: list[dict[str, Any]], args: argparse.Namespace, *, is_streamed: bool) -> None:
+    page = args.out / "index.html" if args.to == ANY and args.out.is_dir() else args.out if args.to == ANY else None
+    if args.json:
+        found = {"model": args.model, "to": args.to, "seed": args.seed, "samples": told}
+        found |= {} if args.sheet is None else {"sheet": str(args.sheet)}
+        print(json.dumps({**found, **({} if page is None else {"page": str(page)})}))
+        return
+    for sample in told:
+        if "text" in sample and not is_streamed:
+            print(sample["text"])
+        if "file" in sample and page is None:
+            print(f"wrote {sample['file']}")
+    if page is not None:
+        spans = ", ".join(f"{sample['modality']} ({sample['num_tokens']} tokens)" for sample in told) or "nothing"
+        print(f"wrote {spans}; all in order in {page}")
+    if args.sheet is not None:
+        print(f"wrote {args.sheet}")

@@ -149,6 +149,12 @@ def span_positions(
     return torch.stack((time, row, column), dim=-1)
 
 
+def position_axes(config: OmniMoeConfig) -> int:
+    """The most axes that rotary positions have in any layer, at least 1."""
+    ropes = [getattr(block.attention, "rope", None) for block in config.blocks]
+    return max((len(rope.sections) for rope in ropes if rope is not None), default=1) or 1
+
+
 def end_ids(config: OmniMoeConfig) -> list[int]:
     """The rows that end a document."""
     eos = config.eos_token_id

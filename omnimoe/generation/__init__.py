@@ -1,0 +1,1 @@
+"""What :mod:`omnimoe.generate` is made of: inputs, prompts, sampling, latents, ranking, and what is written of it."""
