@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from omnimoe.encoders.efficientnet import WEIGHTS as EFFICIENTNET
 from omnimoe.experts.base import EXPERTS
 from omnimoe.layers.attention import ATTENTIONS
 from omnimoe.modalities import MODALITIES
@@ -20,7 +21,7 @@ from omnimoe.routers.base import ROUTERS
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
 PARTS = ["new_attention", "new_expert", "new_modality", "new_model", "new_router"]
-TRAINED = [*PARTS, "plain_loop", "hf_trainer", "load_and_inspect"]
+TRAINED = [*PARTS, "plain_loop", "hf_trainer", "load_and_inspect", "encoder_inputs"]
 TABLES = (ATTENTIONS, EXPERTS, MODALITIES, MODELS, ROUTERS)
 
 
@@ -63,6 +64,8 @@ def test_what_is_registered_is_shorter_than_fifteen_lines(name):
 def test_it_runs(name, monkeypatch, capsys, tmp_path):
     if name == "hf_trainer" and importlib.util.find_spec("accelerate") is None:
         pytest.skip("accelerate is not installed")
+    if name == "encoder_inputs" and not (EFFICIENTNET.is_installed() and importlib.util.find_spec("timm")):
+        pytest.skip("the extra `encoders` is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, "--steps", "2"])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
