@@ -13,6 +13,9 @@ from torch import Tensor
 
 from omnimoe.tokenizers.base import TokenizerError
 
+LARGEST_SIDE = 8192
+"""Pixels; longer pictures are shrunk before they are padded: a strip has few pixels, its square may have billions."""
+
 
 def to_square(raw: Any, size: int) -> np.ndarray:
     """A picture of any kind and size on a white square: ``(size, size, 3)`` uint8.
@@ -45,6 +48,9 @@ def to_square(raw: Any, size: int) -> np.ndarray:
     side = max(picture.size)
     if min(picture.size) < 1:
         raise TokenizerError(f"a picture needs at least one pixel, got {picture.width} x {picture.height}")
+    if side > LARGEST_SIDE:
+        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
+        side = max(picture.size)
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     square = square.convert("RGB")
