@@ -14,13 +14,14 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "quickstart": "train a small Mixture-of-Transformers beside its dense twin, on real data, in five minutes",
+    "quickstart": "train a small Mixture-of-Transformers beside its dense twin, on real data, in under five minutes",
     "list": "list the model zoo",
     "info": "sizes, FLOPs, modalities, paper and licence of one model",
     "train": "train a model of the zoo, or one declared in a JSON file",
     "compare": "train several architectures on the same data and compare the steps they need",
     "generate": "make text, pictures or speech from text, pictures or speech",
     "eval": "measure models on held-out data: loss, retrieval, generated pictures and speech",
+    "demo": "try a model on a page in the browser",
     "data": "build or look at a corpus",
 }
 

@@ -29,6 +29,9 @@ from omnimoe.train import History, Training, TrainSettings
 
 ALL = "all"
 
+_EQUAL = 0.02
+"""Models whose FLOPs differ by no more than this share count as equal; routers cost that little."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -253,6 +256,7 @@ def compare(
             training = Training(model, run, corpus=corpus, out=folder, name=label, show_progress=show_progress)
             if name not in comparison.forward_flops:
                 comparison.forward_flops[name] = _forward_flops(model, training.held_out[0])
+                _check_flops(comparison, name)
             history = training.run()
             if training.was_interrupted:
                 raise KeyboardInterrupt
@@ -262,6 +266,18 @@ def compare(
     if out is not None:
         comparison.save(out)
     return comparison
+
+
+def _check_flops(comparison: Comparison, name: str) -> None:
+    base = comparison.names[0]
+    ratio = _ratio(comparison.forward_flops[name], comparison.forward_flops[base])
+    if ratio is not None and abs(ratio - 1) > _EQUAL:
+        logger.warning(
+            "%s costs %.2f times the FLOPs of %s a token, so a share of its steps is not that share of its FLOPs",
+            name,
+            ratio,
+            base,
+        )
 
 
 def _forward_flops(model: OmniMoeForCausalLM, batch: dict[str, torch.Tensor]) -> float | None:

@@ -176,7 +176,7 @@ def _of_batch(config: OmniMoeConfig, batch: Mapping[str, Any]) -> _Work:
     valid = torch.ones_like(modality_ids, dtype=torch.bool)
     if batch.get("attention_mask") is not None:
         valid &= batch["attention_mask"].bool()
-    elif batch.get("segment_ids") is not None:
+    if batch.get("segment_ids") is not None:
         valid &= batch["segment_ids"] >= 0
     found = torch.bincount(modality_ids[valid], minlength=len(config.modalities)).tolist()
     features = {name: float(len(rows)) for name, rows in (batch.get("features") or {}).items()}

@@ -172,7 +172,7 @@ def from_pretrained(
             device_map=device_map,
             attn_implementation=attn_implementation,
         )
-    except ConfigError as error:
+    except (ConfigError, RegistryError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error

@@ -265,4 +265,13 @@ def test_a_model_that_sees_later_tokens_is_pointed_out(registered, corpus, caplo
     with caplog.at_level(logging.WARNING):
         compare(names, settings(steps=2, evaluate_every=1), corpus=corpus, show_progress=False)
     assert "tiny_choice looks at later tokens" in caplog.text
-    assert "tiny_dense" not in caplog.text
+    assert "tiny_dense looks" not in caplog.text
+
+
+def test_models_of_unequal_cost_are_pointed_out(registered, corpus, caplog):
+    wide = tiny().replace(experts=tiny().experts.replace(intermediate_size=192))
+    names = [registered("tiny_dense", tiny()), registered("tiny_mot", tiny("mot")), registered("tiny_wide", wide)]
+    with caplog.at_level(logging.WARNING):
+        compare(names, settings(steps=2, evaluate_every=1), corpus=corpus, show_progress=False)
+    assert "tiny_wide costs 1." in caplog.text
+    assert "tiny_mot costs" not in caplog.text

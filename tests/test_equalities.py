@@ -116,7 +116,7 @@ def test_equal_towers_equal_the_dense_model(placement, towers, qk_norm):
         )
 
 
-def test_a_tower_map_of_one_copy_is_the_dense_model_bit_for_bit():
+def test_a_tower_map_of_one_copy_is_the_dense_model():
     source = build(DENSE)
     model = copy_weights(build(with_towers(DENSE, (0, 0, 0)), seed=1), source)
     ids = ids_like(DENSE)

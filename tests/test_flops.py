@@ -116,6 +116,16 @@ def test_padding_costs_scores_and_head_alone():
     assert "padding" not in flops(model, ids).by_modality
 
 
+def test_padding_may_be_told_by_mask_and_by_segments_at_once():
+    config = small("mot_nano")
+    ids = ids_of(config)
+    segments = torch.zeros_like(ids)
+    segments[1, 16:] = -1
+    by_segments = flops(config, {"input_ids": ids, "segment_ids": segments})
+    both = flops(config, {"input_ids": ids, "segment_ids": segments, "attention_mask": torch.ones_like(ids)})
+    assert both.tokens == by_segments.tokens == int((segments >= 0).sum())
+
+
 def test_the_split_adds_up():
     config = small("moma_nano")
     found = flops(config, ids_of(config))

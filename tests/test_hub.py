@@ -238,6 +238,13 @@ class TestFromPretrained:
         with pytest.raises(CheckpointError, match="a shard is a .safetensors file in the same folder"):
             from_pretrained(saved)
 
+    def test_a_part_that_nobody_registered(self, saved):
+        plain = json.loads((saved / "config.json").read_text())
+        plain["experts"]["type"] = "no_such_part"
+        (saved / "config.json").write_text(json.dumps(plain))
+        with pytest.raises(CheckpointError, match="unknown experts 'no_such_part'"):
+            from_pretrained(saved)
+
     @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"key": 1}}])
     def test_a_malformed_index(self, saved, index):
         (saved / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -3,8 +3,8 @@
 Splitting by caption alone leaks: one picture has captions in many languages, two captions share a clip, two concepts
 share a translation. So rows are joined into connected components, and a component is placed as a whole by the digest
 of its least concept. Components whose English names differ only loosely (number, article, "flag of", see
-:func:`loose_key`) are then joined too, on the side of ``train`` if one of them is there, else of ``val``; nothing ever
-leaves ``train`` that way. ``train``, ``val`` and ``test`` are disjoint in this sense. ``drawing`` is a fourth, easier
+:func:`loose_key`), or that have one string in two languages, are then joined too, on the side of ``train`` if one of
+them is there, else of ``val``; nothing ever leaves ``train`` that way. ``train``, ``val`` and ``test`` are disjoint in this sense. ``drawing`` is a fourth, easier
 question: concepts of ``train`` in a drawing that was never seen.
 """
 
@@ -25,6 +25,7 @@ _FACES = re.compile(
     "bear|bird|bunny|cat|chicken|cow|deer|dog|dragon|elephant|fish|fox|frog|goat|hamster|horse|koala|lion|monkey|moon|"
     "moose|mous|owl|panda|pig|rabbit|raccoon|rat|sheep|tiger|unicorn|wolf|zebra"
 )
+_FACING = re.compile(r":? facing (left|right)$", re.IGNORECASE)
 _IRREGULAR = {
     "children": "child",
     "dice": "die",
@@ -60,13 +61,16 @@ def loose_key(label: str) -> str:
     """What an English label names, regardless of number, spaces, hyphens and wrappers such as "flag of" as well.
 
     Equal for *banana* and *bananas*, *eye* and *the eyes*, *Bhutan* and *flag of Bhutan*, *horse* and *horse face*,
-    *t-shirt* and *T shirt*, *St. Lucia* and *Saint Lucia*; different for *bell* and *bell pepper*. The key is no word:
-    *cookies* and *cookie* both give *cooky*.
+    *t-shirt* and *T shirt*, *St. Lucia* and *Saint Lucia*, *walking* and *walking: facing right*, *stop sign* and *stop
+    sign, red*; different for *bell* and *bell pepper*. The key is no word: *cookies* and *cookie* both give *cooky*.
 
     Example:
         >>> loose_key("flag: Bhutan"), loose_key("the bananas"), loose_key("light-bulbs"), loose_key("hot face")
         ('bhutan', 'banana', 'lightbulb', 'hotface')
     """
+    label = _FACING.sub("", label)
+    if ":" not in label:  # after a colon commas list members: "family: man, boy"
+        label = label.partition(",")[0] or label
     key = concept_key(label.replace("&", " and "))
     # What is left of "woman's" is a lone s.
     words = [_singular(w) for w in key.split() if w not in {"s", "and"}]
@@ -87,7 +91,7 @@ def digest_split(key: str) -> str:
 
 def text_key(lang: str, text: str) -> tuple[str, str]:
     """A text as the leak check compares it: case, outer punctuation and spaces do not matter."""
-    return lang, re.sub(r"\s+", " ", text.lower()).strip(" .!?,;:")
+    return lang, _string(text)
 
 
 def assign_splits(
@@ -164,6 +168,7 @@ def check_leaks(
         if split in _DISJOINT and not shares_concepts:
             things += [("concept", row["key"]), ("group", row["group"]), ("text", text_key(row["lang"], row["text"]))]
             things += [("loose concept", name) for name in _loose_names(row)]
+            things.append(("string", _string(row["text"])))
             if row["audio"] >= 0:
                 things.append(("clip", row["audio"]))
         for thing in things:
@@ -228,8 +233,12 @@ def _name_groups(rows: Sequence[dict[str, Any]], components: _Components) -> Non
 
 
 def _join_loosely(rows: Sequence[dict[str, Any]], components: _Components) -> None:
-    """Joins components of one loose name; the joint one goes to the first of train, val, test that had a part of it."""
+    """Joins components of one loose name, or of one string in two languages.
+
+    The joint one goes to the first of train, val, test that had a part of it.
+    """
     for row in rows:
+        components.join(("key", row["key"]), ("string", _string(row["text"])))
         for name in _loose_names(row):
             components.join(("key", row["key"]), ("loose", name))
     first: dict[Hashable, str] = {}
@@ -241,6 +250,10 @@ def _join_loosely(rows: Sequence[dict[str, Any]], components: _Components) -> No
     for row in rows:
         if row["split"] != "drawing":
             row["split"] = first[components.find(("key", row["key"]))]
+
+
+def _string(text: str) -> str:
+    return re.sub(r"\s+", " ", text.lower()).strip(" .!?,;:")
 
 
 def _loose_names(row: dict[str, Any]) -> set[str]:

@@ -96,7 +96,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     restore(folder)
     path = folder / STATE_FILE
     if not path.exists():
-        raise ResumeError(f"no {STATE_FILE} in {folder}: it is no checkpoint of a run, so nothing to resume")
+        raise ResumeError(f"nothing to resume: {folder} has no {STATE_FILE}; leave resume out to start a run")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

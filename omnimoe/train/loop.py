@@ -163,6 +163,8 @@ class Training:
     def run(self, *, until: int | None = None, on_step: Callable[[Training], None] | None = None) -> History:
         """Trains to the end. Ctrl-C ends the step, saves and returns; a second one breaks off at once.
 
+        A fresh run seeds PyTorch's global generators, for parts that draw in their forward.
+
         Args:
             until: stop after this step instead, saving; the schedule stays that of ``settings.steps``.
             on_step: called after every step.
@@ -186,6 +188,8 @@ class Training:
             disable=None if self.show_progress else True,
         )
         self.model.train()
+        if self.step == 0:
+            torch.manual_seed(settings.seed)
         with closing(log), self._interruptible(), bar:
             if self.step == 0 and self.held_out and not self.history.steps:
                 self._evaluate(log)

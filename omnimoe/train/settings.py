@@ -58,6 +58,7 @@ class TrainSettings(Config):
     """Steps between lines of the log."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "batch_size", "sequence_length", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

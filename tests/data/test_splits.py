@@ -116,6 +116,8 @@ def test_keys() -> None:
         ("mice", "mouse"),
         ("lenses", "lens"),
         ("woman\u2019s boot", "boots"),
+        ("person walking", "woman walking: facing right"),
+        ("stop sign", "stop sign, right font"),
     ],
 )
 def test_loose_keys_of_one_thing_agree(one: str, other: str) -> None:
@@ -134,6 +136,7 @@ def test_loose_keys_of_one_thing_agree(one: str, other: str) -> None:
         ("pie", "pi"),
         ("mouse", "moose"),
         ("flag", "crossed flags"),
+        ("traffic light", "traffic light: red"),
     ],
 )
 def test_loose_keys_of_two_things_differ(one: str, other: str) -> None:
@@ -169,6 +172,18 @@ def test_nothing_leaves_train_and_drawings_stay() -> None:
     # Only what was in train from the start gives a drawing.
     assert all(old == "train" for old, new in moved if new == "drawing")
     assert check_leaks(rows)["drawing"] > 0
+
+
+def test_one_string_in_two_languages_joins_and_is_found_where_it_is_parted() -> None:
+    for noun in NOUNS:
+        rows = [row(f"{noun}er", "envelop", 0, lang="nl"), row(noun, "Envelop", 1)]
+        before = {digest_split(r["key"]) for r in rows}
+        assign_splits(rows)
+        assert {r["split"] for r in rows} == {min(before, key=("train", "val", "test").index)}
+        check_leaks(rows)
+        rows[0]["split"], rows[1]["split"], rows[0]["group"] = "train", "test", "other"
+        with pytest.raises(LeakError, match="string 'envelop' is in train and test"):
+            check_leaks(rows)
 
 
 def held_out(text: str, split: str = "test") -> list[dict]:

@@ -66,6 +66,24 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(corpus, tmp_path, name):
     assert resumed.batches.state_dict() == unbroken.batches.state_dict()
 
 
+def test_a_part_that_draws_in_its_forward_is_repeated_and_resumed_to_the_bit(corpus, tmp_path):
+    def noisy(out: Path | None = None, *, elsewhere: int) -> Training:
+        run = training(corpus, "top_k", out=out)
+        run.model.model.embed_tokens.register_forward_hook(lambda _module, _args, x: x + 0.1 * torch.randn_like(x))
+        torch.manual_seed(elsewhere)
+        return run
+
+    runs = [noisy(elsewhere=1), noisy(elsewhere=2)]
+    for run in runs:
+        run.run()
+    noisy(tmp_path, elsewhere=3).run(until=3)
+    resumed = noisy(tmp_path, elsewhere=4)
+    resumed.resume()
+    resumed.run()
+    for other in (runs[1], resumed):
+        assert same_tensors(dict(runs[0].model.state_dict()), dict(other.model.state_dict()))
+
+
 def test_the_cut_offs_of_expert_choice_move_and_are_resumed(corpus, tmp_path):
     run = training(corpus, "expert_choice", out=tmp_path, steps=2)
     before = {name: value.clone() for name, value in run.model.named_buffers() if "cutoff" in name}

@@ -40,6 +40,15 @@ def test_a_value_out_of_range_is_named(field):
     assert str(WRONG[field]) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 2.5), ("steps", "3"), ("steps", True), ("data", None), ("seed", 1.5), ("checkpoint_activations", "no")],
+)
+def test_a_value_of_another_type_is_named(field, value):
+    with pytest.raises(ConfigError, match=field):
+        TrainSettings(**{field: value})
+
+
 @pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "clip", "beta1", "epsilon", "text_share"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_must_be_finite(field, value):
