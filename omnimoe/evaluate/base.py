@@ -81,6 +81,10 @@ def title_of(name: str) -> str:
 
 
 def _register_built_in() -> None:
+    from omnimoe.hub import MODELS
+
+    # plugins are loaded with the zoo, and may bring metrics
+    MODELS.names()
     for name in BUILT_IN:
         importlib.import_module(f"omnimoe.evaluate.{name}")
 

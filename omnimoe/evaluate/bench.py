@@ -167,7 +167,7 @@ class Bench:
         made: list[Generated] = []
         for start in self.progress(range(0, len(documents), self.batch_size), what or f"generating {to}"):
             part = list(documents[start : start + self.batch_size])
-            made += generate(model, part, to=to, seed=self.seed + start, tokenizers=given, **wanted)
+            made += generate(model, part, to=to, seed=self.seed, tokenizers=given, **wanted)
         return made
 
     def progress(self, items: Sequence[T] | range, what: str) -> Iterable[Any]:

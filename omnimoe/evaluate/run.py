@@ -141,7 +141,7 @@ def evaluate(
         raw: the folder the corpus was made from; without it, what tokens decode to stands for pictures and clips.
         num: most concepts that a metric uses, which bounds its cost; None for all.
         candidates: sizes of the sets in which the right one is to be found, each at least 2.
-        seed: draws concepts, candidates and samples; the same seed, ``num`` and ``batch_size`` repeat a run.
+        seed: draws concepts, candidates and samples; the same seed and ``num`` repeat a run.
         out: folder for tables, contact sheets and the report; None writes nothing.
         tokenizers: modality to tokenizer, where they are not those that ship with the package.
         sampling: options of ``omnimoe.generate.generate`` by modality: ``{"image": {"temperature": 1.0}}``.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +39,20 @@ def test_a_metric_of_the_user_in_a_few_lines(few, fresh, tmp_path):
     assert measure.count == 3
     assert 0 <= measure.value <= 8
     assert "Words of the names" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_plugin_may_bring_a_metric(tmp_path):
+    lines = ["from omnimoe import register_metric", "", "@register_metric('plugged')", "def plugged(bench):"]
+    (tmp_path / "plugged_metric.py").write_text("\n".join([*lines, "    return []", ""]), encoding="utf-8")
+    told = tmp_path / "plugged_metric-1.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged-metric\nVersion: 1.0\n", encoding="utf-8")
+    (told / "entry_points.txt").write_text("[omnimoe.plugins]\nmetric = plugged_metric\n", encoding="utf-8")
+    code = "from omnimoe.evaluate.base import metric_names; print(metric_names()[-1])"
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "plugged"
 
 
 def test_two_models_side_by_side_on_the_same_concepts(few, fresh, learned, tmp_path):
