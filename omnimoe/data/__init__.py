@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy(
         "omnimoe.data.sequences": ("PackedSequences",),
         "omnimoe.data.documents": ("SequenceError", "default_ranges"),
         "omnimoe.data.evaluation": ("evaluation_batches",),
+        "omnimoe.data.templates": ("register_template",),
         "omnimoe.data.readers": ("open_reader",),
         "omnimoe.data.stream": ("DocumentStream", "StreamError"),
         "omnimoe.data.streaming": ("StreamedSequences",),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MODALITIES = ("text", "image", "speech")
 FORMAT = 1
 _ROW_COLUMNS = ("text", "image", "audio", "split", "group", "lang", "source", "style")
+_OPTIONAL_COLUMNS = ("topic",)
 _DOCUMENT_COLUMNS = ("text", "split", "source")
 
 
@@ -85,7 +86,8 @@ class Corpus:
         texts: local ids of all texts, captions first.
         images: ``(n, 64)`` local ids of the pictures.
         clips: local ids of the clips.
-        rows: column name to ``(rows,)`` int32: indices into the above (-1 for none) and into the names of ``meta``.
+        rows: column name to ``(rows,)`` int32: indices into the above (-1 for none) and into the names of ``meta``;
+            ``topic`` only where the corpus has topics.
         documents: the same for running text.
         meta: names of splits, languages, sources and styles, vocabulary sizes, grid and rates.
     """
@@ -148,7 +150,10 @@ class Corpus:
                 texts=_ragged(arrays, "text"),
                 images=arrays["image_values"].astype(np.int64),
                 clips=_ragged(arrays, "speech"),
-                rows={key: arrays[f"row_{key}"].astype(np.int32) for key in _ROW_COLUMNS},
+                rows={
+                    key: arrays[f"row_{key}"].astype(np.int32)
+                    for key in (*_ROW_COLUMNS, *(key for key in _OPTIONAL_COLUMNS if f"row_{key}" in arrays))
+                },
                 documents={key: arrays[f"document_{key}"].astype(np.int32) for key in _DOCUMENT_COLUMNS},
                 meta=meta,
             )

@@ -26,7 +26,9 @@ from omnimoe.data.documents import (
     tellable,
 )
 from omnimoe.data.evaluation import evaluation_batches
+from omnimoe.data.templates import Teller
 from omnimoe.modalities.vocabulary import TokenRange
+from omnimoe.tokenizers.base import Tokenizer
 
 __all__ = ["PackedSequences", "SequenceError", "default_ranges", "evaluation_batches"]
 
@@ -38,8 +40,8 @@ class PackedSequences:
     text, and so on over all permutations. A batch holds
 
     - ``input_ids (B, T)`` int64;
-    - ``labels (B, T)`` int64: ``input_ids``, with -100 on padding and on the first token of each segment; they are not
-      shifted, the model shifts;
+    - ``labels (B, T)`` int64: ``input_ids``, with -100 on padding, on the first token of each segment and on what a
+      template does not teach; they are not shifted, the model shifts;
     - ``modality_ids (B, T)`` int64: index into ``ranges``; markers count as text;
     - ``segment_ids (B, T)`` int64: 0, 1, ... along a row, -1 on padding;
     - ``position_ids (B, T, 3)`` int64, or ``(B, T)`` with ``axes=1``; they start at 0 in each segment, and
@@ -58,9 +60,13 @@ class PackedSequences:
         axes: 3 or 1 position axes.
         rank: number of this process; processes take disjoint rows.
         world_size: number of processes.
+        templates: template to weight, see :mod:`omnimoe.data.templates`; where the one drawn cannot tell a row, another
+            is. None tells all rows as above.
+        text_tokenizer: of the corpus, for the words of templates; None for the shipped one.
 
     Raises:
         SequenceError: if an argument is out of range or nothing fits.
+        RegistryError: if a template is unknown.
 
     Example:
         >>> corpus = Corpus.load("p")
@@ -84,6 +90,8 @@ class PackedSequences:
         axes: int = 3,
         rank: int = 0,
         world_size: int = 1,
+        templates: Mapping[str, float] | None = None,
+        text_tokenizer: Tokenizer | None = None,
     ) -> None:
         check_sizes(sequence_length, batch_size, axes)
         if not 0 <= text_share <= 1:
@@ -94,6 +102,11 @@ class PackedSequences:
         self.corpus, self.sequence_length, self.batch_size, self.axes = corpus, sequence_length, batch_size, axes
         self.split, self.seed, self.text_share, self.rank, self.world_size = split, seed, text_share, rank, world_size
         self._rows, self._orders = tellable(self.builder, split, languages, sequence_length)
+        self._templates = None if templates is None else dict(templates)
+        if templates is not None:
+            self._teller = Teller(
+                self.builder, self._rows, templates, seed=seed, longest=sequence_length, tokenizer=text_tokenizer
+            )
         self._rows, self._orders = self._rows[rank::world_size], self._orders[rank::world_size]
         texts = (
             corpus.documents["text"][corpus.select_documents(split)] if "text" in modalities else np.zeros(0, np.int32)
@@ -172,6 +185,8 @@ class PackedSequences:
             "modalities": list(self.builder.modalities),
             "rows": len(self._rows),
             "texts": len(self._texts),
+            # Left out where there are none, so that states from before templates still load.
+            **({} if self._templates is None else {"templates": self._templates}),
         }
 
     def _sequence(self) -> list[Piece]:
@@ -191,6 +206,23 @@ class PackedSequences:
         return pieces
 
     def _next_document(self, room: int) -> Piece | None:
+        return self._next_in_order(room) if self._templates is None else self._next_by_template(room)
+
+    def _next_by_template(self, room: int) -> Piece | None:
+        for _ in range(len(self._rows)):
+            epoch, permutation, _ = self._epoch("row", len(self._rows))
+            piece = self._teller.piece(int(self._rows[permutation[self._cursor["row"]]]), epoch)
+            if piece is not None and len(piece) > room:
+                return None
+            self._advance("row", len(self._rows), epoch)
+            if piece is not None:
+                return piece
+        raise SequenceError(
+            f"none of the templates {', '.join(self._templates or ())} can tell a row of split {self.split!r} in "
+            f"{self.sequence_length} tokens; use longer sequences, or add 'tell'"
+        )
+
+    def _next_in_order(self, room: int) -> Piece | None:
         epoch, permutation, draws = self._epoch("row", len(self._rows))
         at = self._cursor["row"]
         item = int(permutation[at])

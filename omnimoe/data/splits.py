@@ -4,8 +4,8 @@ Splitting by caption alone leaks: one picture has captions in many languages, tw
 share a translation. So rows are joined into connected components, and a component is placed as a whole by the digest
 of its least concept. Components whose English names differ only loosely (number, article, "flag of", see
 :func:`loose_key`), or that have one string in two languages, are then joined too, on the side of ``train`` if one of
-them is there, else of ``val``; nothing ever leaves ``train`` that way. ``train``, ``val`` and ``test`` are disjoint in this sense. ``drawing`` is a fourth, easier
-question: concepts of ``train`` in a drawing that was never seen.
+them is there, else of ``val``; nothing ever leaves ``train`` that way. ``train``, ``val`` and ``test`` are disjoint in
+this sense. ``drawing`` is a fourth, easier question: concepts of ``train`` in a drawing that was never seen.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ def tokenize_corpus(
         "styles": _names(rows, "style"),
         "sources": sorted({row["source"] for row in rows} | {document["source"] for document in documents}),
         "groups": _names(rows, "group"),
+        "topics": sorted({row["topic"] for row in rows if row.get("topic")}),
     }
     place = {kind: {value: i for i, value in enumerate(values)} for kind, values in names.items()}
     arrays: dict[str, Any] = {
@@ -88,6 +89,7 @@ def tokenize_corpus(
         "row_lang": _column(place["languages"][row["lang"]] for row in rows),
         "row_source": _column(place["sources"][row["source"]] for row in rows),
         "row_style": _column(place["styles"][row["style"]] for row in rows),
+        "row_topic": _column(place["topics"].get(row.get("topic"), -1) for row in rows),
         "document_text": _column(text_index[document["text"]] for document in documents),
         "document_split": _column(SPLITS.index(document["split"]) for document in documents),
         "document_source": _column(place["sources"][document["source"]] for document in documents),
@@ -135,6 +137,7 @@ def _meta(
         "languages": names["languages"],
         "sources": names["sources"],
         "styles": names["styles"],
+        "topics": names["topics"],
         "vocab_sizes": {modality: int(tokenizer.vocab_size) for modality, tokenizer in tokenizers.items()},
         "num_tokens": {modality: tokenizer.num_tokens for modality, tokenizer in tokenizers.items()},
         "grids": {modality: list(tokenizer.grid) for modality, tokenizer in tokenizers.items() if tokenizer.grid},
