@@ -1,7 +1,8 @@
 """Builds corpora from public packages, each in one command.
 
 Set P, the permissive one: every emoji is one concept drawn in several styles and named in many languages; Open Clip Art
-adds titled drawings, scikit-learn handwritten digits. Each distinct English caption is spoken once. Running text comes
+adds titled drawings, scikit-learn handwritten digits. Each distinct English caption is spoken once, and so are frequent
+words that no caption names. Running text comes
 from the King James Bible, WordNet and the Jargon File. Set S adds human voices and photographs: Tux Paint's stamps and
 Asterisk's prompts. Set D is the digits alone. Packages, pictures and clips stay in the cache, so an interrupted build
 goes on where it stopped, and a second one takes seconds.
@@ -24,7 +25,15 @@ from omnimoe.data import emoji, openclipart, prompts, speech, stamps, texts
 from omnimoe.data.licenses import license_page
 from omnimoe.data.pictures import IMAGE_SIZES, SIDE
 from omnimoe.data.sources import Source
-from omnimoe.data.splits import assign_by_picture, assign_splits, check_leaks, concept_key, digest_split, drop_defined
+from omnimoe.data.splits import (
+    assign_by_picture,
+    assign_splits,
+    check_leaks,
+    concept_key,
+    digest_split,
+    drop_defined,
+    loose_key,
+)
 from omnimoe.data.store import CorpusStore
 from omnimoe.tokenizers.text import BpeTokenizer
 
@@ -141,6 +150,7 @@ def _collect_p(store: CorpusStore, cache: Cache) -> None:
             license=openclipart.OPENCLIPART.license,
         )
     _collect_d(store, cache)
+    _add_words(store, cache)
 
 
 def _collect_d(store: CorpusStore, cache: Cache) -> None:
@@ -226,6 +236,18 @@ def _add_emoji(store: CorpusStore, drawn: list[emoji.Emoji], cache: Cache) -> No
                 index, style = shown[int(hashlib.sha1(f"{one.code} {lang}".encode()).hexdigest(), 16) % len(shown)]
                 names = {"style": style.name, "license": style.license}
                 store.row(text=label, lang=lang, image=index, **common, **names)
+
+
+def _add_words(store: CorpusStore, cache: Cache) -> None:
+    """Frequent words that no caption names, to be spoken: captions alone are too few to learn how letters sound."""
+    named = {loose_key(row["text"]) for row in store.rows if row["lang"] == "en"}
+    written = {row["text"].lower() for row in store.rows}
+    for word in texts.frequent_words(cache):
+        # One that is loosely a caption, or one in another language, would pull a held-out concept into train.
+        if loose_key(word) not in named and word not in written:
+            store.row(
+                source="words", text=word, lang="en", key=concept_key(word), style="", license=texts.WORDNET.license
+            )
 
 
 def _add_speech(store: CorpusStore, cache: Cache) -> None:
