@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from omnimoe.encoders.base import EncoderError
 from omnimoe.tokenizers.base import TokenizerError
 from omnimoe.tokenizers.raster import to_square
-from omnimoe.tokenizers.speech import check_waveform
+from omnimoe.tokenizers.waveforms import to_waveform
 
 
 def square_pictures(raws: Sequence[Any], size: int) -> np.ndarray:
@@ -51,13 +50,10 @@ def waveforms_at(raws: Sequence[Any], sample_rate: int, wanted_rate: int) -> lis
     Raises:
         EncoderError: if one is empty, has several channels, is not finite or lies out of range.
     """
-    from torchaudio.functional import resample
-
     clips = []
     for place, raw in enumerate(raws):
         try:
-            clip = torch.from_numpy(check_waveform(raw, sample_rate))
+            clips.append(to_waveform(raw, sample_rate, wanted_rate))
         except TokenizerError as error:
             raise EncoderError(f"input {place}: {error}") from error
-        clips.append(clip if sample_rate == wanted_rate else resample(clip, sample_rate, wanted_rate))
     return clips

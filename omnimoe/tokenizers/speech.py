@@ -23,6 +23,7 @@ from omnimoe.config import Config as ConfigBase
 from omnimoe.tokenizers.base import TokenizerError, register_tokenizer
 from omnimoe.tokenizers.codec import CodecTokenizer
 from omnimoe.tokenizers.fsq import FSQ
+from omnimoe.tokenizers.waveforms import to_waveform
 
 SAMPLE_RATE = 16_000
 FLOOR = 0.02
@@ -233,11 +234,7 @@ class SpeechTokenizer(CodecTokenizer):
             TokenizerError: if ``raw`` is empty, has several channels, is not finite or lies out of range, or the rate
                 is not a positive integer.
         """
-        waveform = torch.from_numpy(check_waveform(raw, sample_rate)).to(self.device)
-        if sample_rate != SAMPLE_RATE:
-            from torchaudio.functional import resample
-
-            waveform = resample(waveform, sample_rate, SAMPLE_RATE)
+        waveform = to_waveform(raw, sample_rate, SAMPLE_RATE).to(self.device)
         padding = -len(waveform) % self.samples_per_unit
         waveform = to_peak(F.pad(waveform, (0, padding)))
         return self.network.encode(self.network.spectrum.magnitudes(waveform[None]))[1][0].cpu()
@@ -264,37 +261,3 @@ def to_peak(waveform: Tensor) -> Tensor:
     """``(n,)`` scaled so that its largest sample is 0.89, -1 dB; near silence (below -60 dB) stays as it is."""
     peak = waveform.abs().amax()
     return torch.where(peak > 1e-3, waveform * (_PEAK / peak.clamp_min(1e-9)), waveform)
-
-
-def check_waveform(raw: Any, sample_rate: int) -> np.ndarray:
-    """``raw`` as ``(n,)`` float32 in ``[-1, 1]``; int16 is scaled.
-
-    Raises:
-        TokenizerError: see :meth:`SpeechTokenizer.encode`.
-    """
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int | np.integer) or sample_rate < 1:
-        raise TokenizerError(f"sample_rate must be a positive integer in Hz, got {sample_rate!r}")
-    if isinstance(raw, str | bytes):
-        raise TokenizerError(f"speech is a waveform, not {str(raw)[:60]!r}; read the file first")
-    try:
-        waveform = raw.detach().cpu().float().numpy() if _is_low_precision(raw) else np.asarray(raw)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TokenizerError(f"speech must be an array of samples, not {type(raw).__name__}: {error}") from None
-    if waveform.dtype == np.int16:
-        waveform = waveform.astype(np.float32) / 32768
-    if waveform.ndim != 1:
-        raise TokenizerError(f"speech must be one channel, (n,), not {waveform.shape}; average the channels first")
-    if not waveform.size:
-        raise TokenizerError("speech needs at least one sample, got none")
-    if not np.issubdtype(waveform.dtype, np.floating):
-        raise TokenizerError(f"samples must be floating point in [-1, 1] or int16, not {waveform.dtype}")
-    if not np.isfinite(waveform).all():
-        raise TokenizerError(f"{int((~np.isfinite(waveform)).sum())} of {waveform.size} samples are NaN or infinite")
-    # Resampling and lossy formats overshoot a little; a factor of two is a clip in other units.
-    if np.abs(waveform).max() > 2:
-        raise TokenizerError(f"samples must lie in [-1, 1], got up to {np.abs(waveform).max():g}; divide by full scale")
-    return np.ascontiguousarray(waveform, dtype=np.float32).clip(-1, 1)
-
-
-def _is_low_precision(raw: Any) -> bool:
-    return isinstance(raw, Tensor) and (raw.is_floating_point() or raw.requires_grad)
