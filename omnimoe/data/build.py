@@ -2,10 +2,9 @@
 
 Set P, the permissive one: every emoji is one concept drawn in several styles and named in many languages; Open Clip Art
 adds titled drawings, scikit-learn handwritten digits. Each distinct English caption is spoken once, and so are frequent
-words that no caption names. Running text comes
-from the King James Bible, WordNet and the Jargon File. Set S adds human voices and photographs: Tux Paint's stamps and
-Asterisk's prompts. Set D is the digits alone. Packages, pictures and clips stay in the cache, so an interrupted build
-goes on where it stopped, and a second one takes seconds.
+words that no caption names. Running text comes from the King James Bible, WordNet and the Jargon File. Set S adds human
+voices and photographs: Tux Paint's stamps and Asterisk's prompts. Set D is the digits alone. Packages, pictures and
+clips stay in the cache, so an interrupted build goes on where it stopped, and a second one takes seconds.
 """
 
 from __future__ import annotations
