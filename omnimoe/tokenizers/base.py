@@ -86,7 +86,8 @@ class Tokenizer(Configurable):
         channels: width of a row, or ``None`` where there are no rows.
         num_tokens: length of every span, or ``None`` where it follows the input.
         grid: layout of a span in space, rows first: ``(8, 8)`` for a picture; ``None`` for one-dimensional spans.
-        sample_rate: of decoded waveforms in Hz; ``None`` for what is not sound.
+        sample_rate: of decoded waveforms in Hz; ``None`` for what is not sound. What goes in is at 16,000 Hz unless
+            ``encode(raw, sample_rate)`` is told another rate, whatever the tokenizer works at.
     """
 
     registry: ClassVar[Registry | None] = TOKENIZERS

@@ -30,7 +30,7 @@ from omnimoe.config import ConfigError
 from omnimoe.tokenizers.adapters import read_config, write_config
 from omnimoe.tokenizers.base import Tokenizer, TokenizerError, register_tokenizer
 from omnimoe.tokenizers.code_frames import check_codes, flatten_codes, read_frames
-from omnimoe.tokenizers.waveforms import to_waveform
+from omnimoe.tokenizers.waveforms import USUAL_RATE, to_waveform
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +97,14 @@ class Codec2Tokenizer(Tokenizer):
         self.samples_per_frame = codec.samples_per_frame()
         self.units_per_second = SAMPLE_RATE / self.samples_per_frame * len(self._bits)
 
-    def encode(self, raw: Any, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    def encode(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
         """A clip to ids ``(frames * fields,)`` int64.
 
         Silence is a clip like any other: its frames have the lowest energy, and repeat.
 
         Args:
             raw: ``(n,)`` floating point in ``[-1, 1]``, or int16; one channel; an array, tensor or sequence.
-            sample_rate: of ``raw`` in Hz; other rates than 8,000 are resampled.
+            sample_rate: of ``raw`` in Hz; other rates than the codec's 8,000 are resampled.
 
         Raises:
             TokenizerError: if ``raw`` is empty, has several channels, is not finite or lies out of range, or the rate
@@ -128,7 +128,7 @@ class Codec2Tokenizer(Tokenizer):
             logger.warning("%d of %d ids form no frame of %d and are left out", left_out, len(ids), len(self._bits))
         return self.decode_codes(codes)
 
-    def encode_codes(self, raw: Any, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    def encode_codes(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
         """A clip to codes ``(fields, frames)`` int64; the end is padded with silence to a whole frame."""
         waveform = to_waveform(raw, sample_rate, SAMPLE_RATE).numpy()
         samples = (waveform * 32767).round().clip(-32768, 32767).astype(np.int16)

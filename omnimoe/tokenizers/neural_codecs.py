@@ -24,7 +24,7 @@ from omnimoe.config import ConfigError
 from omnimoe.tokenizers.adapters import AdapterTokenizer
 from omnimoe.tokenizers.base import TokenizerError, register_tokenizer
 from omnimoe.tokenizers.code_frames import check_codes, flatten_codes, read_frames
-from omnimoe.tokenizers.waveforms import to_waveform
+from omnimoe.tokenizers.waveforms import USUAL_RATE, to_waveform
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +78,14 @@ class NeuralCodecTokenizer(AdapterTokenizer):
         """The numbers of codebooks that may be used, in order."""
         raise NotImplementedError(f"{type(self).__name__} does not define choices")
 
-    def encode(self, raw: Any, sample_rate: int | None = None) -> Tensor:
+    def encode(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
         """A clip to ids ``(frames * K,)`` int64, frame by frame.
 
         Silence is a clip like any other: its ids are those of digital silence, and repeat.
 
         Args:
             raw: ``(n,)`` floating point in ``[-1, 1]``, or int16; one channel; an array, tensor or sequence.
-            sample_rate: of ``raw`` in Hz; None for the codec's own, others are resampled.
+            sample_rate: of ``raw`` in Hz; other rates than the codec's own are resampled.
 
         Raises:
             TokenizerError: if ``raw`` is empty, has several channels, is not finite or lies out of range, or the rate
@@ -110,9 +110,9 @@ class NeuralCodecTokenizer(AdapterTokenizer):
         return self.decode_codes(codes)
 
     @torch.no_grad()
-    def encode_codes(self, raw: Any, sample_rate: int | None = None) -> Tensor:
+    def encode_codes(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
         """A clip to codes ``(K, T)`` int64, a row a codebook; the end is padded with silence to a whole frame."""
-        waveform = to_waveform(raw, self.sample_rate if sample_rate is None else sample_rate, self.sample_rate)
+        waveform = to_waveform(raw, sample_rate, self.sample_rate)
         waveform = F.pad(waveform, (0, -len(waveform) % self.samples_per_frame))
         return self.to_codes(waveform[None, None].to(self.device))[0].cpu()
 

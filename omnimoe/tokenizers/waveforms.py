@@ -11,6 +11,9 @@ from torch import Tensor
 
 from omnimoe.tokenizers.base import TokenizerError
 
+USUAL_RATE = 16_000
+"""Hz of a clip whose rate is not said, at whatever rate a tokenizer works, so that one stands in for another."""
+
 LARGEST_KERNEL = 20_000_000
 """Most numbers in the filter of a resampler, which grows with both rates over their greatest common divisor."""
 

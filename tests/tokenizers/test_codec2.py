@@ -61,6 +61,8 @@ def test_a_clip_gives_four_ids_for_forty_milliseconds(tokenizer, clip):
     ids = tokenizer.encode(clip, sample_rate=16_000)
     assert ids.dtype == torch.int64
     assert len(ids) == 4 * -(-len(clip) // 640)
+    # A clip is at 16 kHz unless its rate is said.
+    assert torch.equal(tokenizer.encode(clip), ids)
     for field, (low, high) in enumerate([(0, 512), (512, 1024), (1024, 1040), (1040, 1104)]):
         held = ids[field::4]
         assert low <= held.min() <= held.max() < high
@@ -84,13 +86,13 @@ def test_ids_are_the_bits_of_the_library(mode, slow_clip):
     codec = pycodec2.Codec2(int(mode.rstrip("C")))
     size = codec.samples_per_frame()
     sent = [codec.encode(frame) for frame in slow_clip.reshape(-1, size)]
-    codes = tokenizer.encode_codes(slow_clip)
+    codes = tokenizer.encode_codes(slow_clip, 8_000)
     assert codes.shape == (len(FIELDS[mode]), len(sent))
     for frame, data in enumerate(sent):
         bits = "".join(f"{int(code):0{width}b}" for code, width in zip(codes[:, frame], FIELDS[mode], strict=True))
         assert bits.ljust(8 * len(data), "0") == "".join(f"{byte:08b}" for byte in data)
     assert tokenizer.units_per_second == 8000 / size * len(FIELDS[mode])
-    assert len(tokenizer.decode(tokenizer.encode(slow_clip))) == len(slow_clip)
+    assert len(tokenizer.decode(tokenizer.encode(slow_clip, 8_000))) == len(slow_clip)
 
 
 @pytest.mark.skipif(shutil.which("c2enc") is None, reason="needs the commands of Codec 2 (Debian package codec2)")
@@ -101,7 +103,7 @@ def test_ids_and_sound_are_those_of_the_commands(mode, slow_clip, tmp_path):
     subprocess.run(["c2enc", mode, str(raw), str(sent)], check=True, capture_output=True)
     subprocess.run(["c2dec", mode, str(sent), str(made)], check=True, capture_output=True)
     tokenizer = load_tokenizer("codec2", mode=mode)
-    ids = tokenizer.encode(slow_clip)
+    ids = tokenizer.encode(slow_clip, 8_000)
     size = -(-sum(FIELDS[mode]) // 8)
     frames = np.frombuffer(sent.read_bytes(), np.uint8).reshape(-1, size)
     assert len(ids) == len(frames) * len(FIELDS[mode])
@@ -133,7 +135,7 @@ def test_silence_is_quiet_and_repeats(tokenizer):
 
 @pytest.mark.parametrize("length", [1, 319, 320, 321])
 def test_short_clips_fill_whole_frames(tokenizer, length):
-    ids = tokenizer.encode(np.full(length, 0.1, np.float32))
+    ids = tokenizer.encode(np.full(length, 0.1, np.float32), 8_000)
     assert len(ids) == 4 * -(-length // 320)
     assert len(tokenizer.decode(ids)) == 320 * -(-length // 320)
 

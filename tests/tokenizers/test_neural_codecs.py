@@ -74,8 +74,8 @@ def test_codes_and_sound_are_those_of_the_class(models, tokenizers, clip, name):
     tokenizer = tokenizers[name]
     codes = direct_codes(name, models[name], clip)
     assert len(codes.unique()) > 3
-    assert torch.equal(tokenizer.encode_codes(clip), codes)
-    ids = tokenizer.encode(clip)
+    assert torch.equal(tokenizer.encode_codes(clip, RATE[name]), codes)
+    ids = tokenizer.encode(clip, RATE[name])
     # Frame by frame, first codebook first, each codebook with its own range.
     assert torch.equal(ids.view(-1, BOOKS[name]).T, codes + 32 * torch.arange(BOOKS[name]).unsqueeze(1))
     samples = direct_samples(name, models[name], codes).flatten().clamp(-1, 1).numpy()
@@ -88,11 +88,11 @@ def test_codes_and_sound_are_those_of_the_class(models, tokenizers, clip, name):
 @pytest.mark.parametrize("name", CODEC_CLASSES)
 def test_the_same_input_gives_the_same_output(tokenizers, clip, name):
     tokenizer = tokenizers[name]
-    ids = tokenizer.encode(clip)
-    assert torch.equal(tokenizer.encode(clip), ids)
+    ids = tokenizer.encode(clip, RATE[name])
+    assert torch.equal(tokenizer.encode(clip, RATE[name]), ids)
     assert np.array_equal(tokenizer.decode(ids), tokenizer.decode(ids.tolist()))
     for raw in (torch.from_numpy(clip), clip.astype(np.float64), clip.tolist(), (clip * 32768).astype(np.int16)):
-        assert torch.equal(tokenizer.encode(raw), ids)
+        assert torch.equal(tokenizer.encode(raw, RATE[name]), ids)
 
 
 @pytest.mark.parametrize("name", CODEC_CLASSES)
@@ -100,22 +100,24 @@ def test_fewer_codebooks_are_the_first_ones(folders, tokenizers, clip, name):
     tokenizer = load_tokenizer(name, folders[name], num_codebooks=2)
     assert tokenizer.vocab_size == 64
     assert torch.equal(tokenizer.encode_codes(clip), tokenizers[name].encode_codes(clip)[:2])
-    assert len(tokenizer.decode(tokenizer.encode(clip))) == len(clip)
+    assert len(tokenizer.decode(tokenizer.encode(clip, RATE[name]))) == len(clip)
 
 
 @pytest.mark.parametrize("name", CODEC_CLASSES)
 def test_other_rates_are_resampled(tokenizers, clip, name):
     tokenizer, rate = tokenizers[name], RATE[name]
-    expected = tokenizer.encode(resample(torch.from_numpy(clip), 16_000, rate))
+    expected = tokenizer.encode(resample(torch.from_numpy(clip), 16_000, rate), rate)
     assert torch.equal(tokenizer.encode(clip, sample_rate=16_000), expected)
     assert torch.equal(tokenizer(clip, sample_rate=16_000).ids, expected)
+    # A clip is at 16 kHz unless its rate is said.
+    assert torch.equal(tokenizer(clip).ids, expected)
 
 
 @pytest.mark.parametrize("name", CODEC_CLASSES)
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 33])
 def test_short_clips_fill_whole_frames(tokenizers, name, length):
     tokenizer = tokenizers[name]
-    ids = tokenizer.encode(np.full(length, 0.1, np.float32))
+    ids = tokenizer.encode(np.full(length, 0.1, np.float32), RATE[name])
     frames = -(-length // FRAME[name])
     assert len(ids) == frames * BOOKS[name]
     assert len(tokenizer.decode(ids)) == frames * FRAME[name]
@@ -124,7 +126,7 @@ def test_short_clips_fill_whole_frames(tokenizers, name, length):
 @pytest.mark.parametrize("name", CODEC_CLASSES)
 def test_silence_repeats_itself(tokenizers, name):
     tokenizer = tokenizers[name]
-    codes = tokenizer.encode_codes(np.zeros(100 * FRAME[name], np.float32))
+    codes = tokenizer.encode_codes(np.zeros(100 * FRAME[name], np.float32), RATE[name])
     # The ends see padding, and Mimi's transformer the frames before.
     assert (codes[:, 40:80] == codes[:, 40:41]).all()
     assert np.isfinite(tokenizer.decode_codes(codes)).all()
@@ -133,7 +135,7 @@ def test_silence_repeats_itself(tokenizers, name):
 @pytest.mark.parametrize("name", CODEC_CLASSES)
 def test_ids_that_form_no_frame_are_left_out(tokenizers, clip, name, caplog):
     tokenizer = tokenizers[name]
-    ids = tokenizer.encode(clip)
+    ids = tokenizer.encode(clip, RATE[name])
     whole = tokenizer.decode(ids[: 20 * BOOKS[name]])
     with caplog.at_level("WARNING"):
         cut = tokenizer.decode(torch.cat([ids[: 20 * BOOKS[name]], ids[:1]]))
