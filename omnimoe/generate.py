@@ -52,6 +52,8 @@ LONGEST_TEXT = 128
 """Tokens of a text, where the caller sets no other limit."""
 LONGEST_SPAN = 250
 """Tokens of a span of free length, ten seconds of speech, where the caller sets no other limit."""
+LONGEST_DOCUMENT = 512
+"""Tokens of a continued document, where neither the caller nor the model sets another limit."""
 STEPS = 50
 """Steps of the sampler of continuous modalities."""
 BATCH_SIZE = 32
@@ -174,7 +176,7 @@ def interleave(
     min_p: ByModality | None = None,
     guidance: ByModality = 1.0,
     steps: int = STEPS,
-    max_new_tokens: int = 512,
+    max_new_tokens: int | None = None,
     num_samples: int = 1,
     batch_size: int = BATCH_SIZE,
     on_text: Callable[[str], Any] | None = None,
@@ -193,7 +195,8 @@ def interleave(
         min_p: see there.
         guidance: see there; one number holds for all spans with boundary tokens, and for continuous ones.
         steps: see there.
-        max_new_tokens: longest continuation, boundary tokens and continuous spans included.
+        max_new_tokens: longest continuation, boundary tokens and continuous spans included; 512 where None, or what the
+            length leaves that the model was made for.
         num_samples: continuations of each document.
         batch_size: see there.
         on_text: see there.
@@ -208,7 +211,7 @@ def interleave(
     check_model(config)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
     sampling.check(config)
-    _check_counts(num_samples, num_samples, batch_size, steps, max_new_tokens)
+    _check_counts(num_samples, num_samples, batch_size, steps, 1 if max_new_tokens is None else max_new_tokens)
     if num_samples > 1 and sampling.is_greedy(config.modality_names):
         raise GenerationError(f"temperature 0 has one answer, not {num_samples}; raise it or ask for one sample")
     documents = documents_of(inputs)
@@ -224,11 +227,13 @@ def interleave(
         "grids": grids_of(config, loaded),
     }
 
+    room = config.max_position_embeddings - max((len(prompt.ids) for prompt in prompts), default=0)
+    longest = max_new_tokens if max_new_tokens is not None else max(1, min(LONGEST_DOCUMENT, room))
     opened = _opened(config)
     stops = [*token_ids(config.eos_token_id), *opened]
 
-    def go_on(part: list[Prompt], own: list[Generator], longest: int) -> list[tuple[Tensor, int | None]]:
-        return sample(model, part, own, sampling, stops=stops, longest=longest, streamer=streamer, **options)
+    def go_on(part: list[Prompt], own: list[Generator], most: int) -> list[tuple[Tensor, int | None]]:
+        return sample(model, part, own, sampling, stops=stops, longest=most, streamer=streamer, **options)
 
     def read(ids: Tensor) -> list[Generated]:
         whole = [span for span in read_spans(ids, config) if span.is_whole or loaded[span.modality].num_tokens is None]
@@ -237,8 +242,8 @@ def interleave(
     found: list[list[Generated]] = []
     for start in range(0, len(rows), batch_size):
         part, own = rows[start : start + batch_size], generators[start : start + batch_size]
-        for prompt, generator, (ids, stop) in zip(part, own, go_on(part, own, max_new_tokens), strict=True):
-            held, left = read(ids), max_new_tokens - len(ids)
+        for prompt, generator, (ids, stop) in zip(part, own, go_on(part, own, longest), strict=True):
+            held, left = read(ids), longest - len(ids)
             # where a continuous span begins, it is denoised, and the row goes on alone
             while stop is not None and stop in opened:
                 name = opened[stop]

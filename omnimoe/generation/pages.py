@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,3 +83,16 @@ def write_page(
 def _size(file: Path) -> str:
     with Image.open(file) as picture:
         return f"{picture.width} x {picture.height}"
+
+
+def inline(made: Generated) -> str:
+    """A span as a piece of HTML that holds its picture or sound."""
+    kind = kind_of(made)
+    if kind == "text":
+        return f"<p>{html.escape(made.raw.strip())}</p>"
+    with tempfile.TemporaryDirectory() as folder:
+        content = base64.b64encode(made.save(Path(folder, f"span{ENDINGS[kind]}")).read_bytes()).decode()
+    if kind == "sound":
+        return f'<audio controls src="data:audio/wav;base64,{content}"></audio>'
+    form = "png" if kind == "image" else "gif"
+    return f'<img alt="generated {html.escape(made.modality)}" src="data:image/{form};base64,{content}">'
