@@ -7,6 +7,7 @@ from torch import Tensor
 from omnimoe.data import Corpus, PackedSequences
 from omnimoe.modalities import TokenRange
 from omnimoe.model import OmniMoeConfig
+from omnimoe.spans import position_axes
 from omnimoe.tokenizers.text import SPECIAL_TOKENS
 from omnimoe.train.settings import TrainSettings
 
@@ -46,7 +47,7 @@ class ModelBatches(PackedSequences):
             seed=seed,
             modalities=tuple(ranges),
             text_share=settings.text_share,
-            axes=1,
+            axes=3 if position_axes(config) == 3 else 1,
         )
         self._modality_of_ids = config.modality_of_ids()
 
@@ -110,5 +111,8 @@ def held_out_batches(
         split: ``"val"`` or ``"test"``.
         count: batches; ``settings.evaluate_batches`` where None.
     """
+    count = settings.evaluate_batches if count is None else count
+    if not count:
+        return []  # a corpus of one's own may have nothing held out
     batches = ModelBatches(config, settings, corpus, split=split, seed=HELD_OUT_SEED)
-    return [next(batches) for _ in range(settings.evaluate_batches if count is None else count)]
+    return [next(batches) for _ in range(count)]

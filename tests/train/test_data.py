@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from omnimoe.layers import Rope
 from omnimoe.modalities import Patches, Tokens
+from omnimoe.spans import span_positions
 from omnimoe.train import DataMismatchError, held_out_batches, training_batches
 from tests.train.runs import settings, tiny
 
@@ -25,6 +27,20 @@ def test_packed_batches_have_what_the_model_takes(corpus):
     assert set(batch) == {"input_ids", "labels", "modality_ids", "segment_ids", "position_ids"}
     assert all(value.shape == (2, 128) and value.dtype == torch.int64 for value in batch.values())
     assert set(batch["modality_ids"].unique().tolist()) == {0, 1, 2}
+
+
+def test_a_model_with_three_axes_is_trained_on_the_positions_that_generation_reads_off_the_ids(corpus):
+    config = tiny()
+    config = config.replace(attention=config.attention.replace(rope=Rope.Config(sections=(4, 2, 2))))
+    batch = next(training_batches(config, settings(), corpus))
+    ids, segments, positions = batch["input_ids"], batch["segment_ids"], batch["position_ids"]
+    assert positions.shape == (2, 128, 3)
+    assert (positions[..., 1] != positions[..., 2]).any()
+    for row in range(2):
+        for segment in range(int(segments[row].max()) + 1):
+            inside = segments[row] == segment
+            wanted = span_positions(config, ids[row][inside][None], {"image": (8, 8)})
+            assert torch.equal(positions[row][inside], wanted[0])
 
 
 def test_the_seed_alone_decides_the_order(corpus):
