@@ -80,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json:
         print(json.dumps(evaluation.to_dict()))
-        return 0
+        return 0 if evaluation.measures else 1
     _tell(evaluation)
     print(f"report  {args.out / 'report.html'}\nnumbers {args.out / 'eval.json'}")
-    return 0
+    return 0 if evaluation.measures else 1
 
 
 def labels(models: list[str]) -> dict[str, str]:

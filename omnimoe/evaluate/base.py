@@ -16,6 +16,10 @@ BUILT_IN = ("loss", "retrieval", "tokenizers", "pictures", "speech")
 """Metrics that come with the package, in the order in which they run and are told."""
 
 
+RESERVED = ("real", "decoded", "original", "round trip", "second round trip")
+"""Columns of the built-in metrics that are no model's."""
+
+
 class EvaluationError(ValueError):
     """A split, a corpus or an option with which nothing can be evaluated."""
 

@@ -24,6 +24,7 @@ from omnimoe.evaluate.raw import RawCorpus
 from omnimoe.generate import Generated, generate
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.tokenizers import Tokenizer, load_tokenizer
+from omnimoe.tokenizers.speech import SAMPLE_RATE
 from omnimoe.train.data import check_ranges
 
 T = TypeVar("T")
@@ -158,6 +159,16 @@ class Bench:
         found = None if self.raw is None else self.raw.picture(example.index)
         return self.decoded(example) if found is None else found
 
+    def clip(self, example: Example) -> np.ndarray:
+        """``(n,)`` float32 at 16 kHz: the clip of a row; without a raw folder, what its ids decode to."""
+        found = None if self.raw is None else self.raw.clip(example.index)
+        return self.spoken(example) if found is None else found
+
+    def spoken(self, example: Example) -> np.ndarray:
+        """``(n,)`` float32 at 16 kHz: what the ids of a row's clip decode to."""
+        tokenizer = self.tokenizer("speech")
+        return at_16k(tokenizer.decode(torch.from_numpy(np.asarray(example.speech))), tokenizer)
+
     def generate(
         self, model: OmniMoeForCausalLM, documents: Sequence[Any], to: str, *, what: str = "", **options: Any
     ) -> list[Generated]:
@@ -204,6 +215,15 @@ class Bench:
         """Most tokens that a document of a row can have."""
         spans = (example.text, example.image, example.speech)
         return 8 + sum(len(ids) for ids in spans if ids is not None)
+
+
+def at_16k(waveform: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """What a tokenizer decoded, at 16 kHz."""
+    if tokenizer.sample_rate in (None, SAMPLE_RATE):
+        return waveform
+    from torchaudio.functional import resample
+
+    return resample(torch.from_numpy(waveform), tokenizer.sample_rate, SAMPLE_RATE).numpy()
 
 
 def _file_name(name: str) -> str:

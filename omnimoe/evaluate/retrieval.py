@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from omnimoe.data.corpus import Example
-from omnimoe.evaluate.base import EvaluationError, Measure, register_metric
+from omnimoe.evaluate.base import EvaluationError, Measure, NotRunError, register_metric
 from omnimoe.evaluate.bench import Bench
 from omnimoe.evaluate.likelihood import Document, log_likelihoods
 from omnimoe.evaluate.statistics import wilson
+from omnimoe.model import OmniMoeForCausalLM
 
 Scorer = Callable[[Sequence[Document]], tuple[np.ndarray, np.ndarray]]
 """Documents to log-probabilities ``(n,)`` in nats and tokens ``(n,)``."""
@@ -28,43 +29,63 @@ def retrieval(bench: Bench) -> Iterator[Measure]:
     The wrong ones are of other concepts of the split. Candidates x of a query c are ranked by log p(x|c), by the same
     per token, and by log p(x|c) - log p(x), which asks how much c tells of x.
     """
+    measured = False
     for of, model in bench.models.items():
         if not model.config.is_causal:
             bench.note(f"{of} sees later tokens when it scores, so what it ranks by is no likelihood.")
         for given, target in itertools.permutations(bench.modalities(model), 2):
-            every = bench.concepts(given, target, num=None)
-            if len(every) < max(bench.candidates):
-                raise EvaluationError(
-                    f"split {bench.split!r} has {len(every)} concepts with {given} and {target}, too few for "
-                    f"{max(bench.candidates)} candidates; lower --candidates"
+            try:
+                every = bench.concepts(given, target, num=None)
+            except EvaluationError as error:
+                bench.note(f"{error}.")
+                continue
+            sizes = [size for size in bench.candidates if size <= len(every)]
+            if len(sizes) < len(bench.candidates):
+                bench.note(
+                    f"Split {bench.split} has {len(every)} concepts with {given} and {target}, too few to choose among "
+                    f"{max(bench.candidates)}; lower --candidates."
                 )
-            num = len(every) if bench.num is None else min(bench.num, len(every))
-            picks = np.array(
-                [[i, *bench.wrong_ones(i, len(every), max(bench.candidates) - 1)] for i in range(num)], dtype=np.int64
-            )
-            bar = functools.partial(bench.progress, what=f"{of}: {given} -> {target}")
-            scorer = functools.partial(log_likelihoods, model, bench.corpus, batch_size=bench.batch_size, progress=bar)
-            scores = candidate_scores(scorer, every, picks, given, target)
-            if model.config.token_ranges[target].num_tokens is not None:
-                # all are equally long, so dividing by the length changes no rank
-                del scores["per token"]
-            for (form, values), size in itertools.product(scores.items(), bench.candidates):
-                won = wins(values[:, :size])
-                low, high = wilson(float(won.sum()), len(won))
-                yield Measure(
-                    of=of,
-                    name=f"{given} -> {target}, 1 of {size}, {form}",
-                    value=float(won.mean()),
-                    unit="share",
-                    better="higher",
-                    low=low,
-                    high=high,
-                    chance=1 / size,
-                    count=len(won),
-                    detail=form == "per token" or size != min(bench.candidates),
-                )
-            if (given, target) == ("text", "image"):
-                _sheet(bench, of, every, picks, scores["gain"])
+            if sizes:
+                measured = True
+                yield from _direction(bench, of, model, every, given, target, sizes)
+    if not measured:
+        raise NotRunError(" ".join(bench.notes))
+
+
+def _direction(
+    bench: Bench,
+    of: str,
+    model: OmniMoeForCausalLM,
+    every: Sequence[Example],
+    given: str,
+    target: str,
+    sizes: Sequence[int],
+) -> Iterator[Measure]:
+    num = len(every) if bench.num is None else min(bench.num, len(every))
+    picks = np.array([[i, *bench.wrong_ones(i, len(every), max(sizes) - 1)] for i in range(num)], dtype=np.int64)
+    bar = functools.partial(bench.progress, what=f"{of}: {given} -> {target}")
+    scorer = functools.partial(log_likelihoods, model, bench.corpus, batch_size=bench.batch_size, progress=bar)
+    scores = candidate_scores(scorer, every, picks, given, target)
+    if model.config.token_ranges[target].num_tokens is not None:
+        # all are equally long, so dividing by the length changes no rank
+        del scores["per token"]
+    for (form, values), size in itertools.product(scores.items(), sizes):
+        won = wins(values[:, :size])
+        low, high = wilson(float(won.sum()), len(won))
+        yield Measure(
+            of=of,
+            name=f"{given} -> {target}, 1 of {size}, {form}",
+            value=float(won.mean()),
+            unit="share",
+            better="higher",
+            low=low,
+            high=high,
+            chance=1 / size,
+            count=len(won),
+            detail=form == "per token" or size != min(sizes),
+        )
+    if (given, target) == ("text", "image"):
+        _sheet(bench, of, every, picks[:, : min(sizes)], scores["gain"])
 
 
 def candidate_scores(
@@ -112,9 +133,9 @@ def wins(scores: np.ndarray) -> np.ndarray:
 def _sheet(bench: Bench, of: str, examples: Sequence[Example], picks: np.ndarray, scores: np.ndarray) -> None:
     from omnimoe.plots import draw_grid
 
-    size = min(bench.candidates)
+    size = picks.shape[1]
     lines, headings = [], []
-    for row, values in list(zip(picks[:, :size], scores[:, :size], strict=True))[:SHOWN]:
+    for row, values in list(zip(picks, scores[:, :size], strict=True))[:SHOWN]:
         order = np.argsort(-values, kind="stable")
         lines.append([_framed(bench.decoded(examples[row[place]]), is_right=place == 0) for place in order])
         headings.append(bench.caption(examples[row[0]]))

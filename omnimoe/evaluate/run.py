@@ -16,7 +16,7 @@ import torch
 
 import omnimoe
 from omnimoe.data import Corpus
-from omnimoe.evaluate.base import METRICS, EvaluationError, Measure, NotRunError, metric_names, title_of
+from omnimoe.evaluate.base import METRICS, RESERVED, EvaluationError, Measure, NotRunError, metric_names, title_of
 from omnimoe.evaluate.bench import SAMPLING, Bench
 from omnimoe.evaluate.raw import RawCorpus
 from omnimoe.flops import total_params
@@ -220,7 +220,7 @@ def _run(name: str, bench: Bench, evaluation: Evaluation) -> None:
     started = time.perf_counter()
     try:
         found = list(METRICS.get(name)(bench))
-    except NotRunError as error:
+    except (NotRunError, EvaluationError) as error:
         logger.warning("%s was not run: %s", name, error)
         evaluation.not_run[name] = str(error)
         return
@@ -237,6 +237,9 @@ def _check(
     candidates: Sequence[int],
     batch_size: int,
 ) -> None:
+    taken = sorted(set(models) & set(RESERVED))
+    if taken:
+        raise EvaluationError(f"{taken[0]!r} is the column of what models are held against; label the model otherwise")
     if not models:
         raise EvaluationError("there is no model to evaluate; pass {label: model}")
     for name in metrics:

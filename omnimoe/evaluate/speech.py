@@ -6,13 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
-from omnimoe.evaluate.base import EvaluationError, Measure, NotRunError, register_metric
-from omnimoe.evaluate.bench import Bench
+from omnimoe.evaluate.base import Measure, register_metric
+from omnimoe.evaluate.bench import Bench, at_16k
 from omnimoe.evaluate.pictures import load_encoder_or_not_run
 from omnimoe.evaluate.statistics import Z95, wilson, word_errors
-from omnimoe.evaluate.tokenizers import at_16k
 from omnimoe.tokenizers.speech import SAMPLE_RATE
 
 ENCODER = "whisper_tiny"
@@ -35,11 +33,7 @@ def speech(bench: Bench) -> Iterator[Measure]:
     """
     recogniser = load_encoder_or_not_run(ENCODER, bench)
     speakers = {of: model for of, model in bench.models.items() if "speech" in bench.modalities(model)}
-    try:
-        asked = bench.concepts("text", "speech", num=None)
-    except EvaluationError as error:
-        raise NotRunError(str(error)) from error
-    told = [(example, bench.caption(example)) for example in asked]
+    told = [(example, bench.caption(example)) for example in bench.concepts("text", "speech", num=None)]
     plain = [(example, caption) for example, caption in told if PLAIN.fullmatch(caption)]
     if len(plain) < TEN:
         bench.note(f"Only {len(plain)} captions are plain words, so all captions are spoken.")
@@ -51,14 +45,11 @@ def speech(bench: Bench) -> Iterator[Measure]:
     if bench.raw is None:
         bench.note("No raw folder: the original clips are not at hand, so there is no ceiling from them.")
     else:
-        clips[ORIGINAL] = [np.asarray(bench.raw.clip(example.index)) for example in asked]
-    tokenizer = bench.tokenizer("speech")
-    clips[DECODED] = [
-        at_16k(tokenizer.decode(torch.from_numpy(np.asarray(example.speech))), tokenizer) for example in asked
-    ]
+        clips[ORIGINAL] = [bench.clip(example) for example in asked]
+    clips[DECODED] = [bench.spoken(example) for example in asked]
     for of, model in speakers.items():
         made = bench.generate(model, [[("text", caption)] for caption in captions], "speech", what=f"{of}: speaking")
-        clips[of] = [at_16k(spoken.raw, tokenizer) for spoken in made]
+        clips[of] = [at_16k(spoken.raw, bench.tokenizer("speech")) for spoken in made]
         for place, spoken in enumerate(made[:SHOWN]):
             bench.sound(f"speech-{of}-{place + 1}", f"{of}: {captions[place]}", spoken)
     for of, held in clips.items():

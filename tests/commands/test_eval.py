@@ -27,7 +27,7 @@ def test_two_folders_end_to_end(capsys, tmp_path, folders):
     assert "mot" in told
     assert "twin" in told
     assert "text -> image, 1 of 4, gain" in told
-    assert "not run: a round trip starts at the pictures" in " ".join(told.split())
+    assert "which lose less than those of originals" in " ".join(told.split())
     assert (tmp_path / "report.html").is_file()
     kept = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
     assert list(kept["models"]) == ["mot", "twin"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omnimoe.evaluate import Bench, EvaluationError, evaluate
+from omnimoe.evaluate import Bench, evaluate
 from omnimoe.evaluate.retrieval import candidate_scores, wins
 
 
@@ -88,5 +88,24 @@ def test_forms_and_what_the_terminal_leaves_out(few, fresh):
 
 
 def test_too_few_concepts_for_the_candidates(few, fresh):
-    with pytest.raises(EvaluationError, match="12 concepts with text and image, too few for 17"):
-        evaluate({"fresh": fresh}, corpus=few, split="train", metrics=["retrieval"], candidates=(4, 17))
+    options = {"corpus": few, "split": "train", "metrics": ["retrieval"], "num": 3}
+    found = evaluate({"fresh": fresh}, candidates=(2, 17), **options)
+    assert any(
+        "12 concepts with text and image, too few to choose among 17" in held for held in found.notes["retrieval"]
+    )
+    assert all("1 of 2" in measure.name for measure in found.measures["retrieval"])
+    found = evaluate({"fresh": fresh}, candidates=(17,), **options)
+    assert "too few to choose among 17" in found.not_run["retrieval"]
+    assert found.measures == {}
+
+
+def test_directions_that_the_split_lacks_are_told(corpus, fresh):
+    rows = corpus.select("test", having=("text", "image"))
+    silent = Bench(models={}, corpus=corpus).subset(rows[:40])
+    silent.rows["audio"][:] = -1
+    found = evaluate({"fresh": fresh}, corpus=silent, metrics=["retrieval"], num=3, candidates=(2,))
+    assert {measure.name.partition(",")[0] for measure in found.measures["retrieval"]} == {
+        "text -> image",
+        "image -> text",
+    }
+    assert any("no English row with text and speech" in note for note in found.notes["retrieval"])

@@ -124,6 +124,16 @@ def test_options_out_of_range(fresh, options, told):
         evaluate({"m": fresh}, **{"metrics": ["loss"], **options})
 
 
+def test_a_split_that_a_metric_cannot_use_is_told_and_the_rest_runs(corpus, few, fresh):
+    found = evaluate({"m": fresh}, corpus=few, split="val", metrics=["loss"])
+    assert "no English row with text" in found.not_run["loss"]
+
+
+def test_a_label_that_is_a_column_is_refused(fresh):
+    with pytest.raises(ValueError, match="'real' is the column of what models are held against"):
+        evaluate({"real": fresh})
+
+
 def test_no_model_and_an_unknown_metric(fresh):
     with pytest.raises(ValueError, match="there is no model to evaluate"):
         evaluate({})

@@ -38,10 +38,11 @@ def test_it_leaves_a_contact_sheet(found):
     assert "above" in caption
 
 
-def test_without_raw_it_is_reported_as_not_run(small, fresh):
-    found = evaluate({"m": fresh}, corpus=small, metrics=["tokenizers"], num=5)
-    assert "--raw DIR" in found.not_run["tokenizers"]
-    assert found.measures == {}
+def test_without_raw_it_is_a_second_round_trip_and_says_so(small, fresh):
+    second = evaluate({"m": fresh}, corpus=small, metrics=["tokenizers"], num=5)
+    assert second.columns("tokenizers") == ["second round trip"]
+    assert any("Pass --raw DIR" in note for note in second.notes["tokenizers"])
+    assert second.find("tokenizers", "pictures, PSNR", "second round trip").count == 5
 
 
 def test_mel_distance_of_clips():
