@@ -196,9 +196,7 @@ def load_encoder(name: str, *, device: str | torch.device | None = None, **field
         ConfigError: if a field is unknown.
         EncoderError: if the weights or a library are missing; the message says what to install.
     """
-    part = ENCODERS.get(name)
-    config = part.Config.from_dict(fields if part.registered_name is None else {"type": name, **fields})
-    encoder = config.build()
+    encoder = ENCODERS.get(name).Config.from_dict({"type": name, **fields}).build()
     return encoder if device is None else encoder.to(device)
 
 

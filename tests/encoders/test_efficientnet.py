@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from omnimoe.config import ConfigError
+from omnimoe.data import Corpus
 from omnimoe.encoders import EncoderError, load_encoder
 from omnimoe.encoders.efficientnet import WEIGHTS, EfficientNetLite0
+from omnimoe.tokenizers import load_tokenizer
 
 PICTURES = Path(__file__).parents[1] / "fixtures" / "pictures"
 
@@ -46,6 +48,22 @@ def test_it_tells_the_classes_of_a_photograph_and_a_drawing(efficientnet):
     names = efficientnet.classify([temple, PICTURES / "bananas.png"], num=5)
     assert {"stupa", "monastery"} <= set(names[0])
     assert "banana" in names[1]
+
+
+def test_a_drawing_is_nearest_to_one_of_the_same_thing_in_another_style(efficientnet):
+    """Held-out concepts of the shipped corpus, as its picture tokenizer gives them back."""
+    drawings: dict[int, dict[str, np.ndarray]] = {}
+    for row in Corpus.load("p").examples("test", sources=("emoji",), having=("text", "image")):
+        drawings.setdefault(row.group, {})[row.style] = row.image
+    pairs = [list(held.values())[:2] for held in drawings.values() if len(held) > 1][:40]
+    tokenizer = load_tokenizer("picture")
+    first, second = (
+        efficientnet.encode(list(tokenizer.decode_batch(np.stack([pair[side] for pair in pairs])))).pooled
+        for side in (0, 1)
+    )
+    middle = torch.cat((first, second)).mean(0)
+    similarity = torch.nn.functional.cosine_similarity((first - middle)[:, None], (second - middle)[None], dim=-1)
+    assert (similarity.argmax(1) == torch.arange(len(pairs))).float().mean() > 0.5  # chance is 1 in 40
 
 
 def test_the_wheels_own_code_gives_the_same(efficientnet):

@@ -27,6 +27,21 @@ def test_it_hears_what_is_said(whisper):
     assert [normalize_transcript(text) for text in heard] == [path.stem.replace("_", " ") for path in CLIPS]
 
 
+@pytest.mark.slow
+def test_words_of_held_out_labels_are_heard(whisper):
+    """The same synthesiser that speaks the corpus, on labels of its test split."""
+    pytest.importorskip("hibari")
+    from omnimoe.data import Corpus
+    from omnimoe.data.speech import speak
+    from omnimoe.evaluate.statistics import word_errors
+
+    labels = Corpus.load("p").captions("test", sources=("emoji",))[::15][:16]
+    wanted = [normalize_transcript(label) for label in labels]
+    heard = [normalize_transcript(text) for text in whisper.transcribe(speak(labels))]
+    errors = sum(word_errors(told.split(), said.split()) for told, said in zip(heard, wanted, strict=True))
+    assert errors / sum(len(said.split()) for said in wanted) < 0.25, list(zip(wanted, heard, strict=True))
+
+
 def test_clips_alone_and_at_another_rate(whisper):
     clip = read(CLIPS[0])
     wanted = whisper.transcribe([clip])
