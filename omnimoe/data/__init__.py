@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy(
         "omnimoe.data.readers": ("open_reader",),
         "omnimoe.data.stream": ("DocumentStream", "StreamError"),
         "omnimoe.data.streaming": ("StreamedSequences",),
+        "omnimoe.data.own": ("build_own",),
         "omnimoe.data.build": ("build_corpus",),
         "omnimoe.data.tokenize": ("tokenize_corpus",),
         "omnimoe.data.splits": ("check_leaks", "LeakError"),

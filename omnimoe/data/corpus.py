@@ -29,6 +29,10 @@ _OPTIONAL_COLUMNS = ("topic",)
 _DOCUMENT_COLUMNS = ("text", "split", "source")
 
 
+PARTS = ("text", "image", "audio")
+"""Kinds of spans of an interleaved document, numbered as they are stored."""
+
+
 class CorpusError(ValueError):
     """A corpus that is missing, damaged, or has no rows of the kind asked for."""
 
@@ -50,6 +54,24 @@ class Ragged:
     def lengths(self) -> np.ndarray:
         """``(n,)`` int64."""
         return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interleaved:
+    """Documents whose spans have an order: texts with pictures and clips in their places.
+
+    Args:
+        kinds: a number into :data:`PARTS` for each span.
+        items: index of each span into the corpus' texts, images or clips.
+        splits: ``(n,)`` number of each document's split.
+    """
+
+    kinds: Ragged
+    items: Ragged
+    splits: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.splits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +111,7 @@ class Corpus:
         rows: column name to ``(rows,)`` int32: indices into the above (-1 for none) and into the names of ``meta``;
             ``topic`` only where the corpus has topics.
         documents: the same for running text.
+        interleaved: documents whose spans have an order, if there are any.
         meta: names of splits, languages, sources and styles, vocabulary sizes, grid and rates.
     """
 
@@ -99,6 +122,7 @@ class Corpus:
     rows: dict[str, np.ndarray] = field(repr=False)
     documents: dict[str, np.ndarray] = field(repr=False)
     meta: dict[str, Any] = field(repr=False)
+    interleaved: Interleaved | None = field(default=None, repr=False)
 
     @classmethod
     def load(cls, name: str | os.PathLike[str] = "p") -> Self:
@@ -106,7 +130,8 @@ class Corpus:
 
         Args:
             name: ``"p"``, or a folder written by ``tokenize_corpus`` or ``build_corpus``; a built folder is tokenized
-                on the first call (minutes) and the result kept in its subfolder ``tokens``.
+                on the first call (minutes) and the result kept in its subfolder ``tokens``. Or data of one's own, as
+                :func:`omnimoe.data.readers.open_reader` takes them: built on the first call, and kept in the cache.
 
         Raises:
             CorpusError: if there is none, or the files are damaged.
@@ -115,6 +140,8 @@ class Corpus:
             with as_file(files("omnimoe.data") / "shipped" / name.lower()) as folder:
                 return cls._read(folder)
         folder = Path(name).expanduser()
+        if not any((folder / file).is_file() for file in ("tokens.npz", "corpus.json", "rows.jsonl")):
+            folder = _own(name, folder)
         if not folder.is_dir():
             raise CorpusError(
                 f"no corpus {str(name)!r}: neither a folder nor one of those shipped: "
@@ -156,6 +183,7 @@ class Corpus:
                 },
                 documents={key: arrays[f"document_{key}"].astype(np.int32) for key in _DOCUMENT_COLUMNS},
                 meta=meta,
+                interleaved=_interleaved(arrays),
             )
         except KeyError as error:
             raise CorpusError(f"{folder} is damaged: {error} is missing; write it anew with tokenize_corpus") from None
@@ -164,6 +192,15 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.rows["text"])
+
+    def interleaved_spans(self, index: int) -> list[tuple[str, np.ndarray]]:
+        """Modality and local ids of the spans of an interleaved document."""
+        if self.interleaved is None or not 0 <= index < len(self.interleaved):
+            count = 0 if self.interleaved is None else len(self.interleaved)
+            raise CorpusError(f"there is no interleaved document {index}; the corpus has {count}")
+        held = (self.texts, self.images, self.clips)
+        kinds, items = self.interleaved.kinds[index].tolist(), self.interleaved.items[index].tolist()
+        return [(MODALITIES[kind], held[kind][item]) for kind, item in zip(kinds, items, strict=True)]
 
     def __getitem__(self, index: int) -> Example:
         image, audio = int(self.rows["image"][index]), int(self.rows["audio"][index])
@@ -305,11 +342,36 @@ class Corpus:
                 )
 
 
+def _own(name: str | os.PathLike[str], folder: Path) -> Path:
+    """The folder built of data of one's own; ``folder`` itself if there are none."""
+    from omnimoe.data.own import cached_corpus
+    from omnimoe.data.readers.base import DocumentError
+
+    source = os.fspath(name)
+    if not (folder.exists() or source.startswith("hub:") or ".tar" in source):
+        return folder
+    try:
+        return cached_corpus(source)
+    except DocumentError as error:
+        raise CorpusError(f"{name} is neither a corpus nor data to make one of: {error}") from None
+
+
 def shipped_corpora() -> list[str]:
     """Names of the corpora that come with the package."""
     folder = files("omnimoe.data") / "shipped"
     return (
         sorted(entry.name for entry in folder.iterdir() if (entry / "tokens.npz").is_file()) if folder.is_dir() else []
+    )
+
+
+def _interleaved(arrays: dict[str, np.ndarray]) -> Interleaved | None:
+    if "interleaved_kind" not in arrays:
+        return None
+    offsets = np.concatenate([[0], np.cumsum(arrays["interleaved_lengths"], dtype=np.int64)])
+    return Interleaved(
+        kinds=Ragged(values=arrays["interleaved_kind"], offsets=offsets),
+        items=Ragged(values=arrays["interleaved_item"], offsets=offsets),
+        splits=arrays["interleaved_split"],
     )
 
 

@@ -14,13 +14,14 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from omnimoe.data.corpus import MODALITIES, Corpus, Example
+from omnimoe.data.splits import SPLITS
 from omnimoe.modalities.vocabulary import TokenRange
 from omnimoe.tokenizers.text import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS
 
@@ -152,6 +153,30 @@ class DocumentBuilder:
             spans.append((name, ids))
         return lay_out(spans, self.ranges, bos_id=self.bos_id, eos_id=self.eos_id, grids=self._grids)
 
+    def length(self, row: int, order: Sequence[Any]) -> int:
+        """Tokens of :meth:`piece`, without making it."""
+        if row < len(self.corpus):
+            return self.document_length(self.corpus[row], order)
+        return int(order[1] - order[0])
+
+    def piece(self, row: int, order: Sequence[Any]) -> Piece:
+        """The document of a row told in an order; or, for numbers past the rows, a part of an interleaved document.
+
+        Args:
+            row: number of a row, or the number of rows plus that of an interleaved document.
+            order: modalities in order; for an interleaved document the first token and one past the last.
+        """
+        if row < len(self.corpus):
+            return self.document(self.corpus[row], order)
+        whole = self.interleaved(row - len(self.corpus))
+        start, end = order
+        return cut(whole, start, end)
+
+    def interleaved(self, index: int) -> Piece:
+        """An interleaved document as a whole; spans of modalities that are not used are left out."""
+        spans = [(name, ids) for name, ids in self.corpus.interleaved_spans(index) if name in self.modalities]
+        return lay_out(spans, self.ranges, bos_id=self.bos_id, eos_id=self.eos_id, grids=self._grids)
+
     def running_text(self, text: int, offset: int, longest: int) -> Piece:
         """A part of a document of running text.
 
@@ -169,10 +194,18 @@ class DocumentBuilder:
 
 def tellable(
     builder: DocumentBuilder, split: str, languages: Sequence[str] | None, length: int
-) -> tuple[np.ndarray, list[list[tuple[str, ...]]]]:
-    """Rows of a split that fit ``length`` tokens, ``(n,)`` int64, and the orders in which each can be told."""
-    rows, orders, left_out = [], [], 0
+) -> tuple[np.ndarray, list[list[tuple[Any, ...]]]]:
+    """Rows of a split that fit ``length`` tokens, ``(n,)`` int64, and the orders in which each can be told.
+
+    Interleaved documents follow with numbers past those of the rows, once for each part that fits; see
+    :meth:`DocumentBuilder.piece`.
+    """
+    rows: list[int] = []
+    orders: list[list[tuple[Any, ...]]] = []
+    left_out = 0
     shared: dict[tuple[tuple[str, ...], ...], list[tuple[str, ...]]] = {}
+    if languages == ("en",) and "en" not in builder.corpus.meta["languages"]:
+        languages = None  # English is what most corpora have, not what all must have
     for row in builder.corpus.select(split, languages=languages, having=()):
         choices = builder.orders(builder.corpus[int(row)], length)
         if not choices:
@@ -180,6 +213,15 @@ def tellable(
             continue
         rows.append(int(row))
         orders.append(shared.setdefault(tuple(choices), choices))
+    if builder.corpus.interleaved is not None:
+        for index in np.flatnonzero(builder.corpus.interleaved.splits == SPLITS.index(split)).tolist():
+            piece = builder.interleaved(index)
+            parts = fitting_parts(places_to_cut(piece, builder.ranges), length)
+            if parts is None or len(piece) == 2:
+                left_out += 1
+                continue
+            rows += [len(builder.corpus) + index] * len(parts)
+            orders += [[part] for part in parts]
     if left_out:
         logger.warning("%d rows of split %s do not fit %d tokens and are left out", left_out, split, length)
     return np.array(rows, dtype=np.int64), orders
@@ -220,6 +262,34 @@ def collate(sequences: list[list[Piece]], builder: Markers, length: int, axes: i
         "position_ids": positions if axes == 3 else positions[..., 0].copy(),
     }
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def cut(piece: Piece, start: int, end: int) -> Piece:
+    """A part of a document; its positions start at 0."""
+    part = slice(start, end)
+    return Piece(ids=piece.ids[part], modality_ids=piece.modality_ids[part], positions=piece.positions[part] - start)
+
+
+def places_to_cut(piece: Piece, ranges: Mapping[str, TokenRange]) -> np.ndarray:
+    """``(n + 1,)`` bool: whether a document may be cut before each token, and after the last: not inside a span that
+    stands between markers."""
+    begins = [held.begin_id for held in ranges.values() if held.begin_id is not None]
+    ends = [held.end_id for held in ranges.values() if held.end_id is not None]
+    inside = np.cumsum(np.isin(piece.ids, begins).astype(np.int64) - np.isin(piece.ids, ends))
+    return np.concatenate([[True], inside == 0])
+
+
+def fitting_parts(places: np.ndarray, longest: int) -> list[tuple[int, int]] | None:
+    """Parts of at most ``longest`` tokens that make up a document; None if a span by itself is longer."""
+    allowed = np.flatnonzero(places)
+    parts, start = [], 0
+    while start < len(places) - 1:
+        end = int(allowed[np.searchsorted(allowed, start + longest, side="right") - 1])
+        if end <= start:
+            return None
+        parts.append((start, end))
+        start = end
+    return parts
 
 
 def check_sizes(sequence_length: int, batch_size: int, axes: int) -> None:

@@ -80,7 +80,9 @@ def _evaluation_pieces(
     draws = np.random.default_rng([seed, 2]).random(len(rows))
     for row, choices, draw in zip(rows, orders, draws, strict=True):
         if order is None:
-            yield builder.document(corpus[int(row)], choices[int(draw * len(choices))])
+            yield builder.piece(int(row), choices[int(draw * len(choices))])
+        elif row >= len(corpus):
+            continue  # an interleaved document has an order of its own
         elif tuple(order) in choices or (len(order) == 1 and corpus[int(row)].get(order[0]) is not None):
             yield builder.document(corpus[int(row)], order)
     if running_text:

@@ -105,7 +105,12 @@ class PackedSequences:
         self._templates = None if templates is None else dict(templates)
         if templates is not None:
             self._teller = Teller(
-                self.builder, self._rows, templates, seed=seed, longest=sequence_length, tokenizer=text_tokenizer
+                self.builder,
+                self._rows[self._rows < len(corpus)],
+                templates,
+                seed=seed,
+                longest=sequence_length,
+                tokenizer=text_tokenizer,
             )
         self._rows, self._orders = self._rows[rank::world_size], self._orders[rank::world_size]
         texts = (
@@ -211,7 +216,11 @@ class PackedSequences:
     def _next_by_template(self, room: int) -> Piece | None:
         for _ in range(len(self._rows)):
             epoch, permutation, _ = self._epoch("row", len(self._rows))
-            piece = self._teller.piece(int(self._rows[permutation[self._cursor["row"]]]), epoch)
+            item = int(permutation[self._cursor["row"]])
+            row = int(self._rows[item])
+            # Interleaved documents tell themselves.
+            own = row >= len(self.corpus)
+            piece = self.builder.piece(row, self._orders[item][0]) if own else self._teller.piece(row, epoch)
             if piece is not None and len(piece) > room:
                 return None
             self._advance("row", len(self._rows), epoch)
@@ -228,11 +237,11 @@ class PackedSequences:
         item = int(permutation[at])
         orders = self._orders[item]
         order = orders[int(draws[at] * len(orders))]
-        example = self.corpus[int(self._rows[item])]
-        if self.builder.document_length(example, order) > room:
+        row = int(self._rows[item])
+        if self.builder.length(row, order) > room:
             return None
         self._advance("row", len(self._rows), epoch)
-        return self.builder.document(example, order)
+        return self.builder.piece(row, order)
 
     def _next_text(self, room: int) -> Piece | None:
         if not len(self._texts):

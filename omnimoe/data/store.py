@@ -23,10 +23,11 @@ class CorpusStore:
 
     Args:
         side: width and height of the pictures in pixels.
+        longest: samples that a clip may have.
     """
 
-    def __init__(self, side: int = SIDE) -> None:
-        self.side = side
+    def __init__(self, side: int = SIDE, longest: int = MAX_SAMPLES) -> None:
+        self.side, self.longest = side, longest
         self.pictures: list[np.ndarray] = []
         self.fingerprints: list[bytes] = []
         self.clips: list[np.ndarray] = []
@@ -45,8 +46,8 @@ class CorpusStore:
         return self._picture_index[digest]
 
     def clip(self, samples: np.ndarray) -> int:
-        """Files a clip, ``(n,)`` int16 at 16 kHz, and gives its index; -1 for one of under 0.1 or over 8 seconds."""
-        if not MIN_SAMPLES <= len(samples) <= MAX_SAMPLES:
+        """Files a clip, ``(n,)`` int16 at 16 kHz, and gives its index; -1 for one under 0.1 seconds or too long."""
+        if not MIN_SAMPLES <= len(samples) <= self.longest:
             return -1
         digest = hashlib.sha1(samples.tobytes()).digest()
         if digest not in self._clip_index:

@@ -19,7 +19,16 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from omnimoe.data.corpus import MODALITIES
-from omnimoe.data.documents import Piece, SequenceError, check_sizes, collate, default_ranges, lay_out
+from omnimoe.data.documents import (
+    Piece,
+    SequenceError,
+    check_sizes,
+    collate,
+    cut,
+    default_ranges,
+    lay_out,
+    places_to_cut,
+)
 from omnimoe.data.readers.base import Document, DocumentError, Item, decode
 from omnimoe.data.stream import DocumentStream, StreamError
 from omnimoe.data.tokenize import TOKENIZERS
@@ -52,12 +61,9 @@ class _Open:
                 end -= 1
             if end == self.offset:
                 return None
-        part = slice(self.offset, end)
-        piece, first = self.piece, self.offset
+        part = cut(self.piece, self.offset, end)
         self.offset = end
-        return Piece(
-            ids=piece.ids[part], modality_ids=piece.modality_ids[part], positions=piece.positions[part] - first
-        )
+        return part
 
     @property
     def is_done(self) -> bool:
@@ -223,7 +229,7 @@ class StreamedSequences(IterableDataset[dict[str, Tensor]]):
         place = (item.shard, item.index, epoch)
         if document.is_ordered or all(name == "text" for name, _ in spans):
             piece = self._piece(spans)
-            cuts = self._cuts(piece)
+            cuts = places_to_cut(piece, self.ranges)
             return (
                 None
                 if np.diff(np.flatnonzero(cuts)).max() > self.sequence_length
@@ -264,12 +270,3 @@ class StreamedSequences(IterableDataset[dict[str, Tensor]]):
 
     def _length(self, told: Mapping[str, np.ndarray], order: Sequence[str]) -> int:
         return 2 + sum(len(told[name]) + (0 if self.ranges[name].begin_id is None else 2) for name in order)
-
-    def _cuts(self, piece: Piece) -> np.ndarray:
-        """``(n + 1,)`` bool: whether the document may be cut before each token, and after the last."""
-        begins = [held.begin_id for held in self.ranges.values() if held.begin_id is not None]
-        ends = [held.end_id for held in self.ranges.values() if held.end_id is not None]
-        opened = np.isin(piece.ids, begins).astype(np.int64)
-        closed = np.isin(piece.ids, ends).astype(np.int64)
-        inside = np.cumsum(opened) - np.cumsum(closed)
-        return np.concatenate([[True], inside == 0])

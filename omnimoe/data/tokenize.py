@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from omnimoe.data.corpus import FORMAT, CorpusError
-from omnimoe.data.splits import SPLITS, check_leaks
+from omnimoe.data.corpus import FORMAT, PARTS, CorpusError
+from omnimoe.data.splits import SPLITS, LeakError, check_leaks
 from omnimoe.tokenizers.base import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 TOKENIZERS = {"text": "text", "image": "picture", "speech": "speech"}
 LANGUAGES = ("en", "de", "es", "fr", "it", "nl", "pt")
@@ -57,13 +60,16 @@ def tokenize_corpus(
         languages = about.get("languages", LANGUAGES)
     rows = [row for row in _lines(folder / "rows.jsonl") if languages is None or row["lang"] in languages]
     documents = _lines(folder / "text.jsonl")
-    check_leaks(rows, documents, shares_concepts=about["shares_concepts"])
+    _check(rows, documents, about)
+    interleaved = _lines(folder / "interleaved.jsonl") if (folder / "interleaved.jsonl").is_file() else []
+    parts = [(kind, value) for line in interleaved for span in line["spans"] for kind, value in span.items()]
 
-    texts = list(dict.fromkeys([row["text"] for row in rows] + [document["text"] for document in documents]))
+    written = [value for kind, value in parts if kind == "text"]
+    texts = list(dict.fromkeys([row["text"] for row in rows] + [document["text"] for document in documents] + written))
     text_index = {text: i for i, text in enumerate(texts)}
     encoded = _encode(tokenizers["text"], texts, "text")
-    pictures, picture_index = _used(rows, "image")
-    clips, clip_index = _used(rows, "audio")
+    pictures, picture_index = _used(rows, parts, "image")
+    clips, clip_index = _used(rows, parts, "audio")
     images = np.load(folder / "images.npy", mmap_mode="r")
     audio, offsets = np.load(folder / "audio.npy", mmap_mode="r"), np.load(folder / "audio_offsets.npy")
     codes = _encode(tokenizers["image"], [images[i] for i in pictures], "pictures")
@@ -80,7 +86,7 @@ def tokenize_corpus(
     arrays: dict[str, Any] = {
         **_ragged("text", encoded),
         **_ragged("speech", units),
-        "image_values": np.stack(codes).astype(np.uint16),
+        "image_values": _codes(codes, tokenizers["image"]),
         "row_text": _column(text_index[row["text"]] for row in rows),
         "row_image": _column(picture_index.get(row["image"], -1) for row in rows),
         "row_audio": _column(clip_index.get(row["audio"], -1) for row in rows),
@@ -94,6 +100,12 @@ def tokenize_corpus(
         "document_split": _column(SPLITS.index(document["split"]) for document in documents),
         "document_source": _column(place["sources"][document["source"]] for document in documents),
     }
+    if interleaved:
+        index = {"text": text_index, "image": picture_index, "audio": clip_index}
+        arrays["interleaved_kind"] = _column(PARTS.index(kind) for kind, _ in parts)
+        arrays["interleaved_item"] = _column(index[kind][value] for kind, value in parts)
+        arrays["interleaved_lengths"] = _column(len(line["spans"]) for line in interleaved)
+        arrays["interleaved_split"] = _column(SPLITS.index(line["split"]) for line in interleaved)
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "tokens.partial.npz"
     np.savez_compressed(partial, **arrays)
@@ -115,7 +127,7 @@ def _about(folder: Path) -> dict[str, Any]:
     """What ``build_corpus`` says of a folder; a folder without it is taken for set P."""
     file = folder / "about.json"
     said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {"name": "p", "permissive": True, "shares_concepts": False, **said}
+    return {"name": "p", "permissive": True, "shares_concepts": False, "own_splits": False, **said}
 
 
 def _encode(tokenizer: Tokenizer, raws: list[Any], what: str, batch: int = 64) -> list[np.ndarray]:
@@ -159,8 +171,18 @@ def _attribution(notices: str) -> str:
     )
 
 
-def _used(rows: list[dict[str, Any]], key: str) -> tuple[list[int], dict[int, int]]:
-    used = sorted({row[key] for row in rows if row[key] >= 0})
+def _check(rows: list[dict[str, Any]], documents: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    try:
+        check_leaks(rows, documents, shares_concepts=about["shares_concepts"])
+    except LeakError as error:
+        if not about["own_splits"]:
+            raise
+        # Splits that somebody set are theirs to answer for, but they should know.
+        logger.warning("the splits that the data name overlap: %s", error)
+
+
+def _used(rows: list[dict[str, Any]], parts: list[tuple[str, Any]], key: str) -> tuple[list[int], dict[int, int]]:
+    used = sorted({row[key] for row in rows if row[key] >= 0} | {value for kind, value in parts if kind == key})
     return used, {old: new for new, old in enumerate(used)}
 
 
@@ -170,6 +192,10 @@ def _names(rows: list[dict[str, Any]], key: str) -> list[str]:
 
 def _column(values: Any) -> np.ndarray:
     return np.fromiter(values, dtype=np.int32)
+
+
+def _codes(codes: list[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
+    return np.stack(codes).astype(np.uint16) if codes else np.zeros((0, tokenizer.num_tokens or 0), np.uint16)
 
 
 def _ragged(name: str, items: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,97 @@
+"""Previews: the page, the sheet and the clips, of tokens, of a built folder and of one's own data."""
+
+from __future__ import annotations
+
+import json
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from omnimoe.cli import main
+from omnimoe.data import Corpus, CorpusError
+from omnimoe.preview import preview_corpus
+from omnimoe.tokenizers.base import load_tokenizer
+
+
+def seconds(path: Path) -> float:
+    with wave.open(str(path)) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (16_000, 1, 2)
+        return file.getnframes() / file.getframerate()
+
+
+def test_the_shipped_tokens(tmp_path: Path) -> None:
+    page = preview_corpus("p", tmp_path, count=4)
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<audio") == 4
+    assert "Decoded from tokens." in text
+    assert len(list((tmp_path / "clips").iterdir())) == 4
+    assert all(0.1 < seconds(path) < 8 for path in (tmp_path / "clips").iterdir())
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    # Four pictures of 128 screen pixels; not one of them blank.
+    assert sheet.shape[1] > 4 * 128
+    assert (sheet.std(axis=(0, 2)) > 20).mean() > 0.5
+
+
+def test_a_built_folder_shows_the_original_beside_it(tmp_path: Path) -> None:
+    built = tmp_path / "built"
+    built.mkdir()
+    corpus = Corpus.load("p")
+    picture, speech = load_tokenizer("picture"), load_tokenizer("speech")
+    row = corpus[int(corpus.select("train", sources=("emoji",), having=("image", "speech"))[0])]
+    clip = (speech.decode(row.speech) * 32767).astype(np.int16)
+    fields = {"text": "Пальма", "lang": "bg", "image": 0, "audio": 0, "key": "palm", "split": "test", "source": "x"}
+    (built / "rows.jsonl").write_text(json.dumps(fields))
+    np.save(built / "images.npy", np.repeat(np.repeat(picture.decode(row.image)[None], 2, 1), 2, 2))
+    np.save(built / "audio.npy", clip)
+    np.save(built / "audio_offsets.npy", np.array([0, len(clip)]))
+    text = preview_corpus(built, tmp_path / "out", split="test").read_text(encoding="utf-8")
+    assert "Left the original" in text
+    assert "Пальма [bg] (from tokens)" in text
+    names = sorted(path.name for path in (tmp_path / "out" / "clips").iterdir())
+    assert names == ["000-decoded.wav", "000.wav"]
+    assert seconds(tmp_path / "out" / "clips" / "000.wav") == pytest.approx(len(clip) / 16_000)
+    # Two pictures of 128 pixels side by side.
+    assert Image.open(tmp_path / "out" / "sheet.png").width >= 2 * 128
+    with pytest.raises(CorpusError, match="split 'val' of .* has no rows"):
+        preview_corpus(built, tmp_path / "none", split="val")
+
+
+def test_the_command_builds_and_shows_ones_own_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMNIMOE_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "photos"
+    source.mkdir()
+    for number, colour in enumerate(("red", "green", "blue", "yellow")):
+        Image.new("RGB", (90, 60), colour).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text(f"a {colour} thing")
+    assert main(["data", "build", "--folder", str(source), "--out", str(tmp_path / "built"), "--tokenize"]) == 0
+    assert f"--data {tmp_path / 'built'}" in capsys.readouterr().out
+    assert (tmp_path / "built" / "tokens" / "tokens.npz").is_file()
+    assert main(["data", "info", str(tmp_path / "built"), "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert sum(split["rows"] for split in counts.values()) == 4
+    assert main(["data", "preview", str(source), "--out", str(tmp_path / "page"), "--count", "2"]) == 0
+    assert (tmp_path / "page" / "sheet.png").is_file()
+    assert not (tmp_path / "page" / "clips").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "--folder", "{}/no", "--out", "{}/o"], "does not exist; pass a folder"),
+        (["build", "--folder", "{}", "--out", "{}/o", "--column", "title"], "--column takes text=NAME"),
+        (["build", "--set", "Q", "--out", "{}/o"], "unknown corpus 'Q'; known: P, S, D"),
+        (["preview", "p", "--out", "{}/o", "--split", "exam"], "unknown split 'exam'"),
+        (["preview", "p", "--out", "{}/o", "--count", "0"], "count must be at least 1, got 0"),
+        (["preview", "{}/no", "--out", "{}/o"], "no corpus"),
+    ],
+)
+def test_errors_of_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["data", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    assert message in capsys.readouterr().err
