@@ -19,7 +19,7 @@ import torch
 from omnimoe.flops import total_params
 from omnimoe.generate import Generated, generate, interleave
 from omnimoe.generation.pages import inline, kind_of
-from omnimoe.generation.prompts import load_tokenizers
+from omnimoe.generation.prompts import load_tokenizers, shipped_tokenizer
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.spans import bounded_ranges
 from omnimoe.tokenizers import Tokenizer
@@ -143,11 +143,11 @@ class _Session:
     """The model behind a page."""
 
     def __init__(self, model: OmniMoeForCausalLM, tokenizers: Mapping[str, Tokenizer] | None) -> None:
-        from omnimoe.data.tokenize import TOKENIZERS
-
         self.model = model
         config = model.config
-        known = [name for name in config.modality_names if name in {**TOKENIZERS, **(tokenizers or {})}]
+        known = [
+            name for name in config.modality_names if name in (tokenizers or {}) or shipped_tokenizer(config, name)
+        ]
         loaded = load_tokenizers(config, tokenizers, known)
         self.tokenizers = {name: loaded[name] for name in known}
         self.guided = [name for name in known if name in bounded_ranges(config) or name not in config.token_ranges]

@@ -12,6 +12,7 @@ from omnimoe.data.documents import lay_out
 from omnimoe.generate import GenerationError, generate, interleave, read_wave
 from omnimoe.generation import prompts
 from omnimoe.layers import Attention, Rope
+from omnimoe.modalities import Patches
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.tokenizers import TokenizerError
 from omnimoe.tokenizers.text import BEGIN_IMAGE_ID, BEGIN_SPEECH_ID, BOS_ID, END_IMAGE_ID, EOS_ID
@@ -286,6 +287,16 @@ def test_a_sound_of_another_rate_is_resampled(model, tokenizers, tmp_path, monke
     monkeypatch.setattr(tokenizers["speech"], "encode", lambda *raw: lengths.append(len(encode(*raw))) or encode(*raw))
     generate(model, {"speech": read_wave(path)}, "text", tokenizers=tokenizers, max_new_tokens=2)
     assert lengths == [25]  # a second at 8 kHz, in units of 40 ms
+
+
+def test_the_form_of_a_modality_picks_its_tokenizer():
+    text, image, speech = NANO.modalities
+    names = {}
+    for form in (image, image.replace(num_tokens=256), Patches.Config(name="image", channels=16, num_tokens=64)):
+        config = NANO.replace(modalities=(text, form, speech))
+        names[form.num_tokens, form.is_discrete] = prompts.shipped_tokenizer(config, "image")
+    assert names == {(64, True): "picture", (256, True): "picture_128", (64, False): "picture_latents"}
+    assert prompts.shipped_tokenizer(NANO, "speech") == "speech"
 
 
 def test_what_ships_fits_the_zoo():

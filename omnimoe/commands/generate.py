@@ -62,14 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generates, writes and tells what was written."""
     # Wrong calls are told before the seconds that a model takes to load.
-    _check(args)
+    tokenizers = read_tokenizers(args.tokenizer)
+    _check(args, kind=tokenizers[args.to].modality if args.to in tokenizers else args.to)
 
     from omnimoe.generate import generate, interleave
     from omnimoe.generation.prompt_files import read_prompts, read_raw
 
     given = [(modality, read_raw(modality, source)) for modality, source in args.sources]
     documents = [given] if args.prompts is None else read_prompts(args.prompts)
-    options: dict[str, Any] = {"tokenizers": read_tokenizers(args.tokenizer), "num_samples": args.num}
+    options: dict[str, Any] = {"tokenizers": tokenizers, "num_samples": args.num}
     options |= {
         name: getattr(args, name)
         for name in ("seed", "temperature", "top_k", "top_p", "min_p", "guidance", "steps", "batch_size")
@@ -92,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, *, kind: str) -> None:
+    """Refuses wrong calls; ``kind`` is what the target is: ``"image"``, whatever the model calls it."""
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
     if args.prompts is not None and args.sources:
@@ -103,14 +105,14 @@ def _check(args: argparse.Namespace) -> None:
         if args.best_of is not None or args.sheet is not None:
             raise ValueError("--best-of and --sheet are for one modality, not for --to any; leave them out")
         return
-    if args.sheet is not None and args.to in ("text", "speech"):
+    if args.sheet is not None and kind in ("text", "speech"):
         raise ValueError(f"--sheet shows pictures, not {args.to}; use --out")
     if args.out is None:
-        if args.to in ENDINGS and args.sheet is None:
-            raise ValueError(f"--to {args.to} needs a file to write: --out {args.to}{ENDINGS[args.to][0]}")
+        if kind in ENDINGS and args.sheet is None:
+            raise ValueError(f"--to {args.to} needs a file to write: --out {args.to}{ENDINGS[kind][0]}")
         return
-    if args.to in ENDINGS and args.out.suffix.lower() not in ENDINGS[args.to]:
-        raise ValueError(f"--out must end in {', '.join(ENDINGS[args.to])} for {args.to}, got {str(args.out)!r}")
+    if kind in ENDINGS and args.out.suffix.lower() not in ENDINGS[kind]:
+        raise ValueError(f"--out must end in {', '.join(ENDINGS[kind])} for {args.to}, got {str(args.out)!r}")
     if args.out.is_dir():
         raise ValueError(f"--out {args.out} is a folder; name a file")
 

@@ -25,6 +25,11 @@ from omnimoe.tokenizers import Tokenizer, load_tokenizer
 Document = Mapping[str, Any] | Sequence[tuple[str, Any]]
 """Modality and raw input, in order: ``{"text": "a red apple"}`` or ``[("text", "a red"), ("image", pixels)]``."""
 
+PICTURES = {64: "picture", 256: "picture_128"}
+"""Picture tokenizers that ship, by the codes of a picture."""
+CONTINUOUS = {"image": "picture_latents"}
+"""Continuous tokenizers that ship."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
@@ -119,12 +124,21 @@ def load_tokenizers(
             raise GenerationError(f"the model has no modality {name!r}; it has {', '.join(config.modality_names)}")
         tokenizer = (given or {}).get(name)
         if tokenizer is None:
-            if name not in TOKENIZERS:
+            ships = shipped_tokenizer(config, name)
+            if ships is None:
                 raise GenerationError(f"no tokenizer ships for {name!r}; pass tokenizers={{{name!r}: ...}}")
-            tokenizer = load_tokenizer(TOKENIZERS[name])
+            tokenizer = load_tokenizer(ships)
         _check_tokenizer(config, name, tokenizer)
         loaded[name] = tokenizer
     return loaded
+
+
+def shipped_tokenizer(config: OmniMoeConfig, name: str) -> str | None:
+    """The registered name of the tokenizer that ships for a modality of this form, or None."""
+    part = config.modalities[config.modality_names.index(name)]
+    if not part.is_discrete:
+        return CONTINUOUS.get(name)
+    return PICTURES.get(part.num_tokens or 0, TOKENIZERS[name]) if name == "image" else TOKENIZERS.get(name)
 
 
 def _check_tokenizer(config: OmniMoeConfig, name: str, tokenizer: Tokenizer) -> None:

@@ -16,7 +16,7 @@ from omnimoe.generation import prompts
 from omnimoe.hub import list_models
 from omnimoe.model import MODELS
 from tests.generation.test_media import write_wave
-from tests.narrow import PICTURE, SOUND, eager_model, narrow_model, narrow_tokenizers
+from tests.narrow import PICTURE, SOUND, TRANSFUSION, eager_model, narrow_model, narrow_tokenizers
 
 
 @pytest.fixture(autouse=True)
@@ -266,3 +266,16 @@ def test_a_name_of_the_zoo_with_weights_beside_its_card(folder, tmp_path, monkey
         assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     finally:
         MODELS.remove("narrow_shipped")
+
+
+def test_a_continuous_picture_is_denoised(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "read_model", lambda name, device: narrow_model(TRANSFUSION))
+    monkeypatch.setattr(command, "read_tokenizers", lambda given: {"latent": narrow_tokenizers()["latent"]})
+    common = ("--model", "narrow", "--from", "text", "a", "--to", "latent", "--seed", "0", "--guidance", "2")
+    for name, steps in (("a", 2), ("b", 2), ("c", 6)):
+        assert call(*common, "--steps", steps, "--out", tmp_path / f"{name}.png", "--sheet", tmp_path / "s.png") == 0
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert Image.open(tmp_path / "a.png").size == (32, 32)
+    with pytest.raises(ValueError, match="--to latent needs a file to write: --out latent.png"):
+        call(*common)

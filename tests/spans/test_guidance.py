@@ -101,6 +101,17 @@ def test_keys_are_kept_from_step_to_step_and_made_anew_for_other_rows():
     assert lengths == [(2, 2), (2, 1), (2, 1), (2, 5)]
 
 
+@pytest.mark.parametrize("name", ["dense", "mot", "moe"])
+def test_one_picture_is_guided_as_transformers_guides_it(name):
+    """Its own processor takes the lone span as a prompt of its own, and guides what follows the picture too."""
+    model = build(DECLARATIONS[name])
+    prompt, keep = torch.tensor([[BOS, 9, 11, 12, BEGIN_IMAGE]]), {"max_new_tokens": 4, "do_sample": False}
+    lone = torch.tensor([[BOS, BEGIN_IMAGE]])
+    found = model.generate(prompt, guidance={"image": 3.0}, **keep)
+    assert torch.equal(found, model.generate(prompt, guidance_scale=3.0, negative_prompt_ids=lone, **keep))
+    assert not torch.equal(found, model.generate(prompt, **keep))
+
+
 def test_beams_and_samples_are_guided():
     model = build(DENSE)
     for way in ({"num_beams": 3, "do_sample": False}, {"num_return_sequences": 2, "do_sample": True}):
