@@ -101,7 +101,10 @@ class VideoTokenizer(Tokenizer):
         if isinstance(raw, str | PathLike):
             if frames_per_second is not None:
                 raise TokenizerError("a file says its own frames_per_second; leave it out")
-            return self._from_file(Path(raw))
+            found = self._from_file(Path(raw))
+            if not found:
+                raise TokenizerError(f"{raw} has no frame that can be decoded; is the file complete?")
+            return found
         if isinstance(raw, Tensor):
             raw = raw.detach().cpu().numpy()
         if isinstance(raw, np.ndarray) and (raw.ndim != 4 or raw.shape[3] != 3 or raw.dtype != np.uint8):
@@ -200,12 +203,11 @@ class VideoTokenizer(Tokenizer):
                     raise TokenizerError(f"{path} has no video in it")
                 stream = container.streams.video[0]
                 # Packets carry times without being decoded, so the length is known first and memory stays small.
-                packets = [packet for packet in container.demux(stream) if packet.pts is not None]
-                if not packets:
-                    raise TokenizerError(f"{path} has no frames")
                 unit = float(stream.time_base or 0)
-                times = sorted(float(packet.pts or 0) * unit for packet in packets)
-                first, last = times[0], times[-1]
+                times = [packet.pts * unit for packet in container.demux(stream) if packet.pts is not None]
+                if not times:
+                    raise TokenizerError(f"{path} has no frames")
+                first, last = min(times), max(times)
                 usual = 1 / float(stream.average_rate) if stream.average_rate else 0.0
                 container.seek(0)
                 decoded = (

@@ -248,6 +248,12 @@ def test_files_that_are_no_film_are_refused(tokenizer, film, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(film.read_bytes()[:2000])
     with pytest.raises(TokenizerError, match="cannot be read"):
         tokenizer.encode(tmp_path / "cut.mp4")
+    # Its index is whole and its frames are not.
+    whole = film.read_bytes()
+    start, end = whole.index(b"mdat") + 4, whole.index(b"moov") - 4
+    (tmp_path / "empty.mp4").write_bytes(whole[:start] + bytes(end - start) + whole[end:])
+    with pytest.raises(TokenizerError, match="cannot be read|can be decoded"):
+        tokenizer.encode(tmp_path / "empty.mp4")
     clip = next((Path(__file__).parents[1] / "fixtures" / "speech").glob("*.wav"))
     with pytest.raises(TokenizerError, match="no video in it"):
         tokenizer.encode(clip)
