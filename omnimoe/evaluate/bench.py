@@ -93,8 +93,13 @@ class Bench:
         """Tokens of the longest document that every model was made for."""
         return min((model.config.max_position_embeddings for model in self.models.values()), default=2**20)
 
+    def rows(self, *having: str, split: str | None = None) -> np.ndarray:
+        """``(n,)`` int64: rows of a split in English, or in all languages of a corpus without English."""
+        languages = ("en",) if "en" in self.corpus.meta["languages"] else None
+        return self.corpus.select(split or self.split, languages=languages, having=having)
+
     def concepts(self, *having: str, split: str | None = None, num: int | None = -1) -> list[Example]:
-        """One English row for each held-out concept that has all of some modalities.
+        """One row, as :meth:`rows` has them, for each held-out concept that has all of some modalities.
 
         The order is drawn from the seed and the concept alone, so metrics that ask for other modalities or another
         number get the same concepts where they can.
@@ -107,7 +112,7 @@ class Bench:
         Raises:
             EvaluationError: if there is none.
         """
-        rows = self.corpus.select(split or self.split, having=having)
+        rows = self.rows(*having, split=split)
         groups = self.corpus.rows["group"][rows]
         chosen = []
         for group in np.unique(groups):
@@ -119,15 +124,15 @@ class Bench:
         examples = [example for example in examples if self.length(example) <= self.longest]
         if not examples:
             raise EvaluationError(
-                f"split {split or self.split!r} of corpus {self.corpus.name!r} has no English row with "
+                f"split {split or self.split!r} of corpus {self.corpus.name!r} has no row with "
                 f"{' and '.join(having)}; choose another split or leave the metric out"
             )
         num = self.num if num == -1 else num
         return examples if num is None else examples[:num]
 
     def drawings(self, group: int, split: str | None = None) -> list[Example]:
-        """English rows of one concept, one for each distinct picture."""
-        rows = self.corpus.select(split or self.split, having=("image",))
+        """Rows of one concept, one for each distinct picture."""
+        rows = self.rows("image", split=split)
         rows = rows[self.corpus.rows["group"][rows] == group]
         first = dict(zip(self.corpus.rows["image"][rows][::-1].tolist(), rows[::-1].tolist(), strict=True))
         return [self.corpus[row] for row in sorted(first.values())]
@@ -147,7 +152,9 @@ class Bench:
         return self.loaded[modality]
 
     def caption(self, example: Example) -> str:
-        """The caption of a row as text."""
+        """The caption of a row as text, empty where it has none."""
+        if self.corpus.rows["text"][example.index] < 0:
+            return ""
         return str(self.tokenizer("text").decode(torch.from_numpy(example.text))).strip()
 
     def decoded(self, example: Example) -> np.ndarray:
@@ -203,12 +210,13 @@ class Bench:
             self.sounds.append((made.save(self.out / f"{_file_name(name)}.wav"), caption))
 
     def subset(self, rows: Sequence[int] | np.ndarray, documents: Sequence[int] | np.ndarray = ()) -> Corpus:
-        """The corpus with some rows and some documents of running text only."""
+        """The corpus with some rows and some documents of running text only, and no interleaved documents."""
         kept, texts = np.asarray(rows, dtype=np.int64), np.asarray(documents, dtype=np.int64)
         return dataclasses.replace(
             self.corpus,
             rows={name: column[kept] for name, column in self.corpus.rows.items()},
             documents={name: column[texts] for name, column in self.corpus.documents.items()},
+            interleaved=None,
         )
 
     def length(self, example: Example) -> int:

@@ -11,6 +11,7 @@ import torch
 from omnimoe.data import Corpus
 from omnimoe.data.documents import DocumentBuilder, Piece, collate, lay_out
 from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.spans import position_axes
 from omnimoe.train.data import check_ranges
 
 Span = tuple[str, np.ndarray]
@@ -73,10 +74,11 @@ def log_likelihoods(
         which[i] = number[key]
     found = np.zeros(len(pieces))
     sequences = _packed(pieces, length := max([LENGTH, *map(len, pieces)]))
+    axes = axes_of(model)
     device = next(model.parameters()).device
     for start in progress(range(0, len(sequences), batch_size)):
         part = sequences[start : start + batch_size]
-        batch = collate([[pieces[i] for i in sequence] for sequence in part], builder, length, axes=1)
+        batch = collate([[pieces[i] for i in sequence] for sequence in part], builder, length, axes)
         # modality ids are left to the partition, since the corpus numbers its own
         inputs = {key: value.to(device) for key, value in batch.items() if key != "modality_ids"}
         losses = model(**inputs).token_losses.double().cpu().numpy()
@@ -87,6 +89,11 @@ def log_likelihoods(
                 at += len(pieces[i])
     counts = np.array([target.stop - target.start for target in targets], dtype=np.int64)
     return found[which], counts[which]
+
+
+def axes_of(model: OmniMoeForCausalLM) -> int:
+    """Position axes that a model is trained with: 3, or 1."""
+    return 3 if position_axes(model.config) == 3 else 1
 
 
 def _packed(pieces: Sequence[Piece], length: int) -> list[list[int]]:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from omnimoe.data import Corpus, evaluation_batches
-from omnimoe.evaluate.base import Measure, register_metric
+from omnimoe.data.splits import SPLITS
+from omnimoe.evaluate.base import EvaluationError, Measure, register_metric
 from omnimoe.evaluate.bench import Bench
-from omnimoe.evaluate.likelihood import LENGTH
+from omnimoe.evaluate.likelihood import LENGTH, axes_of
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.tokenizers.text import SPECIAL_TOKENS
 from omnimoe.train.data import check_ranges
@@ -31,18 +32,27 @@ def loss(bench: Bench) -> Iterator[Measure]:
     boundary tokens; what comes first is the loss given nothing.
     """
     rows = _rows(bench)
+    mixed = _interleaved(bench)
     for of, model in bench.models.items():
         if not model.config.is_causal:
             bench.note(f"{of} sees later tokens when it scores, so its losses are not those of a generator.")
-        yield from _mixed(bench, of, model, rows)
-        yield from _directions(bench, of, model, rows)
+        if len(rows):
+            yield from _mixed(bench, of, model, bench.subset(rows), "any order")
+            yield from _directions(bench, of, model, rows)
+        if mixed is not None:
+            yield from _mixed(bench, of, model, mixed, "interleaved")
         yield from _running(bench, of, model)
 
 
 def _rows(bench: Bench) -> np.ndarray:
-    """All English rows of the chosen concepts."""
-    rows = bench.corpus.select(bench.split)
-    groups = [example.group for example in bench.concepts("text")]
+    """All rows of the chosen concepts."""
+    rows = bench.rows()
+    try:
+        groups = [example.group for example in bench.concepts("text")]
+    except EvaluationError:
+        if bench.corpus.interleaved is None:
+            raise
+        return np.zeros(0, np.int64)
     return rows[np.isin(bench.corpus.rows["group"][rows], groups)]
 
 
@@ -57,19 +67,33 @@ def _batches(bench: Bench, model: OmniMoeForCausalLM, corpus: Corpus, **options)
         split=bench.split,
         seed=bench.seed,
         modalities=tuple(ranges),
-        axes=1,
+        axes=axes_of(model),
         **options,
     )
     # modality ids are left to the partition, since the corpus numbers its own
     return ({key: value for key, value in batch.items() if key != "modality_ids"} for batch in batches)
 
 
-def _mixed(bench: Bench, of: str, model: OmniMoeForCausalLM, rows: np.ndarray) -> Iterator[Measure]:
-    found = mean_losses(model, _batches(bench, model, bench.subset(rows), running_text=False))
+def _interleaved(bench: Bench) -> Corpus | None:
+    """The corpus with some of its interleaved documents only; None where the split has none."""
+    held = bench.corpus.interleaved
+    number = SPLITS.index(bench.split)
+    found = np.flatnonzero(held.splits == number) if held is not None else np.zeros(0, np.int64)
+    if held is None or not len(found):
+        return None
+    chosen = np.random.default_rng([bench.seed, 5]).permutation(found)[: bench.num]
+    # no split has this number, so the others are not told
+    splits = np.full_like(held.splits, -1)
+    splits[chosen] = number
+    return replace(bench.subset(()), interleaved=replace(held, splits=splits))
+
+
+def _mixed(bench: Bench, of: str, model: OmniMoeForCausalLM, corpus: Corpus, kind: str) -> Iterator[Measure]:
+    found = mean_losses(model, _batches(bench, model, corpus, running_text=False))
     sizes = {held.name: model.config.token_ranges[held.name].size for held in model.config.modalities}
     for name, value in found.items():
         chance = math.log(sizes[name]) if name in sizes else None
-        named = "all tokens" if name == "all" else f"{name}, any order"
+        named = f"{'all tokens' if name == 'all' else name}, {kind}"
         yield Measure(of=of, name=named, value=value, unit="nats/token", better="lower", chance=chance)
 
 
@@ -77,7 +101,7 @@ def _directions(bench: Bench, of: str, model: OmniMoeForCausalLM, rows: np.ndarr
     totals: dict[tuple[str, str], tuple[float, int]] = {}
     pairs = list(itertools.permutations(bench.modalities(model), 2))
     for given, target in bench.progress(pairs, f"{of}: loss by direction"):
-        having = bench.corpus.select(bench.split, having=(given, target))
+        having = bench.rows(given, target)
         chosen = bench.subset(np.intersect1d(rows, having))
         if len(chosen):
             batches = _batches(bench, model, chosen, order=(given, target), running_text=False)

@@ -36,7 +36,7 @@ def tokenizers(bench: Bench) -> Iterator[Measure]:
             "of originals. Pass --raw DIR, the folder that 'omnimoe data build' wrote, to measure the tokenizers."
         )
     for what, measure in (("image", _pictures), ("speech", _clips)):
-        if len(bench.corpus.select(bench.split, having=(what,))):
+        if len(bench.rows(what)):
             yield from measure(bench, of)
         else:
             bench.note(f"Split {bench.split} has no {what}.")

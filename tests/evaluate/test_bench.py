@@ -59,7 +59,7 @@ def test_drawings_of_a_concept_are_distinct_pictures(bench, corpus):
 
 def test_what_a_split_lacks_is_an_error(corpus, fresh):
     empty = Bench(models={"fresh": fresh}, corpus=corpus).subset(())
-    with pytest.raises(EvaluationError, match="no English row with text and image"):
+    with pytest.raises(EvaluationError, match="has no row with text and image"):
         Bench(models={"fresh": fresh}, corpus=empty).concepts("text", "image")
 
 

@@ -8,6 +8,7 @@ import torch
 
 from omnimoe.data.documents import lay_out
 from omnimoe.evaluate import log_likelihoods
+from omnimoe.layers import Rope
 from omnimoe.model import MODELS
 from omnimoe.shrink import shrink
 from omnimoe.tokenizers.text import BOS_ID, EOS_ID
@@ -20,13 +21,17 @@ def example(corpus):
     return next(corpus.examples("test", having=("text", "image", "speech")))
 
 
-def alone(model, corpus, given, target):
+def alone(model, corpus, given, target, axes=1):
     """Log-probabilities of the target's tokens and of what ends it, from the logits of one unpadded document."""
     ranges = model.config.token_ranges
-    piece = lay_out([*given, target], ranges, bos_id=BOS_ID, eos_id=EOS_ID)
-    ids = torch.from_numpy(piece.ids)[None]
+    piece = lay_out([*given, target], ranges, bos_id=BOS_ID, eos_id=EOS_ID, grids=corpus.grids)
+    ids, positions = torch.from_numpy(piece.ids)[None], torch.from_numpy(piece.positions)[None]
     with torch.no_grad():
-        log_probs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        log_probs = (
+            model(ids, position_ids=positions if axes == 3 else None)
+            .logits.log_softmax(-1)[0, :-1]
+            .gather(1, ids[0, 1:, None])[:, 0]
+        )
     name, local = target
     markers = 0 if ranges[name].end_id is None else 1
     stop = len(piece) - 2 - markers
@@ -50,6 +55,17 @@ def test_packed_documents_score_as_each_alone(fresh, corpus, example):
         expected, tokens = alone(fresh, corpus, given, target)
         assert value == pytest.approx(expected, rel=1e-5)
         assert count == tokens
+
+
+def test_a_model_of_three_position_axes_gets_three(corpus, example):
+    config = tiny("mot")
+    rope = Rope.Config(sections=(4, 2, 2))
+    model = build(config.replace(attention=config.attention.replace(rope=rope))).eval()
+    document = ((("text", example.text),), ("image", example.image))
+    found, _ = log_likelihoods(model, corpus, [document])
+    expected, _ = alone(model, corpus, *document, axes=3)
+    assert found[0] == pytest.approx(expected, rel=1e-6)
+    assert found[0] != pytest.approx(alone(model, corpus, *document)[0], rel=1e-6)
 
 
 def test_order_and_repetition_change_nothing(fresh, corpus):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from omnimoe.data.corpus import Interleaved, Ragged
 from omnimoe.data.documents import lay_out
-from omnimoe.evaluate import evaluate
+from omnimoe.evaluate import Bench, evaluate
 from omnimoe.tokenizers.text import BOS_ID, EOS_ID, SPECIAL_TOKENS
 from tests.train.runs import build, tiny
 
@@ -38,8 +40,6 @@ def by_hand(model, corpus, rows, order, target):
 def test_a_direction_is_what_single_documents_give(found, few, fresh, order, target):
     groups = sorted({measure.count for measure in found.measures["loss"] if measure.name == "text -> image"})
     assert groups == [5 * 64]
-    from omnimoe.evaluate import Bench
-
     bench = Bench(models={"fresh": fresh}, corpus=few, split="train", num=5)
     rows = [example.index for example in bench.concepts("text")]
     value, count = by_hand(fresh, few, rows, order, target)
@@ -80,3 +80,24 @@ def test_running_text_is_bounded_by_num(corpus):
     measure = small.find("loss", "running text", "m")
     assert 600 <= measure.count < 3_000
     assert model.training
+
+
+def test_interleaved_documents_of_ones_own_are_measured(few, fresh):
+    """Two documents made of the corpus' own texts and pictures; the rows are left out."""
+    kinds, items = np.array([0, 1, 0, 1, 0]), np.array([0, 0, 1, 1, 2])
+    held = Interleaved(
+        kinds=Ragged(values=kinds, offsets=np.array([0, 3, 5])),
+        items=Ragged(values=items, offsets=np.array([0, 3, 5])),
+        splits=np.array([0, 0]),
+    )
+    own = dataclasses.replace(Bench(models={}, corpus=few).subset(()), interleaved=held)
+    found = evaluate({"fresh": fresh}, corpus=own, split="train", metrics=["loss"], num=3)
+    assert "loss" not in found.not_run
+    spans = [own.interleaved_spans(index) for index in range(2)]
+    losses = []
+    for document in spans:
+        ids = torch.from_numpy(lay_out(document, fresh.config.token_ranges, bos_id=BOS_ID, eos_id=EOS_ID).ids)[None]
+        with torch.no_grad():
+            losses += fresh(ids, labels=ids).token_losses[0, 1:].tolist()
+    assert found.find("loss", "all tokens, interleaved", "fresh").value == pytest.approx(np.mean(losses), rel=1e-4)
+    assert {measure.name.partition(", ")[2] for measure in found.measures["loss"]} == {"interleaved"}

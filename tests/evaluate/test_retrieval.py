@@ -108,4 +108,4 @@ def test_directions_that_the_split_lacks_are_told(corpus, fresh):
         "text -> image",
         "image -> text",
     }
-    assert any("no English row with text and speech" in note for note in found.notes["retrieval"])
+    assert any("has no row with text and speech" in note for note in found.notes["retrieval"])

@@ -126,7 +126,7 @@ def test_options_out_of_range(fresh, options, told):
 
 def test_a_split_that_a_metric_cannot_use_is_told_and_the_rest_runs(corpus, few, fresh):
     found = evaluate({"m": fresh}, corpus=few, split="val", metrics=["loss"])
-    assert "no English row with text" in found.not_run["loss"]
+    assert "has no row with text" in found.not_run["loss"]
 
 
 def test_a_label_that_is_a_column_is_refused(fresh):
