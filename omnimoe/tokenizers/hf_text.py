@@ -56,6 +56,9 @@ class HfTextTokenizer(Tokenizer):
         if isinstance(model, tokenizers.Tokenizer):
             # Markers are set by whoever builds a sequence, never by what a text says.
             model.encode_special_tokens = True
+            # A file may hold the limits of the encoder that it was made for.
+            model.no_truncation()
+            model.no_padding()
 
     def encode(self, raw: Any) -> Tensor:
         """A string to ids ``(n,)`` int64; special tokens written in it are text.

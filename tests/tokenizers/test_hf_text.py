@@ -105,6 +105,23 @@ def test_text_cannot_forge_special_tokens(kind, request):
     assert tokenizer.decode([0]) == ""
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_limits_of_the_file_do_not_cut_or_pad(kind, tmp_path):
+    bpe = byte_level()
+    bpe.enable_truncation(3)
+    bpe.enable_padding(length=5)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    if kind == "folder":
+        from transformers import PreTrainedTokenizerFast
+
+        made = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), model_max_length=3)
+        made.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer("hf_text", tmp_path)
+    for text in ("a", "a red apple and a green pear"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text).tolist() == [16 + i for i in byte_level().encode(text).ids]
+
+
 def test_a_tokenizer_that_loses_case_says_what_it_keeps(tmp_path):
     pieces = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
