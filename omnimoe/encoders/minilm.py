@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omnimoe.config import ConfigError
 from omnimoe.encoders.base import Encoder, EncoderError, Features, register_encoder
 from omnimoe.encoders.wheels import WheelFile
 
@@ -45,6 +46,11 @@ class MiniLM(Encoder):
 
         max_tokens: int = 256
         """Longer texts are cut; the model was trained with 256."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not 3 <= self.max_tokens <= 512:
+                raise ConfigError(f"max_tokens must lie in 3..512, got {self.max_tokens}")
 
     config: MiniLM.Config
 

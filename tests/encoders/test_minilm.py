@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from omnimoe.encoders import EncoderError
+from omnimoe.config import ConfigError
+from omnimoe.encoders import EncoderError, load_encoder
 
 
 def test_what_means_the_same_is_near(minilm):
@@ -38,6 +39,11 @@ def test_padding_changes_nothing(minilm):
 
 def test_texts_are_cut_at_the_length_of_the_model(minilm):
     assert minilm.encode(["word " * 1000]).rows.shape == (1, 256, 384)
+
+
+def test_bad_lengths_are_refused():
+    with pytest.raises(ConfigError, match=r"3\.\.512, got 513"):
+        load_encoder("minilm", max_tokens=513)
 
 
 def test_bad_texts_are_refused(minilm):
