@@ -51,7 +51,8 @@ class CorpusSet:
         collect: files pictures, clips and rows into a store.
         sources: what it is made of.
         permissive: whether all of it may be passed on.
-        languages: those that training reads; the others are in the folder and are not tokenized. None for all.
+        languages: those that are tokenized; the others are in the folder alone. None for those of the shipped copy.
+        told: which rows training reads, see :func:`omnimoe.data.documents.rows_to_tell`.
         has_text: whether running text belongs to it.
         shares_concepts: held out are pictures, not concepts.
     """
@@ -60,6 +61,7 @@ class CorpusSet:
     sources: tuple[Source, ...]
     permissive: bool = True
     languages: tuple[str, ...] | None = None
+    told: str = "en"
     has_text: bool = True
     shares_concepts: bool = False
 
@@ -128,7 +130,7 @@ def _build(work: Path, name: str, cache: Cache, side: int) -> None:
     logger.info("rows by split: %s", counts)
     store.write(work, documents)
     about = {"name": name.lower(), "image_size": side, "permissive": made.permissive}
-    about["shares_concepts"] = made.shares_concepts
+    about |= {"shares_concepts": made.shares_concepts, "told": made.told}
     if made.languages is not None:
         about["languages"] = list(made.languages)
     (work / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -212,6 +214,7 @@ SETS: dict[str, CorpusSet] = {
         sources=(*_SOURCES_OF_P, stamps.STAMPS, *(source for pair in prompts.PROMPTS.values() for source in pair)),
         permissive=False,
         languages=_SPOKEN,
+        told="spoken",
     ),
     "D": CorpusSet(collect=_collect_d, sources=(texts.DIGITS,), has_text=False, shares_concepts=True),
 }

@@ -204,9 +204,7 @@ def tellable(
     orders: list[list[tuple[Any, ...]]] = []
     left_out = 0
     shared: dict[tuple[tuple[str, ...], ...], list[tuple[str, ...]]] = {}
-    if languages == ("en",) and "en" not in builder.corpus.meta["languages"]:
-        languages = None  # English is what most corpora have, not what all must have
-    for row in builder.corpus.select(split, languages=languages, having=()):
+    for row in rows_to_tell(builder.corpus, split, languages):
         choices = builder.orders(builder.corpus[int(row)], length)
         if not choices:
             left_out += 1
@@ -225,6 +223,23 @@ def tellable(
     if left_out:
         logger.warning("%d rows of split %s do not fit %d tokens and are left out", left_out, split, length)
     return np.array(rows, dtype=np.int64), orders
+
+
+def rows_to_tell(corpus: Corpus, split: str, languages: Sequence[str] | None) -> np.ndarray:
+    """Rows of a split, ``(n,)`` int64: of the languages named, of all where None, or as the corpus says where empty.
+
+    A corpus says ``"en"``, English, as set P does; ``"spoken"``, English and what is read aloud in any language, as set
+    S does; or ``"all"``, as one of own data does.
+    """
+    told = corpus.meta.get("told", "en")
+    if languages is None or len(languages) or told == "en":
+        named = ("en",) if languages is not None and not len(languages) else languages
+        return corpus.select(split, languages=named, having=())
+    rows = corpus.select(split, languages=None, having=())
+    if told == "all":
+        return rows
+    english = corpus.rows["lang"][rows] == corpus.meta["languages"].index("en")
+    return rows[english | (corpus.rows["audio"][rows] >= 0)]
 
 
 class Markers(Protocol):

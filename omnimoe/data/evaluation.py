@@ -21,7 +21,7 @@ def evaluation_batches(
     split: str = "val",
     seed: int = 0,
     modalities: Sequence[str] = MODALITIES,
-    languages: Sequence[str] | None = ("en",),
+    languages: Sequence[str] | None = (),
     order: Sequence[str] | None = None,
     running_text: bool = True,
     max_batches: int | None = None,
@@ -40,7 +40,7 @@ def evaluation_batches(
         split: ``"val"``, ``"test"``, ``"drawing"`` or ``"train"``.
         seed: draws the order of the spans of each row.
         modalities: modalities to use.
-        languages: languages of the captions.
+        languages: languages of the captions; see there.
         order: one order for all rows, such as ``("image", "text")``; rows that lack one are left out. None draws one a
             row.
         running_text: whether running text comes too.

@@ -26,6 +26,9 @@ is not settled, and differs between countries.
 - Publishing the weights: say that GPL-2.0 and CC-BY-SA-3.0 works were among the training data, keep this page beside
   them, and do not put a permissive licence on them without advice of your own. The project publishes weights of set P
   alone.
+
+The licences: GPL-2.0, https://www.gnu.org/licenses/old-licenses/gpl-2.0.html; CC-BY-SA-3.0,
+https://creativecommons.org/licenses/by-sa/3.0/; CC-BY-3.0, https://creativecommons.org/licenses/by/3.0/.
 """
 
 
@@ -56,4 +59,6 @@ def license_page(name: str, sources: Sequence[Source], side: int, *, permissive:
         f"| speech | speech of the captions | {speech.HIBARI_LICENSE} | {speech.HIBARI_CREDIT} | wheel hibari-tts |"
     )
     notices = files("omnimoe.data").joinpath("NOTICES.md").read_text(encoding="utf-8")
-    return "\n".join(lines) + "\n\n" + ("" if permissive else WEIGHTS_OF_S + "\n") + notices
+    if not permissive:
+        notices = WEIGHTS_OF_S + "\n" + notices.partition("**Left out on purpose.**")[0]
+    return "\n".join(lines) + "\n\n" + notices

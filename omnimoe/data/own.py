@@ -124,7 +124,14 @@ def _collect(reader: Reader, work: Path, side: int, on_error: str, name: str, to
     if interleaved:
         write_lines(work / "interleaved.jsonl", interleaved)
     languages = sorted({row["lang"] for row in store.rows} or {"en"})
-    about = {"name": name, "image_size": side, "permissive": False, "languages": languages, "own_splits": own_splits}
+    about = {
+        "name": name,
+        "image_size": side,
+        "permissive": False,
+        "languages": languages,
+        "told": "all",
+        "own_splits": own_splits,
+    }
     (work / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     (work / "LICENSES.md").write_text(
         f"# Sources and licences\n\nMade of {Path(told).name}, {len(store.rows)} rows, {len(documents)} texts and "

@@ -55,7 +55,8 @@ class PackedSequences:
         split: ``"train"``, ``"val"``, ``"test"`` or ``"drawing"``.
         seed: of order and permutations.
         modalities: modalities to use.
-        languages: languages of the captions; None for all.
+        languages: languages of the captions; None for all, empty for those that the corpus says, see
+            :func:`omnimoe.data.documents.rows_to_tell`.
         text_share: share of tokens that running text should have, 0 to 1; gaps are filled with it beyond that.
         axes: 3 or 1 position axes.
         rank: number of this process; processes take disjoint rows.
@@ -85,7 +86,7 @@ class PackedSequences:
         split: str = "train",
         seed: int = 0,
         modalities: Sequence[str] = MODALITIES,
-        languages: Sequence[str] | None = ("en",),
+        languages: Sequence[str] | None = (),
         text_share: float = 0.3,
         axes: int = 3,
         rank: int = 0,

@@ -110,7 +110,11 @@ def tokenize_corpus(
     partial = out / "tokens.partial.npz"
     np.savez_compressed(partial, **arrays)
     (out / "corpus.json").write_text(
-        json.dumps(_meta(name or about["name"], tokenizers, names, rows, documents), indent=1, ensure_ascii=False)
+        json.dumps(
+            _meta(name or about["name"], about["told"], tokenizers, names, rows, documents),
+            indent=1,
+            ensure_ascii=False,
+        )
         + "\n",
         encoding="utf-8",
     )
@@ -127,7 +131,7 @@ def _about(folder: Path) -> dict[str, Any]:
     """What ``build_corpus`` says of a folder; a folder without it is taken for set P."""
     file = folder / "about.json"
     said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {"name": "p", "permissive": True, "shares_concepts": False, "own_splits": False, **said}
+    return {"name": "p", "permissive": True, "told": "en", "shares_concepts": False, "own_splits": False, **said}
 
 
 def _encode(tokenizer: Tokenizer, raws: list[Any], what: str, batch: int = 64) -> list[np.ndarray]:
@@ -140,12 +144,18 @@ def _encode(tokenizer: Tokenizer, raws: list[Any], what: str, batch: int = 64) -
 
 
 def _meta(
-    name: str, tokenizers: Mapping[str, Tokenizer], names: dict[str, list[str]], rows: list[dict], documents: list[dict]
+    name: str,
+    told: str,
+    tokenizers: Mapping[str, Tokenizer],
+    names: dict[str, list[str]],
+    rows: list[dict],
+    documents: list[dict],
 ) -> dict[str, Any]:
     contents = "\n".join(f"{row['lang']}\t{row['text']}\t{row['split']}" for row in rows)
     return {
         "format": FORMAT,
         "name": name,
+        "told": told,
         "languages": names["languages"],
         "sources": names["sources"],
         "styles": names["styles"],

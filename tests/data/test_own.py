@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from omnimoe.data import Corpus, CorpusError, PackedSequences, build_own, default_ranges, evaluation_batches
-from omnimoe.data.documents import DocumentBuilder, fitting_parts
+from omnimoe.data.documents import DocumentBuilder, fitting_parts, rows_to_tell
 from omnimoe.data.readers import DocumentError
 from omnimoe.tokenizers.base import load_tokenizer
 from omnimoe.tokenizers.text import BOS_ID, EOS_ID
@@ -189,3 +190,21 @@ def test_a_folder_of_ones_own_loads_and_trains(own_rows: Path, tmp_path: Path, m
     (tmp_path / "nothing").mkdir()
     with pytest.raises(CorpusError, match="nothing is neither a corpus nor data to make one of"):
         Corpus.load(tmp_path / "nothing")
+
+
+def test_rows_are_told_in_the_languages_that_the_corpus_says(corpus: Corpus) -> None:
+    shipped = Corpus.load("p")
+    assert shipped.meta.get("told", "en") == "en"
+    english = shipped.select("val", having=())
+    assert np.array_equal(rows_to_tell(shipped, "val", ()), english)
+    assert len(rows_to_tell(shipped, "val", None)) > len(english)
+    assert np.array_equal(rows_to_tell(shipped, "val", ("de",)), shipped.select("val", languages=("de",)))
+    # As in set S: German with a voice is told, German without is not.
+    german = shipped.select("val", languages=("de",))
+    audio = shipped.rows["audio"].copy()
+    audio[german[:3]] = 0
+    spoken = replace(shipped, rows={**shipped.rows, "audio": audio}, meta={**shipped.meta, "told": "spoken"})
+    assert sorted(rows_to_tell(spoken, "val", ())) == sorted([*english, *german[:3]])
+    assert corpus.meta["told"] == "all"
+    other = replace(corpus, meta={**corpus.meta, "languages": ["xx"]})
+    assert len(rows_to_tell(other, "train", ())) == len(corpus.select("train", having=()))
