@@ -134,7 +134,7 @@ def _tell(evaluation: Evaluation) -> None:
 
     screen: Any = console()
     for metric in evaluation.measures:
-        screen.print(f"\n[bold]{metric}[/bold]  {title_of(metric)}  ({evaluation.seconds[metric]:.0f} s)")
+        screen.print(f"\n[bold]{metric}[/bold] ({evaluation.seconds[metric]:.0f} s)  {title_of(metric)}")
         named = header(evaluation, metric)
         told = lines(evaluation, metric, detail=False)
         if sum(max(map(len, column)) + 2 for column in zip(named, *told, strict=True)) > screen.width:
