@@ -243,6 +243,12 @@ def test_every_kind_of_model_generates(name, tokenizers):
         ({"text": "a"}, "image", {"top_k": 0}, "top_k must be at least 1"),
         ({"text": "a"}, "image", {"top_p": 1.5}, "top_p must be in"),
         ({"text": "a"}, "image", {"min_p": -1}, "min_p must be in"),
+        (
+            {"text": "a"},
+            "image",
+            {"temperature": "hot"},
+            "temperature must be a number or numbers by modality, got 'hot'",
+        ),
         ({"text": "a"}, "image", {"guidance": -1}, "guidance must be 0 or more, got -1"),
         ({"text": "a"}, "text", {"guidance": 2}, "text has no boundary tokens"),
         ({"text": "a"}, "image", {"temperature": {"video": 1}}, "temperature names 'video'; the modalities are text"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,8 @@ class Sampling:
             for name, value in named.items():
                 if name and name not in known:
                     raise GenerationError(f"{what} names {name!r}; the modalities are {', '.join(known)}")
+                if not isinstance(value, int | float | np.number):
+                    raise GenerationError(f"{what} must be a number or numbers by modality, got {value!r}")
                 fits, form = {
                     "temperature": (value >= 0, "0 or more"),
                     "top_k": (value >= 1 and value == int(value), "at least 1"),
@@ -134,8 +137,8 @@ def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """
     if seed is None:
         return torch.randint(2**62, (count,)).tolist()
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
-    if len(seeds) != count or any(held < 0 for held in seeds):
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
+    if len(seeds) != count or any(not isinstance(held, Integral) or held < 0 for held in seeds):
         raise GenerationError(f"seed must be 0 or more, one number or one for each of {count} documents, got {seed!r}")
     return seeds
 

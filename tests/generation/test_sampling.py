@@ -57,6 +57,6 @@ def test_seeds():
     assert seeds_of(3, 2) == [3, 3]
     assert seeds_of([3, 4], 2) == [3, 4]
     assert len(set(seeds_of(None, 3))) == 3
-    for wrong in (-1, [1], [1, -2]):
+    for wrong in (-1, [1], [1, -2], 1.5, "1"):
         with pytest.raises(GenerationError, match="seed must be 0 or more"):
             seeds_of(wrong, 2)
