@@ -139,6 +139,11 @@ def _build(work: Path, name: str, cache: Cache, side: int) -> None:
 
 
 def _collect_p(store: CorpusStore, cache: Cache) -> None:
+    _add_drawings(store, cache)
+    _add_words(store, cache)
+
+
+def _add_drawings(store: CorpusStore, cache: Cache) -> None:
     _add_emoji(store, emoji.read_emoji(cache), cache)
     for drawing in openclipart.read_openclipart(texts.wordnet_words(cache), cache, store.side):
         store.row(
@@ -151,7 +156,6 @@ def _collect_p(store: CorpusStore, cache: Cache) -> None:
             license=openclipart.OPENCLIPART.license,
         )
     _collect_d(store, cache)
-    _add_words(store, cache)
 
 
 def _collect_d(store: CorpusStore, cache: Cache) -> None:
@@ -171,7 +175,7 @@ def _collect_d(store: CorpusStore, cache: Cache) -> None:
 
 
 def _collect_s(store: CorpusStore, cache: Cache) -> None:
-    _collect_p(store, cache)
+    _add_drawings(store, cache)
     common = {"source": stamps.STAMPS.name, "license": stamps.STAMPS.license, "style": "tuxpaint"}
     for stamp in stamps.read_stamps(cache, store.side):
         image, key = store.picture(stamp.pixels), concept_key(stamp.captions["en"])
@@ -195,6 +199,7 @@ def _collect_s(store: CorpusStore, cache: Cache) -> None:
                 license=source.license,
                 voice="human",
             )
+    _add_words(store, cache)
 
 
 _SOURCES_OF_P = (
