@@ -113,4 +113,7 @@ def _columns(given: list[str]) -> dict[str, str]:
 
 
 def _action(actions: argparse._SubParsersAction, name: str, summary: str) -> argparse.ArgumentParser:
-    return actions.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = actions.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # As after every other command; without a default, or it would undo one that came before the action.
+    parser.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help="tell more")
+    return parser
