@@ -1,0 +1,49 @@
+"""Models meant to ship with weights: Mixture-of-Transformers over text, pictures and speech, and their dense twins."""
+
+from __future__ import annotations
+
+from omnimoe import Attention, FeedForward, OmniMoeConfig, register_model
+from omnimoe.zoo.card import Card
+from omnimoe.zoo.mot import untied
+from omnimoe.zoo.nano import nano_base
+
+CARD = Card(
+    family="omni",
+    title="Mixture-of-Transformers over text, pictures and speech, with the package's own tokenizers",
+    paper="https://arxiv.org/abs/2411.04996",
+    papers=dict.fromkeys(("omni_nano_dense", "omni_micro_dense"), "https://arxiv.org/abs/2405.09818"),
+)
+
+
+@register_model("omni_nano_dense")
+def omni_nano_dense() -> OmniMoeConfig:
+    """The dense twin of omni_nano: one network of its layers for all modalities."""
+    return nano_base().replace(
+        hidden_size=192,
+        num_layers=6,
+        attention=Attention.Config(num_heads=6, qk_norm="rms"),
+        experts=FeedForward.Config(intermediate_size=512),
+    )
+
+
+@register_model("omni_nano")
+def omni_nano() -> OmniMoeConfig:
+    """Mixture-of-Transformers, 3M active: reads and writes text, small pictures and one voice."""
+    return untied(omni_nano_dense())
+
+
+@register_model("omni_micro_dense")
+def omni_micro_dense() -> OmniMoeConfig:
+    """The dense twin of omni_micro: one network of its layers for all modalities."""
+    return nano_base().replace(
+        hidden_size=320,
+        num_layers=8,
+        attention=Attention.Config(num_heads=10, qk_norm="rms"),
+        experts=FeedForward.Config(intermediate_size=896),
+    )
+
+
+@register_model("omni_micro")
+def omni_micro() -> OmniMoeConfig:
+    """Mixture-of-Transformers, 11M active: the size for human voices and captions in many languages."""
+    return untied(omni_micro_dense())
