@@ -8,6 +8,7 @@ them. Without that argument rows are told as ever, which the template ``tell`` d
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,23 +19,6 @@ from omnimoe.data.documents import DocumentBuilder, Piece, SequenceError, lay_ou
 from omnimoe.registry import Registry
 from omnimoe.tokenizers.base import Tokenizer, load_tokenizer
 
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-LANGUAGES = {
-    "be": "Belarusian",
-    "bg": "Bulgarian",
-    "ca": "Catalan",
-    "da": "Danish",
-    "de": "German",
-    "el": "Greek",
-    "en": "English",
-    "es": "Spanish",
-    "fr": "French",
-    "it": "Italian",
-    "nl": "Dutch",
-    "pt": "Portuguese",
-    "ro": "Romanian",
-    "ru": "Russian",
-}
 _LETTERS = "abcd"
 _TRIES = 40
 
@@ -64,6 +48,7 @@ class Template:
 
 
 TEMPLATES: Registry[Template] = Registry("template")
+TEMPLATES.on_first_use(lambda: importlib.import_module("omnimoe.data.tasks"))
 
 
 def register_template(
@@ -120,6 +105,10 @@ class Scene:
         if ids is None:
             raise SequenceError(f"row {row.index} has no {modality}; a template must say that it needs it")
         return Span(modality=modality, ids=ids, learned=learned)
+
+    def orders(self) -> list[tuple[str, ...]]:
+        """Every order of two or three of the row's modalities that fits."""
+        return self._teller.builder.orders(self.row, self.longest)
 
     def others(
         self, count: int, modality: str, *, topic: str | None = None, beside: Sequence[Example] = ()
@@ -300,113 +289,3 @@ def _grouped(column: np.ndarray, rows: np.ndarray) -> dict[int, list[int]]:
     for row in rows.tolist():
         groups.setdefault(int(column[row]), []).append(row)
     return groups
-
-
-@register_template("tell", needs=())
-def tell(scene: Scene) -> list[Span] | None:
-    """The row in a random order of two or three of its modalities, all of it learned."""
-    orders = scene._teller.builder.orders(scene.row, scene.longest)
-    if not orders:
-        return None
-    order = orders[int(scene.random.integers(len(orders)))]
-    return [scene.own(modality, learned=True) for modality in order]
-
-
-@register_template("name_it", needs=("image", "text"))
-def name_it(scene: Scene) -> list[Span]:
-    """A picture; what is it?"""
-    return [scene.own("image"), scene.words(" what is this? "), scene.own("text", learned=True)]
-
-
-@register_template("draw_it", needs=("text", "image"))
-def draw_it(scene: Scene) -> list[Span]:
-    """A caption to draw."""
-    return [scene.words("draw: "), scene.own("text"), scene.own("image", learned=True)]
-
-
-@register_template("say_it", needs=("text", "speech"))
-def say_it(scene: Scene) -> list[Span]:
-    """A caption to say aloud."""
-    return [scene.words("say: "), scene.own("text"), scene.own("speech", learned=True)]
-
-
-@register_template("transcribe", needs=("speech", "text"))
-def transcribe(scene: Scene) -> list[Span]:
-    """Speech to write down."""
-    return [scene.own("speech"), scene.words(" what was said? "), scene.own("text", learned=True)]
-
-
-@register_template("which_picture", needs=("text", "image"))
-def which_picture(scene: Scene) -> list[Span] | None:
-    """Four pictures; which one does the caption name?"""
-    wrong = scene.others(3, "image")
-    if wrong is None:
-        return None
-    options, right = scene.shuffled(scene.row, wrong)
-    return [scene.words("which is: "), scene.own("text"), scene.words("?"), *scene.choice(options, right, "image")]
-
-
-@register_template("which_words", needs=("image", "text"))
-def which_words(scene: Scene) -> list[Span] | None:
-    """Four captions; which one names the picture?"""
-    wrong = scene.others(3, "text")
-    if wrong is None:
-        return None
-    options, right = scene.shuffled(scene.row, wrong)
-    return [scene.own("image"), scene.words(" what is this?"), *scene.choice(options, right, "text")]
-
-
-@register_template("odd_one_out")
-def odd_one_out(scene: Scene) -> list[Span] | None:
-    """Three of one topic and one of another, in pictures where four fit, else in words.
-
-    In a corpus without topics, three drawings of one thing and one of another.
-    """
-    modality = "image" if scene.row.image is not None and scene.longest >= 300 else "text"
-    alike = scene.others(2, modality, topic="same")
-    stranger = scene.others(1, modality, topic="other", beside=alike or ())
-    if alike is None and modality == "image":
-        alike, stranger = scene.drawings()[:2], scene.others(1, modality)
-    if alike is None or stranger is None or len(alike) < 2:
-        return None
-    options, right = scene.shuffled(stranger[0], [scene.row, *alike])
-    return [scene.words("which is the odd one out?"), *scene.choice(options, right, modality)]
-
-
-@register_template("continue_it")
-def continue_it(scene: Scene) -> list[Span] | None:
-    """Two or three things in turn, in pictures or words; what comes next?"""
-    modality = "image" if scene.row.image is not None and scene.longest >= 300 else "text"
-    period = 2 if modality == "image" else int(scene.random.integers(2, 4))
-    others = scene.others(period - 1, modality)
-    if others is None:
-        return None
-    cycle = [scene.row, *others]
-    shown = period + 1 + (0 if modality == "image" else int(scene.random.integers(period)))
-    spans = [scene.words("continue: ")]
-    for place in range(shown):
-        spans += [scene.of(cycle[place % period], modality), scene.words(", ")]
-    return [*spans, scene.of(cycle[shown % period], modality, learned=True)]
-
-
-@register_template("count_them", needs=("image",))
-def count_them(scene: Scene) -> list[Span] | None:
-    """Copies of a picture; how many?"""
-    image = scene.own("image")
-    most = min(5, (scene.longest - 16) // (len(image.ids) + 2))
-    if most < 1:
-        return None
-    count = int(scene.random.integers(1, most + 1))
-    return [*[image] * count, scene.words(" how many? "), scene.words(NUMBERS[count - 1], learned=True)]
-
-
-@register_template("translate")
-def translate(scene: Scene) -> list[Span] | None:
-    """A caption to give in another language, either way."""
-    found = scene.translations()
-    if not found:
-        return None
-    other = found[int(scene.random.integers(len(found)))]
-    given, wanted = (scene.row, other) if scene.random.random() < 0.5 else (other, scene.row)
-    asked = scene.words(f" in {LANGUAGES.get(wanted.lang, wanted.lang)}: ")
-    return [scene.of(given, "text"), asked, scene.of(wanted, "text", learned=True)]

@@ -18,7 +18,8 @@ from torch import Tensor
 from omnimoe.data import Corpus, PackedSequences, SequenceError, default_ranges
 from omnimoe.data.corpus import Ragged
 from omnimoe.data.documents import DocumentBuilder, Piece
-from omnimoe.data.templates import NUMBERS, TEMPLATES, Scene, Span, Teller, register_template
+from omnimoe.data.tasks import NUMBERS
+from omnimoe.data.templates import TEMPLATES, Scene, Span, Teller, register_template
 from omnimoe.modalities.vocabulary import TokenRange
 from omnimoe.registry import RegistryError
 from omnimoe.tokenizers.base import load_tokenizer
