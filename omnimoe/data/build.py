@@ -146,6 +146,8 @@ def _collect_p(store: CorpusStore, cache: Cache) -> None:
 def _add_drawings(store: CorpusStore, cache: Cache) -> None:
     _add_emoji(store, emoji.read_emoji(cache), cache)
     for drawing in openclipart.read_openclipart(texts.wordnet_words(cache), cache, store.side):
+        if not texts.is_fit(drawing.title):
+            continue
         store.row(
             source="openclipart",
             text=drawing.title,

@@ -73,6 +73,11 @@ DIGITS = Source(
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGITS_SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
+# Slurs, and what a model that ships should not be asked to draw or say.
+_UNFIT = frozenset(
+    "bastard bitch cock erotic hitler murder murderer naked nazi negro nigger nude rape sex sexual sexually sexy slave "
+    "slavery stripper suicide whore".split()
+)
 # Lexicographer files of things that can be seen: animal, artifact, body, food, object, person, plant, substance.
 _SEEN = ("05", "06", "08", "13", "17", "18", "20", "27")
 
@@ -139,13 +144,19 @@ def wordnet_words(cache: str | os.PathLike[str] | None = None) -> frozenset[str]
     return frozenset(words)
 
 
+def is_fit(text: str) -> bool:
+    """Whether a caption or word belongs into a corpus whose models anyone may try."""
+    return _UNFIT.isdisjoint(re.findall("[a-z]+", text.lower()))
+
+
 def frequent_words(cache: str | os.PathLike[str] | None = None, *, least: int = 3) -> list[str]:
     """Words of 3 to 14 letters whose senses were met ``least`` times or more in WordNet's tagged texts, sorted."""
     counts: collections.Counter[str] = collections.Counter()
     for line in _wordnet_lines("cntlist.rev", cache):
         sense, _, count = line.split()
         counts[sense.split("%", 1)[0]] += int(count)
-    return sorted(word for word, count in counts.items() if count >= least and re.fullmatch("[a-z]{3,14}", word))
+    found = (word for word, count in counts.items() if count >= least and re.fullmatch("[a-z]{3,14}", word))
+    return sorted(filter(is_fit, found))
 
 
 def read_jargon(cache: str | os.PathLike[str] | None = None) -> Iterator[tuple[str, str]]:

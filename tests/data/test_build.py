@@ -14,7 +14,7 @@ from omnimoe.data.licenses import license_page
 from omnimoe.data.openclipart import clean_title, usable_title
 from omnimoe.data.pictures import PictureError, fingerprint, render_svg, scaled, to_square
 from omnimoe.data.speech import SAMPLE_RATE, to_clip
-from omnimoe.data.texts import bounded
+from omnimoe.data.texts import bounded, is_fit
 
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}">'
@@ -136,3 +136,8 @@ def test_refusals(tmp_path: Path) -> None:
         build_corpus("P", out=tmp_path / "full")
     with pytest.raises(ValueError, match="image_size must be 64 or 128, got 96"):
         build_corpus("P", out=tmp_path / "p", image_size=96)
+
+
+def test_unfit_words_are_told_within_a_caption_and_not_within_a_word() -> None:
+    assert not is_fit("Sexy lady")
+    assert is_fit("grapes, therapeutic")
