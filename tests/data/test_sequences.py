@@ -110,7 +110,10 @@ def test_spans_are_whole_and_marked(corpus: Corpus, ranges: dict[str, TokenRange
             told[told_order(segment)] += 1
     pairs_and_triples = [order for n in (2, 3) for order in itertools.permutations(ranges, n)]
     assert set(told) == set(pairs_and_triples)
-    assert min(told.values()) > 0.3 * max(told.values())
+    # Words are spoken and not drawn, so those two orders come more often.
+    drawn = [count for order, count in told.items() if "image" in order]
+    assert min(drawn) > 0.3 * max(drawn)
+    assert 0.5 < told["text", "speech"] / told["speech", "text"] < 2
 
 
 def test_every_order_of_a_row_makes_a_document(corpus: Corpus, ranges: dict[str, TokenRange]) -> None:
@@ -271,7 +274,7 @@ def test_nothing_of_test_comes_from_train(corpus: Corpus, ranges: dict[str, Toke
         ({"rank": 2, "world_size": 2}, "got rank 2 of 2"),
         ({"modalities": ("text", "video")}, "must be some of text, image, speech"),
         ({"modalities": ()}, "must be some of"),
-        ({"modalities": ("image", "speech"), "sequence_length": 16}, "nothing of image, speech that fits 16 tokens"),
+        ({"modalities": ("image",), "sequence_length": 16}, "nothing of image that fits 16 tokens"),
     ],
 )
 def test_bad_arguments_are_refused(corpus: Corpus, ranges: dict[str, TokenRange], changes: dict, message: str) -> None:

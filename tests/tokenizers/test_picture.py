@@ -30,7 +30,7 @@ def test_the_shipped_tokenizer_says_what_it_is(tokenizer):
     assert tokenizer.vocab_size == 1000
     assert tokenizer.num_tokens == 64
     assert tokenizer.grid == (8, 8)
-    assert (WEIGHTS / tokenizer.shipped).stat().st_size < 4 * 2**20
+    assert (WEIGHTS / tokenizer.shipped).stat().st_size < 6 * 2**20
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
@@ -173,6 +173,6 @@ def test_files_that_do_not_fit_are_refused(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     file = tmp_path / "picture_tokenizer.safetensors"
     # The same length, so that the header stays readable and only the sizes disagree.
-    file.write_bytes(file.read_bytes().replace(b'\\"hidden_size\\": 160', b'\\"hidden_size\\": 120'))
+    file.write_bytes(file.read_bytes().replace(b'\\"hidden_size\\": 200', b'\\"hidden_size\\": 120'))
     with pytest.raises(TokenizerError, match="do not fit the config"):
         PictureTokenizer.from_pretrained(file)

@@ -37,7 +37,7 @@ def test_the_shipped_tokenizer_says_what_it_is(tokenizer):
     assert tokenizer.num_tokens is None
     assert tokenizer.grid is None
     assert tokenizer.units_per_second == 25
-    assert (WEIGHTS / tokenizer.shipped).stat().st_size < 4 * 2**20
+    assert (WEIGHTS / tokenizer.shipped).stat().st_size < 6 * 2**20
 
 
 @pytest.mark.parametrize("path", CLIPS, ids=lambda path: path.stem)
