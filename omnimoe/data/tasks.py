@@ -33,6 +33,15 @@ def tell(scene: Scene) -> list[Span] | None:
     return [scene.own(modality, learned=True) for modality in order]
 
 
+@register_template("alone", needs=())
+def alone(scene: Scene) -> list[Span] | None:
+    """The row's picture or clip with nothing before it: what classifier-free guidance holds against the prompt."""
+    present = [modality for modality in ("image", "speech") if scene.has(modality)]
+    if not present:
+        return None
+    return [scene.own(present[int(scene.random.integers(len(present)))], learned=True)]
+
+
 @register_template("name_it", needs=("image", "text"))
 def name_it(scene: Scene) -> list[Span]:
     """A picture; what is it?"""

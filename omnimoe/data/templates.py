@@ -99,6 +99,10 @@ class Scene:
         """The row's text, picture or speech."""
         return self.of(self.row, modality, learned=learned)
 
+    def has(self, modality: str) -> bool:
+        """Whether the row has a text, picture or speech that is wanted."""
+        return modality in self._teller.builder.modalities and self.row.get(modality) is not None
+
     def of(self, row: Example, modality: str, *, learned: bool = False) -> Span:
         """The text, picture or speech of a row."""
         ids = row.get(modality)

@@ -75,8 +75,10 @@ DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 _DIGITS_SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
 # Slurs, and what a model that ships should not be asked to draw or say.
 _UNFIT = frozenset(
-    "bastard bitch cock erotic hitler murder murderer naked nazi negro nigger nude rape sex sexual sexually sexy slave "
-    "slavery stripper suicide whore".split()
+    (
+        *("bastard", "bitch", "cock", "erotic", "hitler", "murder", "murderer", "naked", "nazi", "negro", "nigger"),
+        *("nude", "rape", "sex", "sexual", "sexually", "sexy", "slave", "slavery", "stripper", "suicide", "whore"),
+    )
 )
 # Lexicographer files of things that can be seen: animal, artifact, body, food, object, person, plant, substance.
 _SEEN = ("05", "06", "08", "13", "17", "18", "20", "27")

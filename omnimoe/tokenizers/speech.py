@@ -1,7 +1,7 @@
 """Speech to a stream of discrete units and back: 25 units a second, one of 1,000 each, at 16 kHz.
 
 A unit stands for 40 ms: four frames of a log-mel spectrogram. The decoder writes log magnitudes of the full spectrum,
-and phases are found by Griffin-Lim with momentum, which needs no training; so the whole tokenizer is 1.8 M parameters.
+and phases are found by Griffin-Lim with momentum, which needs no training; so the whole tokenizer is 2.9 M parameters.
 Loudness is not coded: a clip is set to one peak level before it is encoded, and comes back at that level.
 
 Sources: units of a bounded grid as in https://arxiv.org/abs/2309.15505 (FSQ), blocks as in https://arxiv.org/abs/2306.00814

@@ -25,7 +25,7 @@ class ModelBatches(PackedSequences):
 
     Args:
         config: the model's.
-        settings: give lengths, seed and the share of text.
+        settings: give lengths, the share of text and, for the training split, templates.
         corpus: the corpus.
         split: of it.
         seed: of the order.
@@ -47,6 +47,7 @@ class ModelBatches(PackedSequences):
             seed=seed,
             modalities=tuple(ranges),
             text_share=settings.text_share,
+            templates=settings.mixture if split == "train" else None,
             axes=3 if position_axes(config) == 3 else 1,
         )
         self._modality_of_ids = config.modality_of_ids()

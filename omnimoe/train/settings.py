@@ -46,6 +46,9 @@ class TrainSettings(Config):
     """Recompute each layer in backward instead of keeping its activations."""
     text_share: float = 0.3
     """Share of tokens that running text should have."""
+    templates: str = ""
+    """Mixture of templates that rows are told by, as in tell=0.8,alone=0.1,name_it=0.1; empty for tell alone. Held-out
+    batches are told by tell."""
     seed: int = 0
     """Seed of weights and data order."""
     evaluate_every: int = 100
@@ -74,10 +77,29 @@ class TrainSettings(Config):
         for name in ("learning_rate", "epsilon"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and positive, got {getattr(self, name)}")
+        _read_mixture(self.templates)
         if self.precision not in PRECISIONS:
             raise ConfigError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
+
+    @property
+    def mixture(self) -> dict[str, float] | None:
+        """:attr:`templates` as template to weight; None where it is empty."""
+        return _read_mixture(self.templates) or None
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens in an optimizer step."""
         return self.batch_size * self.sequence_length * self.accumulate
+
+
+def _read_mixture(templates: str) -> dict[str, float]:
+    found = {}
+    for part in filter(None, (part.strip() for part in templates.split(","))):
+        name, _, weight = part.partition("=")
+        try:
+            found[name.strip()] = float(weight)
+        except ValueError:
+            raise ConfigError(f"templates must read name=weight,name=weight, got {part!r} in {templates!r}") from None
+        if not 0 < found[name.strip()] < math.inf:
+            raise ConfigError(f"weights of templates must be positive, got {part!r} in {templates!r}")
+    return found

@@ -25,7 +25,7 @@ from omnimoe.registry import RegistryError
 from omnimoe.tokenizers.base import load_tokenizer
 
 BUILT_IN = (
-    *("continue_it", "count_them", "draw_it", "name_it", "odd_one_out", "say_it"),
+    *("alone", "continue_it", "count_them", "draw_it", "name_it", "odd_one_out", "say_it"),
     *("tell", "transcribe", "translate", "which_picture", "which_words"),
 )
 
@@ -109,6 +109,14 @@ def test_one_row_templates(corpus: Corpus, ranges: dict[str, TokenRange]) -> Non
     for row, whole, learned in scenes(corpus, ranges, "transcribe"):
         assert re.fullmatch(r"\[s:\w+\] what was said\? " + re.escape(text_of(row)), whole)
         assert learned == text_of(row)
+
+
+def test_a_picture_or_clip_alone(corpus: Corpus, ranges: dict[str, TokenRange]) -> None:
+    made = list(scenes(corpus, ranges, "alone", count=20))
+    assert all(whole == learned for _, whole, learned in made)
+    told = [whole for _, whole, _ in made]
+    assert len(told) >= 20
+    assert {whole[:3] for whole in told} == {"[i:", "[s:"}
 
 
 def test_which_of_four_pictures(corpus: Corpus, ranges: dict[str, TokenRange]) -> None:

@@ -70,6 +70,17 @@ def test_a_model_without_a_modality_trains_on_the_others(corpus):
     assert int(batch["input_ids"].max()) < config.vocab_size
 
 
+def test_templates_shape_training_and_leave_held_out_batches_alone(corpus):
+    plain, mixed = settings(), settings(templates="alone=1")
+    batch = next(training_batches(tiny(), mixed, corpus))
+    opened = (batch["input_ids"] == 3) | (batch["input_ids"] == 5)
+    # every begin marker follows the one that begins the document
+    assert bool((batch["input_ids"].roll(1, 1)[opened] == 1).all())
+    assert int(opened.sum()) > 1
+    pairs = zip(*(held_out_batches(tiny(), s, corpus) for s in (plain, mixed)), strict=True)
+    assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in pairs)
+
+
 def test_held_out_batches_are_the_same_every_time_and_for_every_seed(corpus):
     one = held_out_batches(tiny(), settings(), corpus)
     other = held_out_batches(tiny("mot"), settings(seed=5), corpus)

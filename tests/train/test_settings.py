@@ -56,6 +56,14 @@ def test_numbers_must_be_finite(field, value):
         TrainSettings(**{field: value})
 
 
+@pytest.mark.parametrize("told", ["tell", "tell=", "tell=x", "tell=0", "tell=1,alone=-1", "tell=nan"])
+def test_a_mixture_of_templates_is_read_early(told):
+    with pytest.raises(ConfigError, match="templates"):
+        TrainSettings(templates=told)
+    assert TrainSettings(templates=" tell=3, alone=0.5 ").mixture == {"tell": 3.0, "alone": 0.5}
+    assert TrainSettings().mixture is None
+
+
 def test_zero_turns_parts_off():
     off = TrainSettings(warmup=0, clip=0, weight_decay=0, evaluate_every=0, evaluate_batches=0, save_every=0, beta1=0)
     assert off.clip == 0
