@@ -56,13 +56,25 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "bench": ("train", "generate"),
     "doctor": ("hub",),
     "quickstart": ("compare",),
-    "commands": ("quickstart", "report", "demo", "preview", "routing_load", "evaluate", "bench", "doctor", "convert", "upcycle", "lora"),
+    "commands": (
+        "quickstart",
+        "report",
+        "demo",
+        "preview",
+        "routing_load",
+        "evaluate",
+        "bench",
+        "doctor",
+        "convert",
+        "upcycle",
+        "lora",
+    ),
     "cli": ("commands",),
     "__main__": ("cli",),
 }
 
-# Parts that are plain PyTorch; transformers enters at the model. The adapters among our tokenizers import it in functions,
-# which tests/tokenizers/test_base.py holds them to.
+# Parts that are plain PyTorch; transformers enters at the model. The adapters among our tokenizers import it in
+# functions, which tests/tokenizers/test_base.py holds them to.
 WITHOUT_TRANSFORMERS = {
     *(
         "registry",
