@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from omnimoe.data import Corpus, evaluation_batches
+from omnimoe.data.corpus import MODALITIES
 from omnimoe.data.splits import SPLITS
 from omnimoe.evaluate.base import EvaluationError, Measure, register_metric
 from omnimoe.evaluate.bench import Bench
@@ -45,10 +46,12 @@ def loss(bench: Bench) -> Iterator[Measure]:
 
 
 def _rows(bench: Bench) -> np.ndarray:
-    """All rows of the chosen concepts."""
+    """All rows of the chosen concepts: of those with every modality of the split, if there are such."""
     rows = bench.rows()
+    present = [name for name in MODALITIES if len(bench.rows(name))]
+    whole = len(bench.rows(*present)) > 0
     try:
-        groups = [example.group for example in bench.concepts("text")]
+        groups = [example.group for example in bench.concepts(*(present if whole else ["text"]))]
     except EvaluationError:
         if bench.corpus.interleaved is None:
             raise

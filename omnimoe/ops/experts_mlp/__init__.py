@@ -58,6 +58,3 @@ def experts_mlp(
         gate, up = hidden.chunk(2, dim=-1)
         hidden = ACTIVATIONS[activation](gate) * up
     return grouped_mm(hidden, down_proj, offsets)
-
-
-
