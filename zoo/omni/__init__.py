@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from omnimoe import Attention, FeedForward, OmniMoeConfig, register_model
+from omnimoe import OmniMoeConfig, register_model
 from omnimoe.zoo.card import Card
 from omnimoe.zoo.mot import untied
-from omnimoe.zoo.nano import nano_base
+from omnimoe.zoo.nano import dense_micro, dense_nano
 
 CARD = Card(
     family="omni",
@@ -18,12 +18,7 @@ CARD = Card(
 @register_model("omni_nano_dense")
 def omni_nano_dense() -> OmniMoeConfig:
     """The dense twin of omni_nano: one network of its layers for all modalities."""
-    return nano_base().replace(
-        hidden_size=192,
-        num_layers=6,
-        attention=Attention.Config(num_heads=6, qk_norm="rms"),
-        experts=FeedForward.Config(intermediate_size=512),
-    )
+    return dense_nano().replace(num_layers=6)
 
 
 @register_model("omni_nano")
@@ -35,12 +30,7 @@ def omni_nano() -> OmniMoeConfig:
 @register_model("omni_micro_dense")
 def omni_micro_dense() -> OmniMoeConfig:
     """The dense twin of omni_micro: one network of its layers for all modalities."""
-    return nano_base().replace(
-        hidden_size=320,
-        num_layers=8,
-        attention=Attention.Config(num_heads=10, qk_norm="rms"),
-        experts=FeedForward.Config(intermediate_size=896),
-    )
+    return dense_micro().replace(num_layers=8)
 
 
 @register_model("omni_micro")
