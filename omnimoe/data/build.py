@@ -13,8 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ from omnimoe.data.splits import (
     drop_defined,
     loose_key,
 )
-from omnimoe.data.store import CorpusStore
+from omnimoe.data.store import CorpusStore, new_folder
 from omnimoe.tokenizers.text import BpeTokenizer
 
 logger = logging.getLogger(__name__)
@@ -100,18 +98,8 @@ def build_corpus(
     if image_size not in IMAGE_SIZES:
         raise ValueError(f"image_size must be {' or '.join(map(str, IMAGE_SIZES))}, got {image_size!r}")
     out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another one or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with new_folder(out) as work:
         _build(work, name.upper(), cache, image_size)
-        work.chmod(0o755)
-        if out.is_dir():
-            out.rmdir()
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return out
 
 

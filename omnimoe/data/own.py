@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from omnimoe.data.readers import Document, DocumentError, Reader, open_reader
 from omnimoe.data.sources import cache_folder
 from omnimoe.data.speech import SAMPLE_RATE, to_clip
 from omnimoe.data.splits import SPLITS, assign_splits, concept_key
-from omnimoe.data.store import CorpusStore, write_lines
+from omnimoe.data.store import CorpusStore, new_folder, write_lines
 from omnimoe.data.stream import ON_ERROR
 
 logger = logging.getLogger(__name__)
@@ -65,20 +63,11 @@ def build_own(
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error must be {' or '.join(ON_ERROR)}, got {on_error!r}")
     out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another one or remove it first")
+    # Listed before the working folder is there, which may lie within the source.
     reader = open_reader(source, columns)
     told = source if isinstance(source, str | os.PathLike) else type(source).__name__
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with new_folder(out) as work:
         _collect(reader, work, image_size, on_error, out.name, os.fspath(told))
-        work.chmod(0o755)
-        if out.is_dir():
-            out.rmdir()
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return out
 
 

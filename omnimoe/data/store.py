@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +72,28 @@ class CorpusStore:
         np.save(folder / "audio_offsets.npy", np.cumsum([0, *map(len, self.clips)], dtype=np.int64))
         write_lines(folder / "rows.jsonl", self.rows)
         write_lines(folder / "text.jsonl", documents)
+
+
+@contextlib.contextmanager
+def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A working folder that becomes ``out`` when the block ends well, and is removed otherwise.
+
+    Raises:
+        ValueError: if ``out`` exists and is not an empty folder.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; choose another one or remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield work
+        work.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -77,7 +77,7 @@ class HFEncoder(Encoder):
 
     @staticmethod
     def _load_processor(source: str, **given: Any) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError("an encoder of transformers names the class that prepares its input")
 
 
 @register_encoder("hf_vision")

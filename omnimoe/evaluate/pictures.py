@@ -14,8 +14,8 @@ import numpy as np
 from omnimoe.data.corpus import Example
 from omnimoe.evaluate.base import EvaluationError, Measure, NotRunError, register_metric
 from omnimoe.evaluate.bench import Bench
-from omnimoe.evaluate.retrieval import wins
-from omnimoe.evaluate.statistics import Z95, frechet_distance, kernel_distance, wilson
+from omnimoe.evaluate.retrieval import share_right
+from omnimoe.evaluate.statistics import Z95, frechet_distance, kernel_distance
 
 ENCODER = "efficientnet_lite0"
 REAL, DECODED = "real", "decoded"
@@ -135,19 +135,7 @@ def _recognition(
     for of, held in features.items():
         scores = recognition_scores(held[usable] - centre, prototypes, picks)
         for size in sizes:
-            won = wins(scores[:, :size])
-            low, high = wilson(float(won.sum()), len(won))
-            yield Measure(
-                of=of,
-                name=f"recognised, 1 of {size}",
-                value=float(won.mean()),
-                unit="share",
-                better="higher",
-                low=low,
-                high=high,
-                chance=1 / size,
-                count=len(won),
-            )
+            yield share_right(of, f"recognised, 1 of {size}", scores[:, :size])
     bench.note(f"Recognition is over the {len(usable)} concepts that have another drawing to be compared with.")
 
 

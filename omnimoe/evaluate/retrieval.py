@@ -70,20 +70,8 @@ def _direction(
         # all are equally long, so dividing by the length changes no rank
         del scores["per token"]
     for (form, values), size in itertools.product(scores.items(), sizes):
-        won = wins(values[:, :size])
-        low, high = wilson(float(won.sum()), len(won))
-        yield Measure(
-            of=of,
-            name=f"{given} -> {target}, 1 of {size}, {form}",
-            value=float(won.mean()),
-            unit="share",
-            better="higher",
-            low=low,
-            high=high,
-            chance=1 / size,
-            count=len(won),
-            detail=form == "per token" or size != min(sizes),
-        )
+        is_detail = form == "per token" or size != min(sizes)
+        yield share_right(of, f"{given} -> {target}, 1 of {size}, {form}", values[:, :size], detail=is_detail)
     if (given, target) == ("text", "image"):
         _sheet(bench, of, every, picks[:, : min(sizes)], scores["gain"])
 
@@ -116,6 +104,24 @@ def candidate_scores(
         "per token": given_query / lengths[: count * size].reshape(count, size),
         "gain": given_query - prior,
     }
+
+
+def share_right(of: str, name: str, scores: np.ndarray, *, detail: bool = False) -> Measure:
+    """How often the first of k candidates scores best, ``(n, k)``, with Wilson's interval and chance."""
+    won = wins(scores)
+    low, high = wilson(float(won.sum()), len(won))
+    return Measure(
+        of=of,
+        name=name,
+        value=float(won.mean()),
+        unit="share",
+        better="higher",
+        low=low,
+        high=high,
+        chance=1 / scores.shape[1],
+        count=len(won),
+        detail=detail,
+    )
 
 
 def wins(scores: np.ndarray) -> np.ndarray:
