@@ -9,12 +9,71 @@ as well.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from omnimoe.tokenizers.base import TokenizerError
+from omnimoe.tokenizers.base import Tokenizer, TokenizerError
+from omnimoe.tokenizers.waveforms import USUAL_RATE
+
+logger = logging.getLogger(__name__)
+
+
+class CodeFramesTokenizer(Tokenizer):
+    """A codec whose frame is several codes; a subclass says how clips become codes ``(K, T)`` and codes clips.
+
+    Attributes:
+        codebook_sizes: K sizes, in the order of a frame.
+        sample_rate: of decoded clips, in Hz.
+    """
+
+    modality = "speech"
+    sample_rate: int
+    codebook_sizes: tuple[int, ...]
+
+    def encode(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
+        """A clip to ids ``(T * K,)`` int64, frame by frame.
+
+        Silence is a clip like any other: its frames are those of digital silence, and repeat.
+
+        Args:
+            raw: ``(n,)`` floating point in ``[-1, 1]``, or int16; one channel; an array, tensor or sequence.
+            sample_rate: of ``raw`` in Hz; other rates than the codec's own are resampled.
+
+        Raises:
+            TokenizerError: if ``raw`` is empty, has several channels, is not finite or lies out of range, or the rate
+                is no positive integer.
+        """
+        return flatten_codes(self.encode_codes(raw, sample_rate), self.codebook_sizes)
+
+    def decode(self, ids: Any) -> np.ndarray:
+        """Ids ``(n,)`` to a waveform, ``(samples,)`` float32 in ``[-1, 1]`` at :attr:`sample_rate`.
+
+        Ids that form no whole frame are left out with a warning in the log.
+
+        Raises:
+            TokenizerError: if an id is out of range, or there is more than one axis.
+        """
+        ids = self.check_ids(ids)
+        if ids.ndim != 1:
+            raise TokenizerError(f"decode takes the ids of one clip, not {tuple(ids.shape)}")
+        codes, left_out = read_frames(ids, self.codebook_sizes)
+        if left_out:
+            sizes = len(self.codebook_sizes)
+            logger.warning("%d of %d ids form no frame of %d and are left out", left_out, len(ids), sizes)
+        return self.decode_codes(codes)
+
+    def encode_codes(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
+        """A clip to codes ``(K, T)`` int64; the end is padded with silence to a whole frame."""
+        raise NotImplementedError(f"{type(self).__name__} does not define encode_codes")
+
+    def decode_codes(self, codes: Tensor) -> np.ndarray:
+        """Codes ``(K, T)`` to a waveform ``(samples,)``, float32 in ``[-1, 1]``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define decode_codes")
 
 
 def flatten_codes(codes: Tensor, sizes: Sequence[int]) -> Tensor:

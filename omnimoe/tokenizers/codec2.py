@@ -13,7 +13,6 @@ Source: D. Rowe, "Codec 2", https://github.com/drowe67/codec2 (LGPL-2.1), throug
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,11 +27,9 @@ from torch import Tensor
 from omnimoe.config import Config as ConfigBase
 from omnimoe.config import ConfigError
 from omnimoe.tokenizers.adapters import read_config, write_config
-from omnimoe.tokenizers.base import Tokenizer, TokenizerError, register_tokenizer
-from omnimoe.tokenizers.code_frames import check_codes, flatten_codes, read_frames
+from omnimoe.tokenizers.base import TokenizerError, register_tokenizer
+from omnimoe.tokenizers.code_frames import CodeFramesTokenizer, check_codes
 from omnimoe.tokenizers.waveforms import USUAL_RATE, to_waveform
-
-logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 8_000
 
@@ -57,7 +54,7 @@ sys.stdout.buffer.write(numpy.concatenate(samples).tobytes())
 
 
 @register_tokenizer("codec2")
-class Codec2Tokenizer(Tokenizer):
+class Codec2Tokenizer(CodeFramesTokenizer):
     """8 kHz speech to ids, frame by frame, and back.
 
     Attributes:
@@ -70,7 +67,6 @@ class Codec2Tokenizer(Tokenizer):
         TokenizerError: if pycodec2 is not installed.
     """
 
-    modality = "speech"
     sample_rate = SAMPLE_RATE
 
     config: Config
@@ -96,37 +92,6 @@ class Codec2Tokenizer(Tokenizer):
         self.vocab_size = sum(self.codebook_sizes)
         self.samples_per_frame = codec.samples_per_frame()
         self.units_per_second = SAMPLE_RATE / self.samples_per_frame * len(self._bits)
-
-    def encode(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
-        """A clip to ids ``(frames * fields,)`` int64.
-
-        Silence is a clip like any other: its frames have the lowest energy, and repeat.
-
-        Args:
-            raw: ``(n,)`` floating point in ``[-1, 1]``, or int16; one channel; an array, tensor or sequence.
-            sample_rate: of ``raw`` in Hz; other rates than the codec's 8,000 are resampled.
-
-        Raises:
-            TokenizerError: if ``raw`` is empty, has several channels, is not finite or lies out of range, or the rate
-                is no positive integer.
-        """
-        return flatten_codes(self.encode_codes(raw, sample_rate), self.codebook_sizes)
-
-    def decode(self, ids: Any) -> np.ndarray:
-        """Ids ``(n,)`` to a waveform, ``(frames * samples_per_frame,)`` float32 in ``[-1, 1]`` at 8 kHz.
-
-        Ids that form no whole frame are left out with a warning in the log.
-
-        Raises:
-            TokenizerError: if an id is out of range, or there is more than one axis.
-        """
-        ids = self.check_ids(ids)
-        if ids.ndim != 1:
-            raise TokenizerError(f"decode takes the ids of one clip, not {tuple(ids.shape)}")
-        codes, left_out = read_frames(ids, self.codebook_sizes)
-        if left_out:
-            logger.warning("%d of %d ids form no frame of %d and are left out", left_out, len(ids), len(self._bits))
-        return self.decode_codes(codes)
 
     def encode_codes(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
         """A clip to codes ``(fields, frames)`` int64; the end is padded with silence to a whole frame."""

@@ -10,7 +10,6 @@ https://arxiv.org/abs/2306.06546 (DAC).
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +22,11 @@ from omnimoe.config import Config as ConfigBase
 from omnimoe.config import ConfigError
 from omnimoe.tokenizers.adapters import AdapterTokenizer
 from omnimoe.tokenizers.base import TokenizerError, register_tokenizer
-from omnimoe.tokenizers.code_frames import check_codes, flatten_codes, read_frames
+from omnimoe.tokenizers.code_frames import CodeFramesTokenizer, check_codes
 from omnimoe.tokenizers.waveforms import USUAL_RATE, to_waveform
 
-logger = logging.getLogger(__name__)
 
-
-class NeuralCodecTokenizer(AdapterTokenizer):
+class NeuralCodecTokenizer(CodeFramesTokenizer, AdapterTokenizer):
     """What the three share; a subclass says how its class encodes and decodes.
 
     Attributes:
@@ -41,9 +38,6 @@ class NeuralCodecTokenizer(AdapterTokenizer):
         config: how many codebooks are used.
         model: the class of transformers, loaded.
     """
-
-    modality = "speech"
-    sample_rate: int
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ConfigBase):
@@ -77,37 +71,6 @@ class NeuralCodecTokenizer(AdapterTokenizer):
     def choices(self) -> list[int]:
         """The numbers of codebooks that may be used, in order."""
         raise NotImplementedError(f"{type(self).__name__} does not define choices")
-
-    def encode(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
-        """A clip to ids ``(frames * K,)`` int64, frame by frame.
-
-        Silence is a clip like any other: its ids are those of digital silence, and repeat.
-
-        Args:
-            raw: ``(n,)`` floating point in ``[-1, 1]``, or int16; one channel; an array, tensor or sequence.
-            sample_rate: of ``raw`` in Hz; other rates than the codec's own are resampled.
-
-        Raises:
-            TokenizerError: if ``raw`` is empty, has several channels, is not finite or lies out of range, or the rate
-                is no positive integer.
-        """
-        return flatten_codes(self.encode_codes(raw, sample_rate), self.codebook_sizes)
-
-    def decode(self, ids: Any) -> np.ndarray:
-        """Ids ``(n,)`` to a waveform, ``(samples,)`` float32 in ``[-1, 1]`` at :attr:`sample_rate`.
-
-        Ids that form no whole frame are left out with a warning in the log.
-
-        Raises:
-            TokenizerError: if an id is out of range, or there is more than one axis.
-        """
-        ids = self.check_ids(ids)
-        if ids.ndim != 1:
-            raise TokenizerError(f"decode takes the ids of one clip, not {tuple(ids.shape)}")
-        codes, left_out = read_frames(ids, self.codebook_sizes)
-        if left_out:
-            logger.warning("%d of %d ids form no frame of %d and are left out", left_out, len(ids), self.num_codebooks)
-        return self.decode_codes(codes)
 
     @torch.no_grad()
     def encode_codes(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
