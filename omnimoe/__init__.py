@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "omnimoe.config": ("Config", "ConfigError"),
     "omnimoe.registry": ("Registry", "RegistryError"),
+    "omnimoe.ops": ("BackendError", "backend"),
     "omnimoe.layers": (
         "Attention",
         "BaseAttention",

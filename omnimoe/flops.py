@@ -3,7 +3,7 @@
 One multiply-add is 2 FLOP. Matrix products are counted; norms, softmax, rotary turns and activations are not. Attention
 scores are counted in full, ``4 * S * D`` a token and layer, under a causal mask too: its saving depends on the kernel.
 A backward pass is twice its forward; what a kernel or a checkpoint computes again is not counted. The same conventions
-hold for PyTorch's ``FlopCounterMode`` with :data:`FORMULAS`, against which the closed form is tested.
+hold for PyTorch's ``FlopCounterMode`` with :func:`formulas`, against which the closed form is tested.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from omnimoe.config import Config
 from omnimoe.layers import Attention
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.ops import missing_kernels
 
 KINDS = ("attention_projections", "attention_scores", "experts", "router", "head", "adapters")
 """What :attr:`Flops.by_kind` is split into; ``adapters`` are the linear maps of continuous modalities, in and out."""
@@ -250,12 +251,46 @@ def _grouped_formula(left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * left[-2] * left[-1] * right[-1]
 
 
-FORMULAS: dict[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_formula,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_formula,
-    torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward_formula,
-    torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward_formula,
-    torch.ops.aten._scaled_dot_product_cudnn_attention_backward: _attention_backward_formula,
-    torch.ops.aten._grouped_mm: _grouped_formula,
-}
-"""For ``FlopCounterMode(custom_mapping=FORMULAS)``: what it does not know, or counts with what is recomputed."""
+def _compiled_formula(x: Any, weight: Any, offsets: Any, bias: Any, index: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * (index or x)[0] * weight[1] * weight[2]
+
+
+def _wgrad_formula(grad: Any, x: Any, offsets: Any, grad_index: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * (grad_index or grad)[0] * grad[1] * x[1]
+
+
+def _experts_formula(x: Any, into: Any, out: Any, offsets: Any, token_index: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * (token_index or x)[0] * (into[1] * into[2] + out[1] * out[2])
+
+
+def _experts_backward_formula(grad: Any, x: Any, kept: Any, into: Any, out: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _experts_formula(kept, into, out, None, None)
+
+
+def formulas() -> dict[Any, Any]:
+    """What ``FlopCounterMode`` does not know, or counts with what is recomputed: op to formula.
+
+    Example:
+        >>> from torch.utils.flop_counter import FlopCounterMode
+        >>> with FlopCounterMode(display=False, custom_mapping=formulas()) as counter:
+        ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
+        >>> counter.get_total_flops()
+        48
+    """
+    aten, ours = torch.ops.aten, torch.ops.omnimoe
+    found = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_formula,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_formula,
+        aten._scaled_dot_product_flash_attention_backward: _attention_backward_formula,
+        aten._scaled_dot_product_efficient_attention_backward: _attention_backward_formula,
+        aten._scaled_dot_product_cudnn_attention_backward: _attention_backward_formula,
+        aten._grouped_mm: _grouped_formula,
+    }
+    if not missing_kernels():
+        found |= {
+            ours.grouped_mm: _compiled_formula,
+            ours.grouped_wgrad: _wgrad_formula,
+            ours.experts_mlp: _experts_formula,
+            ours.experts_mlp_backward: _experts_backward_formula,
+        }
+    return found

@@ -51,6 +51,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # built once for all workers and later runs; a file's name says which sources it is of
+    if "OMNIMOE_KERNELS" not in os.environ:
+        os.environ["OMNIMOE_KERNELS"] = str(config.rootpath / ".pytest_cache" / "kernels")
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """Skips where the compiled CPU kernels are not there and cannot be built."""
+    from omnimoe.ops import missing_kernels
+
+    if missing_kernels():
+        pytest.skip(missing_kernels())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One cache a session, so that what is built on first use is built once, and the user's own is never touched."""

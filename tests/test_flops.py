@@ -24,7 +24,7 @@ from omnimoe import (
     shrink,
 )
 from omnimoe.experts.base import EXPERTS
-from omnimoe.flops import FORMULAS, KINDS, total_params
+from omnimoe.flops import KINDS, formulas, total_params
 from omnimoe.layers.attention import ATTENTIONS
 from omnimoe.model import MODELS
 from omnimoe.routers import ByModalityRouter, ExpertChoiceRouter, TopKRouter
@@ -48,7 +48,7 @@ def ids_of(config: OmniMoeConfig, batch_size: int = 2, spans: int = 8) -> torch.
 
 
 def counted(model: OmniMoeForCausalLM, *, backward: bool, **batch) -> int:
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=formulas()) as counter:
         out = model(**batch)
         if backward:
             out.loss.backward()

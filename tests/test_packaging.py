@@ -38,18 +38,19 @@ def folders_with_python() -> set[str]:
 
 
 def test_every_folder_with_python_is_a_package_that_is_installed(setup_file):
-    assert sorted(setup_file.PACKAGES) == sorted(folders_with_python())
+    assert sorted(setup_file.PACKAGES) == sorted(folders_with_python() | {"omnimoe.csrc"})
 
 
 def test_every_data_file_is_installed(setup_file):
     listed = subprocess.run(
-        ["git", "ls-files", "omnimoe", "zoo"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "ls-files", "omnimoe", "zoo", "csrc"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if listed.returncode != 0:
         pytest.skip("not a git repository, or no git")
     covered = set()
     for package, patterns in setup_file.PACKAGE_DATA.items():
-        folder = ROOT / ("zoo" if package == "omnimoe.zoo" else package.replace(".", "/"))
+        beside = {"omnimoe.zoo": "zoo", "omnimoe.csrc": "csrc"}
+        folder = ROOT / beside.get(package, package.replace(".", "/"))
         for pattern in patterns:
             # A pattern that ends in ** means folders to pathlib, and files too to setuptools.
             covered |= {file for file in folder.glob(re.sub(r"\*\*$", "**/*", pattern)) if file.is_file()}

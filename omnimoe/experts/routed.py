@@ -10,7 +10,6 @@ from torch import Tensor
 from omnimoe.config import ConfigError
 from omnimoe.experts.base import Experts, check_network, register_experts
 from omnimoe.layers import BankMLP, RowLayout
-from omnimoe.ops import combine
 from omnimoe.routers import Router, Routing, TopKRouter
 
 
@@ -76,8 +75,7 @@ class RoutedExperts(Experts):
         token_index = routing.token_index[order]
         every = torch.arange(self.num_experts, device=x.device)
         offsets = torch.searchsorted(sorted_ids, every, right=True).to(torch.int32)
-        y = self.experts(x.index_select(0, token_index), offsets)
-        y = combine(y, token_index, routing.expert_weights[order], len(x))
+        y = self.experts(x, offsets, token_index=token_index, weights=routing.expert_weights[order])
         if self.shared_experts is not None:
             y = y + self.shared_experts(x, torch.full((1,), len(x), dtype=torch.int32, device=x.device))
         return y, routing

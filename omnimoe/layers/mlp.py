@@ -32,21 +32,30 @@ class BankMLP(Bank):
         self.down_proj = nn.Parameter(torch.empty(num_copies, hidden_size, intermediate_size))
         self.reset_parameters()
 
-    def forward(self, x: Tensor, offsets: Tensor, copies: list[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        copies: list[int] | None = None,
+        token_index: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Runs of rows through their copies.
 
         Args:
-            x: ``(R, D)``, rows in runs.
+            x: ``(R, D)``, rows in runs; with ``token_index`` ``(T, D)``, tokens.
             offsets: ``(S,)`` int32, the end of each run.
             copies: the copy of each run; None where run i meets copy i.
+            token_index: ``(R,)`` int64, the token that each row of a run is.
+            weights: ``(R,)``, what each row counts for in the sum over the rows of a token.
 
         Returns:
-            ``(R, D)``.
+            ``(R, D)``, or ``(T, D)``.
         """
         gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
         if copies is not None and copies != list(range(self.num_copies)):
             gate_up_proj, down_proj = gate_up_proj[copies], down_proj[copies]
-        return experts_mlp(x, gate_up_proj, down_proj, offsets, self.activation)
+        return experts_mlp(x, gate_up_proj, down_proj, offsets, self.activation, token_index, weights)
 
     def extra_repr(self) -> str:
         copies, hidden_size, intermediate_size = self.down_proj.shape

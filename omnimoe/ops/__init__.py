@@ -4,11 +4,25 @@ Each op is a folder whose ``__init__`` holds the contract. Where an op has sever
 them, and ``reference`` is the plain PyTorch definition that all others must match.
 """
 
+from omnimoe.ops._backends import BACKENDS, BackendError, backend, missing_kernels
 from omnimoe.ops.combine import combine
-from omnimoe.ops.experts_mlp import ACTIVATIONS, experts_mlp
+from omnimoe.ops.experts_mlp import ACTIVATIONS, GATED, experts_mlp
 from omnimoe.ops.grouped_mm import grouped_mm
 from omnimoe.ops.permute import permute
 from omnimoe.ops.rms_norm import rms_norm
 from omnimoe.ops.rope import rope
 
-__all__ = ["ACTIVATIONS", "combine", "experts_mlp", "grouped_mm", "permute", "rms_norm", "rope"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "GATED",
+    "BackendError",
+    "backend",
+    "combine",
+    "experts_mlp",
+    "grouped_mm",
+    "missing_kernels",
+    "permute",
+    "rms_norm",
+    "rope",
+]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 from omnimoe.data import Corpus, PackedSequences
@@ -93,6 +96,32 @@ def check_ranges(config: OmniMoeConfig, corpus: Corpus) -> dict[str, TokenRange]
                 f"special tokens are {text} to {words.start - 1}: {', '.join(SPECIAL_TOKENS)}"
             )
     return ranges
+
+
+def add_noise(batch: Batch, config: OmniMoeConfig, shares: Mapping[str, float]) -> Batch:
+    """The batch with some input tokens replaced by others of their modality, drawn from PyTorch's global generator.
+
+    Args:
+        batch: with ``input_ids`` and ``modality_ids``, ``(B, T)`` each; labels and markers stay as they are.
+        config: gives the ranges of the modalities.
+        shares: modality to the chance of each of its tokens.
+
+    Raises:
+        DataMismatchError: if the model has no such modality, or it is continuous.
+    """
+    ids = batch["input_ids"]
+    for name, share in shares.items():
+        if name not in config.token_ranges:
+            raise DataMismatchError(
+                f"noise is for {name!r}, but the model's tokens are {', '.join(config.token_ranges)}"
+            )
+        held = config.token_ranges[name]
+        markers = len(SPECIAL_TOKENS) if name == "text" else 0
+        first = held.start + markers
+        is_own = (ids >= first) & (ids < held.start + held.size)
+        drawn = torch.randint(first, held.start + held.size, ids.shape).to(ids.device)
+        ids = torch.where(is_own & (torch.rand(ids.shape) < share).to(ids.device), drawn, ids)
+    return {**batch, "input_ids": ids}
 
 
 def training_batches(config: OmniMoeConfig, settings: TrainSettings, corpus: Corpus) -> PackedSequences:

@@ -19,7 +19,7 @@ from omnimoe.data import Corpus
 from omnimoe.hub import from_pretrained
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.train.checkpoint import ResumeError, load_state, quiet, save_checkpoint
-from omnimoe.train.data import Batch, held_out_batches, training_batches
+from omnimoe.train.data import Batch, add_noise, held_out_batches, training_batches
 from omnimoe.train.evaluation import evaluate
 from omnimoe.train.log import RunLog
 from omnimoe.train.optim import learning_rate, make_optimizer
@@ -228,7 +228,8 @@ class Training:
             group["lr"] = rate
         total, bad, routed = 0.0, set(), []
         for _ in range(settings.accumulate):
-            batch = {name: value.to(self.device) for name, value in next(self.batches).items()}
+            batch = add_noise(next(self.batches), self.model.config, settings.noise_shares)
+            batch = {name: value.to(self.device) for name, value in batch.items()}
             out = self._forward(batch)
             (out.loss / settings.accumulate).backward()
             routed.append(out.routings)

@@ -49,6 +49,9 @@ class TrainSettings(Config):
     templates: str = ""
     """Mixture of templates that rows are told by, as in tell=0.8,alone=0.1,name_it=0.1; empty for tell alone. Held-out
     batches are told by tell."""
+    noise: str = ""
+    """Share of a modality's input tokens that are replaced by random ones of it in training, as in
+    image=0.1,speech=0.25; labels stay. It keeps a model with few data from learning them by heart."""
     seed: int = 0
     """Seed of weights and data order."""
     evaluate_every: int = 100
@@ -78,6 +81,9 @@ class TrainSettings(Config):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and positive, got {getattr(self, name)}")
         _read_mixture(self.templates)
+        for name, share in self.noise_shares.items():
+            if share >= 1:
+                raise ConfigError(f"noise is a share of tokens and must lie below 1, got {name}={share:g}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
 
@@ -87,19 +93,24 @@ class TrainSettings(Config):
         return _read_mixture(self.templates) or None
 
     @property
+    def noise_shares(self) -> dict[str, float]:
+        """:attr:`noise` as modality to share."""
+        return _read_mixture(self.noise, "noise")
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens in an optimizer step."""
         return self.batch_size * self.sequence_length * self.accumulate
 
 
-def _read_mixture(templates: str) -> dict[str, float]:
+def _read_mixture(given: str, field: str = "templates") -> dict[str, float]:
     found = {}
-    for part in filter(None, (part.strip() for part in templates.split(","))):
+    for part in filter(None, (part.strip() for part in given.split(","))):
         name, _, weight = part.partition("=")
         try:
             found[name.strip()] = float(weight)
         except ValueError:
-            raise ConfigError(f"templates must read name=weight,name=weight, got {part!r} in {templates!r}") from None
+            raise ConfigError(f"{field} must read name=number,name=number, got {part!r} in {given!r}") from None
         if not 0 < found[name.strip()] < math.inf:
-            raise ConfigError(f"weights of templates must be positive, got {part!r} in {templates!r}")
+            raise ConfigError(f"numbers of {field} must be positive, got {part!r} in {given!r}")
     return found

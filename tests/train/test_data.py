@@ -10,7 +10,9 @@ import torch
 from omnimoe.layers import Rope
 from omnimoe.modalities import Patches, Tokens
 from omnimoe.spans import span_positions
+from omnimoe.tokenizers.text import SPECIAL_TOKENS
 from omnimoe.train import DataMismatchError, held_out_batches, training_batches
+from omnimoe.train.data import add_noise
 from tests.train.runs import settings, tiny
 
 
@@ -119,3 +121,34 @@ def test_the_corpus_is_not_changed(corpus):
     before = dataclasses.asdict(corpus)["meta"]
     next(training_batches(tiny(), settings(), corpus))
     assert corpus.meta == before
+
+
+def test_noise_replaces_a_share_of_the_inputs_of_its_modality_and_nothing_else(corpus):
+    config = tiny()
+    batches = training_batches(config, settings(batch_size=8), corpus)
+    torch.manual_seed(0)
+    for _ in range(2):
+        batch = next(batches)
+        noisy = add_noise(batch, config, {"image": 0.5})
+        changed = noisy["input_ids"] != batch["input_ids"]
+        held = config.token_ranges["image"]
+        own = (batch["input_ids"] >= held.start) & (batch["input_ids"] < held.start + held.size)
+        assert own.any()
+        assert not changed[~own].any()
+        assert 0.4 < changed[own].float().mean() < 0.6
+        assert torch.equal(config.modality_of_ids()[noisy["input_ids"]], batch["modality_ids"])
+        for name in set(batch) - {"input_ids"}:
+            assert torch.equal(noisy[name], batch[name])
+
+
+def test_noise_leaves_markers_alone_and_draws_nothing_where_there_is_none(corpus):
+    config = tiny()
+    batch = next(training_batches(config, settings(), corpus))
+    noisy = add_noise(batch, config, {"text": 0.9})["input_ids"]
+    special = batch["input_ids"] < len(SPECIAL_TOKENS)
+    assert torch.equal(noisy[special], batch["input_ids"][special])
+    before = torch.get_rng_state()
+    assert torch.equal(add_noise(batch, config, {})["input_ids"], batch["input_ids"])
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(DataMismatchError, match="noise is for 'video', but the model's tokens are text, image, speech"):
+        add_noise(batch, config, {"video": 0.1})

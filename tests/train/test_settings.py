@@ -81,3 +81,10 @@ def test_settings_go_through_json():
 
 def test_tokens_per_step_counts_every_forward():
     assert TrainSettings(batch_size=2, sequence_length=64, accumulate=3).tokens_per_step == 384
+
+
+@pytest.mark.parametrize("told", ["speech", "speech=x", "speech=0", "speech=1", "speech=-0.1"])
+def test_noise_is_read_early(told):
+    with pytest.raises(ConfigError, match="noise"):
+        TrainSettings(noise=told)
+    assert TrainSettings(noise=" image=0.1,speech=0.25").noise_shares == {"image": 0.1, "speech": 0.25}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omnimoe.ops.grouped_mm import native, reference, slices
+from omnimoe.ops._backends import Implementation, choose, why_not_compiled
+from omnimoe.ops.grouped_mm import cpp, native, reference, slices
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,12 +50,25 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None =
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must share a dtype, got {x.dtype} and {weight.dtype}; cast one of them")
-    return _implementation(x, weight)(x, weight, offsets, bias)
+    return choose("grouped_mm", IMPLEMENTATIONS, x, weight, offsets, bias)(x, weight, offsets, bias)
 
 
-def _implementation(x: Tensor, weight: Tensor):
-    if x.device.type == "cpu":
-        return slices.grouped_mm
-    if x.device.type == "cuda" and native.can_handle(x, weight):
-        return native.grouped_mm
-    return reference.grouped_mm
+def _why_not_torch(x: Tensor, weight: Tensor, *rest: Tensor | None) -> str:
+    if x.device.type == "cuda":
+        return native.why_not(x, weight)
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    if torch.compiler.is_compiling():
+        return "its slices are read from the offsets, which a traced graph cannot do"
+    return ""
+
+
+def _torch(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    return (native if x.device.type == "cuda" else slices).grouped_mm(x, weight, offsets, bias)
+
+
+IMPLEMENTATIONS = (
+    Implementation("torch", _torch, _why_not_torch),
+    Implementation("cpp", cpp.grouped_mm, why_not_compiled),
+    Implementation("reference", reference.grouped_mm),
+)

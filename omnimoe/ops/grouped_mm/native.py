@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def can_handle(x: Tensor, weight: Tensor) -> bool:
-    """True for the dtypes and widths that ``torch.nn.functional.grouped_mm`` takes: rows of whole 16 bytes."""
-    widths = weight.shape[1:]
-    return x.dtype in (torch.bfloat16, torch.float16, torch.float32) and not any(
-        width * x.element_size() % 16 for width in widths
-    )
+def why_not(x: Tensor, weight: Tensor) -> str:
+    """Why ``torch.nn.functional.grouped_mm`` cannot: it takes three dtypes, and rows of whole 16 bytes."""
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it takes bfloat16, float16 and float32, not {x.dtype}"
+    odd = [width for width in weight.shape[1:] if width * x.element_size() % 16]
+    return f"rows of {odd[0]} elements are no multiple of 16 bytes" if odd else ""
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,97 @@
+// What the kernels of every instruction set offer: plain functions over plain structs, without a type of PyTorch.
+#pragma once
+
+#include <cstdint>
+
+namespace omnimoe::cpu {
+
+enum class Type : int32_t { f32, f64, bf16, f16 };
+
+// activation(gate) * up, or activation(up) alone where there is no gate. clamped_silu is gpt-oss's:
+// min(gate, limit) * sigmoid(1.702 * min(gate, limit)) * (clamp(up, -limit, limit) + 1), limit 7.
+enum class Activation : int32_t { silu, gelu, gelu_tanh, relu, relu2, clamped_silu };
+
+// Calls body(context, i) for 0 <= i < count, perhaps from several threads at once.
+using Body = void (*)(void* context, int64_t i);
+struct Threads {
+  int64_t count;
+  void (*run)(int64_t count, Body body, void* context);
+};
+
+// Row r lies at data + (index ? index[r] : r) * stride; strides are in elements, and columns lie side by side.
+struct Rows {
+  const void* data;
+  int64_t stride;
+  const int64_t* index;
+};
+
+// G matrices; strides in elements, columns side by side.
+struct Bank {
+  const void* data;
+  int64_t copy_stride;
+  int64_t row_stride;
+};
+
+// Ends of the rows of each group. Checked by the caller: not decreasing, and within the rows there are.
+struct Groups {
+  const int32_t* ends;
+  int64_t count;
+};
+
+// out[r] = x[r] W[g]^T + bias[g], W[g] being (columns, depth); with is_transposed out[r] = x[r] W[g], (depth, columns).
+struct GroupedMM {
+  Type type;
+  Threads threads;
+  Groups groups;
+  int64_t depth, columns;
+  Rows x;
+  Bank weight;
+  bool is_transposed;
+  const void* bias;  // (G, columns), or null
+  void* out;         // (rows, columns)
+};
+
+// out[g] = dy^T x over the rows of g, (columns, depth); zero where a group is empty.
+struct GroupedWgrad {
+  Type type;
+  Threads threads;
+  Groups groups;
+  int64_t depth, columns;
+  Rows dy;  // of width columns
+  Rows x;   // of width depth
+  void* out;
+};
+
+// The feed-forward network of each group over gathered rows, and the weighted sum over the rows of a token.
+struct ExpertsMLP {
+  Type type;
+  Threads threads;
+  Groups groups;
+  int64_t tokens, hidden, width;  // T, D, F
+  Activation activation;
+  bool is_gated;
+  Rows x;                // index: the token of each row; null where row r is token r
+  Bank w_in;             // (G, 2F or F, D)
+  Bank w_out;            // (G, D, F)
+  const void* weights;   // (rows,) float, double for f64; null for one
+  void* out;             // (T, D), zero at first; not read by backward
+  void* z;               // (rows, 2F or F), the pre-activations, or null
+};
+
+struct ExpertsMLPBackward {
+  ExpertsMLP forward;
+  const void* grad;  // (T, D)
+  void* grad_x;      // (T, D), or null
+  void* grad_w_in;   // or null
+  void* grad_w_out;  // or null
+  void* grad_weights;  // (rows,) float, double for f64; or null
+};
+
+struct Kernels {
+  void (*grouped_mm)(const GroupedMM&);
+  void (*grouped_wgrad)(const GroupedWgrad&);
+  void (*experts_mlp)(const ExpertsMLP&);
+  void (*experts_mlp_backward)(const ExpertsMLPBackward&);
+};
+
+}  // namespace omnimoe::cpu

@@ -1,0 +1,130 @@
+"""Which implementation of an op runs: a fixed order for each device, unless one is asked for.
+
+Nothing is timed at run time. An implementation is asked with tensors' metadata alone whether it can, and says why not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from omnimoe.ops._extension import extension
+
+BACKENDS = {
+    "reference": "plain PyTorch, the definition; any device and dtype, no host synchronisation, much memory",
+    "torch": "PyTorch's own products: one a group on a CPU, its grouped product on CUDA",
+    "cpp": "compiled kernels for x86-64 with AVX2 or AVX-512",
+}
+"""Name to what it is."""
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for and is unknown, missing, or unable."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Args:
+        backend: a name of :data:`BACKENDS`.
+        call: the function, with the signature of the op.
+        why_not: takes the op's operands and gives the reason why it cannot, or an empty string.
+    """
+
+    backend: str
+    call: Callable[..., Any]
+    why_not: Callable[..., str] = lambda *operands: ""
+
+
+_asked: list[str] = [os.environ.get("OMNIMOE_BACKEND", "")]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within it, every op that has an implementation of this name uses it, and none other.
+
+    Args:
+        name: of :data:`BACKENDS`. The environment variable ``OMNIMOE_BACKEND`` does the same for a whole process.
+
+    Raises:
+        BackendError: if the name is unknown or the backend is not there; and, from an op within, if it cannot do what
+            it is given. It never falls back to another quietly.
+
+    Example:
+        >>> import omnimoe
+        >>> with omnimoe.backend("reference"):
+        ...     y = omnimoe.ops.grouped_mm(torch.ones(1, 2), torch.ones(1, 3, 2), torch.tensor([1], dtype=torch.int32))
+    """
+    check_backend(name)
+    _asked.append(name)
+    try:
+        yield
+    finally:
+        _asked.pop()
+
+
+def check_backend(name: str) -> None:
+    """Raises BackendError if there is no such backend, or it cannot be used here."""
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    if name == "cpp" and missing_kernels():
+        raise BackendError(f"backend 'cpp' was asked for, but {missing_kernels()}")
+
+
+@torch.compiler.assume_constant_result
+def missing_kernels() -> str:
+    """Why there are no compiled CPU kernels; empty where there are."""
+    found = extension()
+    if not found.reason:
+        import omnimoe.ops._library  # noqa: F401 - registers shapes and gradients
+    return found.reason
+
+
+def choose(op: str, implementations: Sequence[Implementation], *operands: Any) -> Callable[..., Any]:
+    """The implementation that is asked for, or else the first that can.
+
+    Args:
+        op: name of the op, for messages.
+        implementations: best first.
+        operands: of the op; only metadata is looked at.
+
+    Raises:
+        BackendError: if the one that was asked for cannot, or none can.
+    """
+    asked = _asked[-1]
+    if asked:
+        check_backend(asked)
+        for implementation in implementations:
+            if implementation.backend == asked:
+                reason = implementation.why_not(*operands)
+                if reason:
+                    raise BackendError(f"backend {asked!r} was asked for, but its {op} cannot: {reason}")
+                return implementation.call
+    reasons = []
+    for implementation in implementations:
+        reason = implementation.why_not(*operands)
+        if not reason:
+            return implementation.call
+        reasons.append(f"{implementation.backend}: {reason}")
+    raise BackendError(f"no implementation of {op} can: {'; '.join(reasons)}")
+
+
+def why_not_compiled(*tensors: Any) -> str:
+    """Why the compiled CPU kernels cannot take these tensors; empty where they can."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in _COMPILED:
+            return f"it takes {', '.join(str(dtype).removeprefix('torch.') for dtype in _COMPILED)}, not {tensor.dtype}"
+    return missing_kernels()
+
+
+_COMPILED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

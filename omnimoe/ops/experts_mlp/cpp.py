@@ -1,0 +1,30 @@
+"""The compiled kernels for a CPU: the gather, the activation and the weighted sum are parts of the two products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omnimoe.ops._spans import check_offsets
+from omnimoe.ops.experts_mlp.activations import CODES
+
+
+def experts_mlp(
+    x: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    offsets: Tensor,
+    activation: str,
+    token_index: Tensor | None,
+    weights: Tensor | None,
+) -> Tensor:
+    """See :func:`omnimoe.ops.experts_mlp`. Keeps its input and the pre-activations for backward, nothing else."""
+    check_offsets(offsets, len(x) if token_index is None else len(token_index))
+    if weights is not None:
+        weights = weights.to(torch.promote_types(x.dtype, torch.float32))
+    given = [part for part in (x, gate_up_proj, down_proj, weights) if part is not None]
+    keep = torch.is_grad_enabled() and any(part.requires_grad for part in given)
+    out, _ = torch.ops.omnimoe.experts_mlp(
+        x, gate_up_proj, down_proj, offsets, token_index, weights, CODES[activation], keep
+    )
+    return out
