@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from omnimoe.ops._extension import extension
+from omnimoe.ops._library import register
 
 BACKENDS = {
     "reference": "plain PyTorch, the definition; any device and dtype, no host synchronisation, much memory",
@@ -82,7 +83,7 @@ def missing_kernels() -> str:
     """Why there are no compiled CPU kernels; empty where there are."""
     found = extension()
     if not found.reason:
-        import omnimoe.ops._library  # noqa: F401 - registers shapes and gradients
+        register()
     return found.reason
 
 

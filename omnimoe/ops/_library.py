@@ -1,10 +1,12 @@
 """Shapes and gradients of the compiled ops, whose schemas are in ``csrc/library.cpp``.
 
-Imported once the library is loaded. A second derivative is not offered: the reference implementations have one.
+:func:`register` is called once, when the library has been loaded. A second derivative is not offered: the reference
+implementations have one.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,25 +15,21 @@ from torch import Tensor
 OPS = torch.ops.omnimoe
 
 
-@torch.library.register_fake("omnimoe::grouped_mm")
-def _(x, weight, offsets, bias=None, row_index=None, transposed=False):
+def _grouped_mm_shape(x, weight, offsets, bias=None, row_index=None, transposed=False):
     rows = x.shape[0] if row_index is None else row_index.shape[0]
     return x.new_empty(rows, weight.shape[2 if transposed else 1])
 
 
-@torch.library.register_fake("omnimoe::grouped_wgrad")
-def _(grad, x, offsets, grad_index=None, x_index=None):
+def _grouped_wgrad_shape(grad, x, offsets, grad_index=None, x_index=None):
     return x.new_empty(offsets.shape[0], grad.shape[1], x.shape[1])
 
 
-@torch.library.register_fake("omnimoe::experts_mlp")
-def _(x, w_in, w_out, offsets, token_index, weights, activation, keep):
+def _experts_mlp_shape(x, w_in, w_out, offsets, token_index, weights, activation, keep):
     rows = x.shape[0] if token_index is None else token_index.shape[0]
     return x.new_empty(x.shape), x.new_empty(rows if keep else 0, w_in.shape[1])
 
 
-@torch.library.register_fake("omnimoe::experts_mlp_backward")
-def _(grad, x, z, w_in, w_out, offsets, token_index, weights, activation):
+def _experts_mlp_backward_shape(grad, x, z, w_in, w_out, offsets, token_index, weights, activation):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = 0 if weights is None else z.shape[0]
     return (
@@ -86,5 +84,17 @@ def _experts_mlp_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tu
     return grad_x, grad_in, grad_out, None, None, None if weights is None else grad_weights, None, None
 
 
-torch.library.register_autograd("omnimoe::grouped_mm", _grouped_mm_backward, setup_context=_keep_grouped_mm)
-torch.library.register_autograd("omnimoe::experts_mlp", _experts_mlp_backward, setup_context=_keep_experts_mlp)
+@functools.cache
+def register() -> None:
+    """Tells PyTorch the shapes and gradients of the ops."""
+    shapes = {
+        "grouped_mm": _grouped_mm_shape,
+        "grouped_wgrad": _grouped_wgrad_shape,
+        "experts_mlp": _experts_mlp_shape,
+        "experts_mlp_backward": _experts_mlp_backward_shape,
+    }
+    for name, shape in shapes.items():
+        torch.library.register_fake(f"omnimoe::{name}")(shape)
+    gradient = torch.library.register_autograd
+    gradient("omnimoe::grouped_mm", _grouped_mm_backward, setup_context=_keep_grouped_mm)
+    gradient("omnimoe::experts_mlp", _experts_mlp_backward, setup_context=_keep_experts_mlp)
