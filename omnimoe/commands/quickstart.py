@@ -112,7 +112,7 @@ def _generate(model, dense, corpus, out: Path):
     asked = [[("text", caption)] for caption in captions]
     drawn = {}
     for name, which in ((MOT, model.eval()), (DENSE, dense.eval())):
-        made = generate(which, asked, to="image", seed=SEED, temperature=0.9, top_k=100)
+        made = generate(which, asked, to="image", seed=SEED, temperature=1.0, top_k=300)
         drawn[name] = [picture.raw for picture in made]
     path = draw_grid(
         [real, drawn[MOT], drawn[DENSE]],
@@ -130,13 +130,17 @@ def _generate(model, dense, corpus, out: Path):
 
 
 def _held_out_examples(corpus, number: int):
-    """Half of them concepts never seen, half known concepts in a drawing never seen."""
+    """Half of them concepts never seen, half known concepts in a drawing never seen; no caption twice."""
     import numpy as np
 
     generator = np.random.default_rng(SEED)
     chosen = []
     for split in ("test", "drawing"):
-        found = list(corpus.examples(split, languages=("en",), having=("text", "image")))
+        by_caption = {
+            tuple(example.text): example
+            for example in corpus.examples(split, languages=("en",), having=("text", "image"))
+        }
+        found = list(by_caption.values())
         picked = generator.choice(len(found), size=min(number // 2, len(found)), replace=False)
         chosen += [found[index] for index in sorted(picked)]
     return chosen

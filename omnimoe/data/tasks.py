@@ -42,6 +42,12 @@ def alone(scene: Scene) -> list[Span] | None:
     return [scene.own(present[int(scene.random.integers(len(present)))], learned=True)]
 
 
+@register_template("caption_first", needs=("text", "image"))
+def caption_first(scene: Scene) -> list[Span]:
+    """The caption and its picture, all of it learned: more of what a prompt for a picture looks like."""
+    return [scene.own("text", learned=True), scene.own("image", learned=True)]
+
+
 @register_template("name_it", needs=("image", "text"))
 def name_it(scene: Scene) -> list[Span]:
     """A picture; what is it?"""

@@ -25,7 +25,7 @@ from omnimoe.registry import RegistryError
 from omnimoe.tokenizers.base import load_tokenizer
 
 BUILT_IN = (
-    *("alone", "continue_it", "count_them", "draw_it", "name_it", "odd_one_out", "say_it"),
+    *("alone", "caption_first", "continue_it", "count_them", "draw_it", "name_it", "odd_one_out", "say_it"),
     *("tell", "transcribe", "translate", "which_picture", "which_words"),
 )
 
@@ -100,6 +100,8 @@ def test_one_row_templates(corpus: Corpus, ranges: dict[str, TokenRange]) -> Non
     for row, whole, learned in scenes(corpus, ranges, "name_it"):
         assert whole == f"{picture_of(row, ranges)} what is this? {text_of(row)}"
         assert learned == text_of(row)
+    for row, whole, learned in scenes(corpus, ranges, "caption_first"):
+        assert whole == learned == f"{text_of(row)}{picture_of(row, ranges)}"
     for row, whole, learned in scenes(corpus, ranges, "draw_it"):
         assert whole == f"draw: {text_of(row)}{picture_of(row, ranges)}"
         assert learned == picture_of(row, ranges)
