@@ -225,7 +225,8 @@ def test_batches_of_a_mixture(corpus: Corpus, ranges: dict[str, TokenRange]) -> 
             for number in range(int(batch["segment_ids"][row].max()) + 1):
                 at = batch["segment_ids"][row] == number
                 assert batch["labels"][row][at][0] == -100
-                assert (batch["labels"][row][at] >= 0).any()
+                # running text may be cut to a single token, which nothing predicts
+                assert (batch["labels"][row][at] >= 0).any() or at.sum() == 1
 
 
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
