@@ -300,16 +300,27 @@ inline __attribute__((always_inline)) void dot_product(
 
 // Products of a number of rows that is known only now; the tile is (rows, kPanel).
 
+constexpr int64_t kRunOfSums = 128;  // units that are added up before they join the rest: shorter sums round less
+
 template <class T, bool Fetch = false, int R = kMostRows>
 void panel_tile(int64_t rows, const typename Scheme<T>::Unit* left, int64_t row_step, int64_t unit_step,
                 const typename Scheme<T>::Unit* panel, int64_t count, Accumulator<T>* tile, Ahead ahead = {}) {
   if constexpr (R > 1)
     if (rows < R) return panel_tile<T, Fetch, R - 1>(rows, left, row_step, unit_step, panel, count, tile, ahead);
   typename Lanes<Accumulator<T>>::Vector sums[R][2];
-  panel_product<T, R, Fetch>(left, row_step, unit_step, panel, count, ahead, sums);
-  for (int i = 0; i < R; ++i) {
-    store(tile + i * kPanel<T>, sums[i][0]);
-    store(tile + i * kPanel<T> + kLanes<T>, sums[i][1]);
+  for (int64_t start = 0; start == 0 || start < count; start += kRunOfSums) {
+    panel_product<T, R, Fetch>(left + start * unit_step, row_step, unit_step, panel + start * kPanel<T>,
+                               least(kRunOfSums, count - start), ahead, sums);
+    if constexpr (Fetch) ahead = {ahead.low + kRunOfSums * 64, ahead.high + kRunOfSums * 64};
+    for (int i = 0; i < R; ++i) {
+      Accumulator<T>* to = tile + i * kPanel<T>;
+      if (start) {
+        sums[i][0] += load(to);
+        sums[i][1] += load(to + kLanes<T>);
+      }
+      store(to, sums[i][0]);
+      store(to + kLanes<T>, sums[i][1]);
+    }
   }
 }
 
