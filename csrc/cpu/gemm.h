@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 
+#include "buffers.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -88,8 +89,8 @@ constexpr int64_t units(int64_t depth) {
 // Memory for one thread, that a loop takes pieces of.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : data_(static_cast<char*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64 + 64))) {}
-  ~Scratch() { std::free(data_); }
+  explicit Scratch(int64_t bytes) : data_(static_cast<char*>(take_buffer(bytes + 64))) {}
+  ~Scratch() { give_buffer(data_); }
   Scratch(const Scratch&) = delete;
   void reset() { used_ = 0; }
   template <class U>

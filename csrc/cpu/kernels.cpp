@@ -346,8 +346,10 @@ void scatter_product(const ExpertsMLP& a, const Rows& x, int64_t depth, const Ba
   using Unit = typename Scheme<T>::Unit;
   constexpr bool is_wide = sizeof(T) == sizeof(A);
   const int64_t panels = ceil_div(a.hidden, kPanel<T>);
+  // as many panels at once as leave no thread waiting for more than a tenth of the time
   int64_t at_once = least(panels, kPanelsAtOnce);
-  while (at_once > 1 && ceil_div(panels, at_once) < 2 * a.threads.count) at_once /= 2;
+  const auto slowest = [&] { return ceil_div(ceil_div(panels, at_once), a.threads.count) * at_once; };
+  while (at_once > 1 && 10 * slowest() * a.threads.count > 11 * panels) at_once /= 2;
   const int64_t own = at_once * kPanel<T>;
   const int64_t bytes = scratch_bytes<T>(depth, is_transposed) + (is_wide ? 0 : a.tokens * own * sizeof(A)) + 256;
   for_each_task(a.threads, ceil_div(panels, at_once), bytes, [&](int64_t task, Scratch& scratch) {

@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor> experts_mlp(const Tensor& x, const Tensor& w_in, cons
                                        int64_t activation, bool keep) {
   Experts e = experts_of(x, w_in, w_out, offsets, token_index, weights, activation);
   Tensor out = torch::stable::new_zeros(x, {e.call.tokens, e.call.hidden});
-  Tensor z = torch::stable::new_empty(x, {keep ? e.rows : 0, e.w_in.size(1)});
+  Tensor z = keep ? kept_like(x, {e.rows, e.w_in.size(1)}) : torch::stable::new_empty(x, {0, e.w_in.size(1)});
   if (keep) zero_from(z, last_end(e.call.groups));
   e.call.out = out.mutable_data_ptr();
   e.call.z = keep ? z.mutable_data_ptr() : nullptr;
