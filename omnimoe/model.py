@@ -27,6 +27,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
+import omnimoe.experts_interface  # noqa: F401 - registers a name with transformers
 from omnimoe.attend import attention_function, xformers_attention
 from omnimoe.backbone import Backbone, Block
 from omnimoe.inputs import (
