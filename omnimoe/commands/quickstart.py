@@ -208,7 +208,7 @@ def _report(out: Path, comparison, splits, settings, pictures, texts, sound, rou
     report.text(
         "Top: the real pictures after the tokenizer and back, the best a model over these 64 tokens could draw. The "
         "left half are concepts that were never seen, the right half known concepts in a drawing that was never seen. "
-        "After this little training expect blobs of a plausible colour, and digits that begin to look like digits."
+        "After this little training expect blobs of a plausible colour."
     )
     report.picture(pictures, "real and generated pictures for held-out captions")
     report.heading("Names for held-out pictures")

@@ -211,11 +211,7 @@ def scaled_dot_product(
 
 
 def _is_faster_unfused(query: Tensor, key: Tensor) -> bool:
-    """Whether this is training in bfloat16 on a CPU over short rows: the fused kernel's backward is slow there.
-
-    On a Zen 4 core, 6 heads of 32, forward and backward took 4 times as long fused as in plain operations for rows of
-    128, 1.7 times for 256, and about as long for 512.
-    """
+    """Whether this is training in bfloat16 on a CPU over short rows: the fused kernel's backward is slow there."""
     is_trained = torch.is_grad_enabled() and query.requires_grad
     return is_trained and query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= 256
 
