@@ -1,4 +1,4 @@
-// The ops on CPU tensors: checks that keep every access within its tensor, then a call of the kernels.
+// The ops on CPU tensors, whose schemas are in omnimoe/ops/_library.py: checks that keep every access within its tensor, then a call of the kernels.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -202,7 +202,9 @@ Experts experts_of(const Tensor& x_, const Tensor& w_in_, const Tensor& w_out_, 
 
 std::tuple<Tensor, Tensor> experts_mlp(const Tensor& x, const Tensor& w_in, const Tensor& w_out, const Tensor& offsets,
                                        const std::optional<Tensor>& token_index, const std::optional<Tensor>& weights,
-                                       int64_t activation, bool keep) {
+                                       const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out,
+                                       int64_t activation, bool interleaved, bool keep) {
+  STD_TORCH_CHECK(!b_in && !b_out && !interleaved, "biases and interleaved gates are not there");
   Experts e = experts_of(x, w_in, w_out, offsets, token_index, weights, activation);
   Tensor out = torch::stable::new_zeros(x, {e.call.tokens, e.call.hidden});
   Tensor z = keep ? kept_like(x, {e.rows, e.w_in.size(1)}) : torch::stable::new_empty(x, {0, e.w_in.size(1)});
@@ -213,10 +215,12 @@ std::tuple<Tensor, Tensor> experts_mlp(const Tensor& x, const Tensor& w_in, cons
   return {out, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> experts_mlp_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_mlp_backward(
     const Tensor& grad_, const Tensor& x, const Tensor& z_, const Tensor& w_in, const Tensor& w_out,
     const Tensor& offsets, const std::optional<Tensor>& token_index, const std::optional<Tensor>& weights,
-    int64_t activation) {
+    const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out, int64_t activation, bool interleaved) {
+  STD_TORCH_CHECK(!b_in && !b_out && !interleaved, "biases and interleaved gates are not there");
+  const Tensor none = torch::stable::new_empty(x, {0});
   Experts e = experts_of(x, w_in, w_out, offsets, token_index, weights, activation);
   const Tensor grad = torch::stable::contiguous(grad_), z = torch::stable::contiguous(z_);
   check_type(grad, x, "grad");
@@ -229,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_mlp_backward(
   const auto like = std::make_optional(is_double ? ScalarType::Double : ScalarType::Float);
   if (!e.rows || !e.call.hidden || !e.call.width)
     return {torch::stable::new_zeros(x, x.sizes()), torch::stable::new_zeros(x, w_in.sizes()),
-            torch::stable::new_zeros(x, w_out.sizes()), torch::stable::new_zeros(x, {weights ? e.rows : 0}, like)};
+            torch::stable::new_zeros(x, w_out.sizes()), torch::stable::new_zeros(x, {weights ? e.rows : 0}, like), none, none};
   Tensor grad_in = kept_like(x, {w_in.size(0), w_in.size(1), w_in.size(2)});
   Tensor grad_out = kept_like(x, {w_out.size(0), w_out.size(1), w_out.size(2)});
   Tensor grad_x = torch::stable::new_zeros(x, {e.call.tokens, e.call.hidden});
@@ -237,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_mlp_backward(
   e.call.z = const_cast<void*>(z.const_data_ptr());
   kernels().experts_mlp_backward({e.call, grad.const_data_ptr(), grad_x.mutable_data_ptr(), grad_in.mutable_data_ptr(),
                                   grad_out.mutable_data_ptr(), weights ? grad_weights.mutable_data_ptr() : nullptr});
-  return {grad_x, grad_in, grad_out, grad_weights};
+  return {grad_x, grad_in, grad_out, grad_weights, none, none};
 }
 
 }  // namespace

@@ -81,10 +81,8 @@ def check_backend(name: str) -> None:
 @torch.compiler.assume_constant_result
 def missing_kernels() -> str:
     """Why there are no compiled CPU kernels; empty where there are."""
-    found = extension()
-    if not found.reason:
-        register()
-    return found.reason
+    register()
+    return extension().reason
 
 
 def choose(op: str, implementations: Sequence[Implementation], *operands: Any) -> Callable[..., Any]:

@@ -36,7 +36,7 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 SETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")}
 """Instruction set to the flags that ``cpu/kernels.cpp`` is compiled with for it; each is an object of its own."""
-SOURCES = ("library.cpp", "cpu/ops.cpp", "cpu/buffers.cpp", "cpu/dispatch.cpp")
+SOURCES = ("cpu/ops.cpp", "cpu/buffers.cpp", "cpu/dispatch.cpp")
 """Compiled once, without flags of an instruction set."""
 MACHINES = ("x86_64", "amd64")
 
@@ -136,7 +136,7 @@ def library_name() -> str:
         raise BuildError(f"the CPU kernels are for x86-64 under Linux, this is {platform.system()} on {machine}")
     digest = hashlib.sha256(repr((FLAGS, sorted(SETS.items()), machine, platform.system())).encode())
     folder = source_folder()
-    for file in sorted(file for file in folder.rglob("*") if file.suffix in (".cpp", ".h")):
+    for file in sorted(file for file in (folder / "cpu").rglob("*") if file.suffix in (".cpp", ".h")):
         digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return f"omnimoe_cpu-{digest.hexdigest()[:16]}.so"
 
@@ -149,7 +149,7 @@ def source_folder() -> Path:
     """
     package = Path(__file__).parents[1]
     for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / "library.cpp").is_file():
+        if (folder / "cpu" / "ops.cpp").is_file():
             return folder
     raise BuildError("the C++ sources are not installed with the package")
 

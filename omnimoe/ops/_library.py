@@ -1,7 +1,7 @@
-"""Shapes and gradients of the compiled ops, whose schemas are in ``csrc/library.cpp``.
+"""The compiled ops: schemas, shapes and gradients. Their kernels are in two libraries, one for CPUs and one for CUDA.
 
-:func:`register` is called once, when the library has been loaded. A second derivative is not offered: the reference
-implementations have one.
+Either library may be missing, so nothing of the ops is defined there: a library only adds kernels for its device. A
+second derivative is offered of the products and the sums; of ``experts_mlp`` the reference implementation has one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,32 @@ from torch import Tensor
 
 OPS = torch.ops.omnimoe
 
+SCHEMAS = (
+    # Rows in group order times the matrix of their group: x (R, D) and weight (G, F, D), or (G, D, F) where
+    # transposed. With row_index, output row r is made of row row_index[r] of x. Rows past the last offset are zeros.
+    "grouped_mm(Tensor x, Tensor weight, Tensor offsets, Tensor? bias=None, Tensor? row_index=None, "
+    "bool transposed=False) -> Tensor",
+    # The gradient of a bank: grad (R, F) and x (R, D), or rows of either by index, to (G, F, D).
+    "grouped_wgrad(Tensor grad, Tensor x, Tensor offsets, Tensor? grad_index=None, Tensor? x_index=None) -> Tensor",
+    # Stable counting sort of (R,) int64 ids: the ends of the groups (G,) int32; order (R,) int64, the entry that each
+    # sorted row is; and its inverse. Ids below 0 or from G on come last, past the last end.
+    "route_plan(Tensor expert_ids, int num_groups) -> (Tensor offsets, Tensor order, Tensor inverse)",
+    # Rows of x (R, ...) by index (S,); zeros where filled (S,) is false.
+    "gather_rows(Tensor x, Tensor index, Tensor? filled) -> Tensor",
+    # out[t] = sum of weights[order[i]] * y[order[i]] over offsets[t-1] <= i < offsets[t], in this order, in float32
+    # (float64 for it), rounded once. order is a permutation of the rows; weights (R,) are float32, or float64.
+    "sum_rows(Tensor y, Tensor offsets, Tensor order, Tensor? weights) -> Tensor",
+    # The network of each group over rows x[token_index], summed by token with weights; and, where kept, the
+    # pre-activations z (R, 2F or F), with the bias and in the order of w_in's rows. w_in is (G, 2F, D), the gate's rows
+    # first or, interleaved, every other one; w_out (G, D, F); weights are float32, or float64 for it.
+    "experts_mlp(Tensor x, Tensor w_in, Tensor w_out, Tensor offsets, Tensor? token_index, Tensor? weights, "
+    "Tensor? b_in, Tensor? b_out, int activation, bool interleaved, bool keep) -> (Tensor, Tensor)",
+    # The gradients of x, w_in, w_out, weights, b_in and b_out; the last three are (0,) for what is not there.
+    "experts_mlp_backward(Tensor grad, Tensor x, Tensor z, Tensor w_in, Tensor w_out, Tensor offsets, "
+    "Tensor? token_index, Tensor? weights, Tensor? b_in, Tensor? b_out, int activation, bool interleaved) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
 
 def _grouped_mm_shape(x, weight, offsets, bias=None, row_index=None, transposed=False):
     rows = x.shape[0] if row_index is None else row_index.shape[0]
@@ -24,19 +50,38 @@ def _grouped_wgrad_shape(grad, x, offsets, grad_index=None, x_index=None):
     return x.new_empty(offsets.shape[0], grad.shape[1], x.shape[1])
 
 
-def _experts_mlp_shape(x, w_in, w_out, offsets, token_index, weights, activation, keep):
+def _route_plan_shape(expert_ids, num_groups):
+    return (
+        expert_ids.new_empty(num_groups, dtype=torch.int32),
+        expert_ids.new_empty(expert_ids.shape),
+        expert_ids.new_empty(expert_ids.shape),
+    )
+
+
+def _gather_rows_shape(x, index, filled):
+    return x.new_empty(index.shape[0], *x.shape[1:])
+
+
+def _sum_rows_shape(y, offsets, order, weights):
+    return y.new_empty(offsets.shape[0], y.shape[1])
+
+
+def _experts_mlp_shape(x, w_in, w_out, offsets, token_index, weights, b_in, b_out, activation, interleaved, keep):
     rows = x.shape[0] if token_index is None else token_index.shape[0]
     return x.new_empty(x.shape), x.new_empty(rows if keep else 0, w_in.shape[1])
 
 
-def _experts_mlp_backward_shape(grad, x, z, w_in, w_out, offsets, token_index, weights, activation):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = 0 if weights is None else z.shape[0]
+def _experts_mlp_backward_shape(
+    grad, x, z, w_in, w_out, offsets, token_index, weights, b_in, b_out, activation, interleaved
+):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty(x.shape),
         w_in.new_empty(w_in.shape),
         w_out.new_empty(w_out.shape),
-        x.new_empty(rows, dtype=dtype),
+        x.new_empty(0 if weights is None else z.shape[0], dtype=wide),
+        x.new_empty(0 if b_in is None else b_in.shape),
+        x.new_empty(0 if b_out is None else b_out.shape),
     )
 
 
@@ -64,37 +109,43 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _keep_experts_mlp(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, w_in, w_out, offsets, token_index, weights, activation, keep = inputs
-    if keep:
-        ctx.activation = activation
-        ctx.save_for_backward(x, output[1], w_in, w_out, offsets, token_index, weights)
+    x, w_in, w_out, offsets, token_index, weights, b_in, b_out, ctx.activation, ctx.interleaved, keep = inputs
+    z = output[1] if keep else None
+    ctx.save_for_backward(x, z, w_in, w_out, offsets, token_index, weights, b_in, b_out)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _experts_mlp_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 8
-    saved = ctx.saved_tensors
-    if not saved:
-        raise RuntimeError("experts_mlp kept no pre-activations; call it with keep=True where gradients are wanted")
-    x, z, w_in, w_out, offsets, token_index, weights = saved
-    found = OPS.experts_mlp_backward(grad, x, z, w_in, w_out, offsets, token_index, weights, ctx.activation)
-    grad_x, grad_in, grad_out, grad_weights = found
-    return grad_x, grad_in, grad_out, None, None, None if weights is None else grad_weights, None, None
+        return (None,) * 11
+    x, z, w_in, w_out, offsets, token_index, weights, b_in, b_out = ctx.saved_tensors
+    if z is None:  # not kept: made again, by the product that made it
+        z = OPS.grouped_mm(x, w_in, offsets, b_in, token_index)
+    rest = (token_index, weights, b_in, b_out, ctx.activation, ctx.interleaved)
+    grad_x, grad_in, grad_out, *others = OPS.experts_mlp_backward(grad, x, z, w_in, w_out, offsets, *rest)
+    optional = (None if part is None else found for part, found in zip((weights, b_in, b_out), others, strict=True))
+    return grad_x, grad_in, grad_out, None, None, *optional, None, None, None
 
 
 @functools.cache
-def register() -> None:
-    """Tells PyTorch the shapes and gradients of the ops."""
+def register() -> torch.library.Library:
+    """Defines the ops, and tells PyTorch their shapes and gradients; once in a process, before a library is used."""
+    library = torch.library.Library("omnimoe", "DEF")
+    for schema in SCHEMAS:
+        library.define(schema)
     shapes = {
         "grouped_mm": _grouped_mm_shape,
         "grouped_wgrad": _grouped_wgrad_shape,
+        "route_plan": _route_plan_shape,
+        "gather_rows": _gather_rows_shape,
+        "sum_rows": _sum_rows_shape,
         "experts_mlp": _experts_mlp_shape,
         "experts_mlp_backward": _experts_mlp_backward_shape,
     }
     for name, shape in shapes.items():
-        torch.library.register_fake(f"omnimoe::{name}")(shape)
+        torch.library.register_fake(f"omnimoe::{name}", shape, lib=library)
     gradient = torch.library.register_autograd
-    gradient("omnimoe::grouped_mm", _grouped_mm_backward, setup_context=_keep_grouped_mm)
-    gradient("omnimoe::experts_mlp", _experts_mlp_backward, setup_context=_keep_experts_mlp)
+    gradient("omnimoe::grouped_mm", _grouped_mm_backward, setup_context=_keep_grouped_mm, lib=library)
+    gradient("omnimoe::experts_mlp", _experts_mlp_backward, setup_context=_keep_experts_mlp, lib=library)
+    return library  # which undoes everything when it is freed

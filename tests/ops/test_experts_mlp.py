@@ -193,7 +193,7 @@ def test_the_compiled_network_keeps_its_input_and_the_pre_activations_alone(comp
 def test_without_gradients_nothing_is_kept(compiled):
     (x, into, down, weights), _, token_index = drawn((3, 2), 4, 8, 6, dtype=torch.float32)
     with torch.no_grad():
-        given_ = (x, into, down, ends((3, 2)), token_index, weights, 0)
+        given_ = (x, into, down, ends((3, 2)), token_index, weights, None, None, 0, False)
         out, z = torch.ops.omnimoe.experts_mlp(*given_, False)
         again, kept = torch.ops.omnimoe.experts_mlp(*given_, True)
     assert z.numel() == 0
@@ -235,11 +235,24 @@ def test_opcheck(compiled):
 
     (x, into, down, weights), _, token_index = drawn((3, 0, 4), 5, 8, 6, dtype=torch.float32)
     offsets = ends((3, 0, 4))
-    opcheck(torch.ops.omnimoe.experts_mlp.default, (x, into, down, offsets, token_index, weights, 0, True))
+    opcheck(
+        torch.ops.omnimoe.experts_mlp.default,
+        (x, into, down, offsets, token_index, weights, None, None, 0, False, True),
+    )
     with torch.no_grad():
-        _, z = torch.ops.omnimoe.experts_mlp(x, into, down, offsets, token_index, weights, 0, True)
+        _, z = torch.ops.omnimoe.experts_mlp(x, into, down, offsets, token_index, weights, None, None, 0, False, True)
         grad = torch.randn_like(x)
-    inputs = (grad, *(part.detach() for part in (x, z, into, down)), offsets, token_index, weights.detach(), 0)
+    inputs = (
+        grad,
+        *(part.detach() for part in (x, z, into, down)),
+        offsets,
+        token_index,
+        weights.detach(),
+        None,
+        None,
+        0,
+        False,
+    )
     opcheck(torch.ops.omnimoe.experts_mlp_backward.default, inputs)
     matrices = torch.randn(3, 8, 6, requires_grad=True)
     opcheck(torch.ops.omnimoe.grouped_mm.default, (x, matrices, offsets, None, token_index, True))
@@ -296,6 +309,6 @@ def test_the_compiled_op_itself_never_reads_outside_of_its_operands(compiled):
     ]
     for *operands, message in wrong:
         with pytest.raises(RuntimeError, match=message):
-            op(*(part.detach() for part in operands), 0, True)
+            op(*(part.detach() for part in operands), None, None, 0, False, True)
     with pytest.raises(RuntimeError, match="unknown activation 9"):
-        op(x, into, down, offsets, token_index, weights, 9, True)
+        op(x, into, down, offsets, token_index, weights, None, None, 9, False, True)

@@ -25,6 +25,6 @@ def experts_mlp(
     given = [part for part in (x, gate_up_proj, down_proj, weights) if part is not None]
     keep = torch.is_grad_enabled() and any(part.requires_grad for part in given)
     out, _ = torch.ops.omnimoe.experts_mlp(
-        x, gate_up_proj, down_proj, offsets, token_index, weights, CODES[activation], keep
+        x, gate_up_proj, down_proj, offsets, token_index, weights, None, None, CODES[activation], False, keep
     )
     return out
