@@ -3,7 +3,7 @@
 #pragma once
 
 #include <bit>
-#include <cmath>
+#include <math.h>
 #include <type_traits>
 
 #include "core.h"
@@ -17,6 +17,8 @@
 #define __grid_constant__
 #define __cluster_dims__(...)
 #define __align__(n) alignas(n)
+using std::max;
+using std::min;
 
 #define threadIdx (::emulator::self().index)
 #define blockIdx (::emulator::self().block().index)
