@@ -1,0 +1,16 @@
+// The ops of csrc/cuda as they are, over the emulator: a library of kernels for CPU tensors, in a namespace of its own
+// (-DOMNIMOE_LIBRARY=...) or in omnimoe's.
+#define OMNIMOE_EMULATOR 1
+#include "grouped_mm.cu"
+#include "hidden.cu"
+#include "hidden_backward.cu"
+#include "ops.cpp"
+#include "plan.cu"
+#include "rows.cu"
+
+// Called through ctypes: how threads take turns, an index of emulator::Order, and a seed for the last one.
+extern "C" __attribute__((visibility("default"))) void set_order(int order, int seed) {
+  emulator::machine.order = emulator::Order(order);
+  emulator::machine.random.seed(unsigned(seed));
+}
+extern "C" __attribute__((visibility("default"))) long launches() { return long(emulator::machine.launches); }
