@@ -29,7 +29,7 @@ PACKAGE_DATA = {
     "omnimoe.data": ["*.md", "shipped/**"],
     "omnimoe.tokenizers": ["*.md", "weights/**"],
     "omnimoe.zoo": ["**/README.md", "**/weights/**"],
-    "omnimoe.csrc": ["**/*.cpp", "**/*.h"],
+    "omnimoe.csrc": ["**/*.cpp", "**/*.cu", "**/*.h"],
 }
 
 
