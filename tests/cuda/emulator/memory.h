@@ -20,6 +20,9 @@ inline void announce(const void* data, size_t bytes, bool is_writable, const std
   Buffer& buffer = buffers[reinterpret_cast<uintptr_t>(data)];
   const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
   buffer = {std::max(buffer.end, end), is_writable || buffer.is_writable, name};
+  // what was announced within may have been freed since, and its memory taken for this one
+  for (auto stale = buffers.upper_bound(reinterpret_cast<uintptr_t>(data)); stale != buffers.end() && stale->first < end;)
+    stale = buffers.erase(stale);
 }
 inline void forget_buffers() { buffers.clear(); }
 
