@@ -236,8 +236,12 @@ def interleave(
         return sample(model, part, own, sampling, stops=stops, longest=most, streamer=streamer, **options)
 
     def read(ids: Tensor) -> list[Generated]:
-        whole = [span for span in read_spans(ids, config) if span.is_whole or loaded[span.modality].num_tokens is None]
-        return [decoded(span.modality, span.ids, loaded[span.modality]) for span in whole]
+        found = [(span, loaded[span.modality]) for span in read_spans(ids, config)]
+        return [
+            decoded(span.modality, span.ids, tokenizer)
+            for span, tokenizer in found
+            if span.is_whole or (tokenizer.num_tokens is None and len(span.ids) >= tokenizer.frame_size)
+        ]
 
     found: list[list[Generated]] = []
     for start in range(0, len(rows), batch_size):
@@ -283,6 +287,10 @@ def _check_counts(num_samples: int, drawn: int, batch_size: int, steps: int, lon
 
 def _longest(config: OmniMoeConfig, to: str, asked: int | None) -> int:
     held = config.modalities[config.modality_names.index(to)]
+    if held.num_tokens is None and held.frame_size > 1:
+        if asked is not None and asked < held.frame_size:
+            raise GenerationError(f"a frame of {to} has {held.frame_size} tokens, so max_new_tokens cannot be {asked}")
+        return (asked or max(LONGEST_SPAN, held.frame_size)) // held.frame_size * held.frame_size
     if held.num_tokens is None:
         return asked if asked is not None else LONGEST_TEXT if held.begin_id is None else LONGEST_SPAN
     if asked not in (None, held.num_tokens):

@@ -182,6 +182,7 @@ class OmniMoeConfig(PreTrainedConfig):
                     begin_id=modality.begin_id,
                     end_id=modality.end_id,
                     num_tokens=modality.num_tokens,
+                    frame_size=modality.frame_size,
                 )
                 start = first + modality.vocab_size
         return ranges

@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_refused(model, tokenizers, document, to, options, 
 @pytest.mark.parametrize(
     ("config", "to", "message"),
     [
-        (DENSE, "image", "has 1000 ids and spans of 64 tokens, the model 12 and 4"),
+        (DENSE, "image", "has 1000 ids, spans of 64 tokens and frames of 1, the model 12, 4 and 1"),
         (CONFIG.replace(mask="bidirectional"), "image", "only causal models"),
         (CONFIG.replace(mask="block_causal", bidirectional_modalities=("image",)), "image", "both directions"),
         (DECLARATIONS["transfusion"], "latent", "cannot be laid out without num_tokens"),

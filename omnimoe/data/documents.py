@@ -4,8 +4,9 @@ A document is ``<bos> span ... span <eos>``. A text span is its ids; a picture o
 markers. Markers belong to the group of text, because what decides them is text-like: whether a picture comes next.
 
 Positions have three axes, time, row and column. Every token advances time by one, tokens of a picture too, so that a
-document of n tokens has times 0..n-1. Row and column equal the time, except inside a picture that starts at time s: the
-cell (r, c) has row s + r and column s + c. This differs from Qwen2-VL, whose pictures stand still in time.
+document of n tokens has times 0..n-1. Row and column equal the time, except inside a picture or video that starts at
+time s: the cell (r, c) of a frame has row s + r and column s + c. This differs from Qwen2-VL, whose pictures stand
+still in time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,15 +24,12 @@ from torch import Tensor
 from omnimoe.data.corpus import MODALITIES, Corpus, Example
 from omnimoe.data.splits import SPLITS
 from omnimoe.modalities.vocabulary import TokenRange
+from omnimoe.tokenizers.base import MARKERS, SHIPPED, Tokenizer, load_tokenizer
 from omnimoe.tokenizers.text import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS
-
-if TYPE_CHECKING:
-    from omnimoe.tokenizers.base import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 IGNORE = -100
-_MARKERS = {"image": ("<image>", "</image>"), "speech": ("<speech>", "</speech>")}
 
 
 class SequenceError(ValueError):
@@ -67,7 +65,8 @@ def default_ranges(
 
     Args:
         corpus: take sizes from it; None for the sizes of the shipped tokenizers.
-        modalities: those wanted, text among them, in the order of the vocabulary.
+        modalities: those wanted, text among them, in the order of the vocabulary; ``"video"`` too where there is no
+            corpus.
         tokenizers: modality to tokenizer, to take sizes from where there is no corpus.
 
     Returns:
@@ -76,23 +75,29 @@ def default_ranges(
     Raises:
         SequenceError: if text is missing or a name is unknown.
     """
-    if "text" not in modalities or any(name not in MODALITIES for name in modalities):
-        raise SequenceError(f"modalities must be text and others of {', '.join(MODALITIES)}, got {tuple(modalities)!r}")
+    known = MODALITIES if corpus is not None else tuple(SHIPPED)
+    if "text" not in modalities or any(name not in known for name in modalities):
+        raise SequenceError(f"modalities must be text and others of {', '.join(known)}, got {tuple(modalities)!r}")
     if corpus is not None:
         sizes, lengths = corpus.vocab_sizes, dict(corpus.meta["num_tokens"])
+        frames = dict(corpus.meta.get("frame_sizes", {}))  # corpora of older versions do not say
     else:
-        from omnimoe.data.tokenize import TOKENIZERS
-        from omnimoe.tokenizers.base import load_tokenizer
-
         given = tokenizers or {}
-        loaded = {name: given[name] if name in given else load_tokenizer(TOKENIZERS[name]) for name in modalities}
+        loaded = {name: given[name] if name in given else load_tokenizer(SHIPPED[name]) for name in modalities}
         sizes = {name: tokenizer.vocab_size for name, tokenizer in loaded.items()}
         lengths = {name: tokenizer.num_tokens for name, tokenizer in loaded.items()}
+        frames = {name: tokenizer.frame_size for name, tokenizer in loaded.items()}
     ranges, start = {}, 0
     for name in sorted(modalities, key=lambda name: name != "text"):
-        begin, end = (SPECIAL_TOKENS.index(marker) for marker in _MARKERS[name]) if name in _MARKERS else (None, None)
+        begin, end = (SPECIAL_TOKENS.index(marker) for marker in MARKERS[name]) if name in MARKERS else (None, None)
         ranges[name] = TokenRange(
-            name=name, start=start, size=sizes[name], begin_id=begin, end_id=end, num_tokens=lengths[name]
+            name=name,
+            start=start,
+            size=sizes[name],
+            begin_id=begin,
+            end_id=end,
+            num_tokens=lengths[name],
+            frame_size=frames.get(name, 1),
         )
         start += sizes[name]
     return ranges
@@ -334,7 +339,7 @@ def lay_out(
         bos_id: row that begins the document; None for none.
         eos_id: row that ends it; None leaves it open, as a prompt is.
         opened: modality whose begin marker comes last; one without markers opens by itself.
-        grids: rows and columns of modalities with positions in space.
+        grids: rows and columns of a picture, or of each frame of a video, by modality.
 
     Returns:
         The piece.
@@ -358,15 +363,15 @@ def lay_out(
         held = ranges[name]
         mark(held.begin_id)
         if held.begin_id is not None and grids and name in grids:
-            pictures.append((len(ids), len(local), grids[name][1]))
+            pictures.append((len(ids), len(local), *grids[name]))
         ids.extend((np.asarray(local, dtype=np.int64) + held.start).tolist())
         numbers.extend([number_of[name]] * len(local))
         mark(held.end_id)
     mark(ranges[opened].begin_id if opened else None)
     mark(eos_id)
     positions = _running_positions(len(ids))
-    for start, count, columns in pictures:
-        cells = np.arange(count)
+    for start, count, rows, columns in pictures:
+        cells = np.arange(count) % (rows * columns)
         positions[start : start + count, 1] = start + cells // columns
         positions[start : start + count, 2] = start + cells % columns
     return Piece(ids=np.array(ids, np.int64), modality_ids=np.array(numbers, np.int64), positions=positions)

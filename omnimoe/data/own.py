@@ -141,6 +141,10 @@ def _filed(document: Document, store: CorpusStore) -> list[dict[str, Any]]:
         elif modality == "image":
             picture = raw if isinstance(raw, Image.Image) else Image.fromarray(raw)
             spans.append({"image": store.picture(to_square(picture, store.side))})
+        elif modality == "video":
+            raise DocumentError(
+                f"{document.where}: a built corpus holds no video; read the source with omnimoe.data.StreamedSequences"
+            )
         else:
             index = store.clip(to_clip(*raw))
             if index < 0:

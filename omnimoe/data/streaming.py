@@ -31,9 +31,8 @@ from omnimoe.data.documents import (
 )
 from omnimoe.data.readers.base import Document, DocumentError, Item, decode
 from omnimoe.data.stream import DocumentStream, StreamError
-from omnimoe.data.tokenize import TOKENIZERS
 from omnimoe.modalities.vocabulary import TokenRange
-from omnimoe.tokenizers.base import Tokenizer, TokenizerError, load_tokenizer
+from omnimoe.tokenizers.base import SHIPPED, Tokenizer, TokenizerError, load_tokenizer
 from omnimoe.tokenizers.text import BOS_ID, EOS_ID, PAD_ID
 
 logger = logging.getLogger(__name__)
@@ -77,7 +76,8 @@ class StreamedSequences(IterableDataset[dict[str, Tensor]]):
         stream: the documents. It is this object's own from here on; take the state from here.
         ranges: modality to its range of the vocabulary; None for :func:`omnimoe.data.default_ranges` of the tokenizers.
             Spans of other modalities are left out.
-        tokenizers: modality to tokenizer; those missing are the shipped ones.
+        tokenizers: modality to tokenizer; those missing are the shipped ones. Without ranges, video is told only where
+            its tokenizer is given.
         sequence_length: T.
         batch_size: B, of one taker.
         axes: 3 or 1 position axes.
@@ -104,9 +104,12 @@ class StreamedSequences(IterableDataset[dict[str, Tensor]]):
         axes: int = 3,
     ) -> None:
         check_sizes(sequence_length, batch_size, axes)
-        names = [name for name in (ranges or MODALITIES) if name in MODALITIES]
-        self.tokenizers = {name: (tokenizers or {}).get(name) or load_tokenizer(TOKENIZERS[name]) for name in names}
-        self.ranges = dict(ranges or default_ranges(tokenizers=self.tokenizers))
+        given = tokenizers or {}
+        names = list(ranges) if ranges else [name for name in SHIPPED if name in MODALITIES or name in given]
+        self.tokenizers = {
+            name: given.get(name) or load_tokenizer(SHIPPED[name]) for name in names if name in given or name in SHIPPED
+        }
+        self.ranges = dict(ranges or default_ranges(modalities=names, tokenizers=self.tokenizers))
         if "text" not in self.ranges:
             raise SequenceError(f"ranges have no 'text', only {', '.join(self.ranges)}; it holds the markers")
         for name, tokenizer in self.tokenizers.items():

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from omnimoe.data.corpus import FORMAT, PARTS, CorpusError
+from omnimoe.data.corpus import FORMAT, MODALITIES, PARTS, CorpusError
 from omnimoe.data.splits import SPLITS, LeakError, check_leaks
-from omnimoe.tokenizers.base import Tokenizer, load_tokenizer
+from omnimoe.tokenizers.base import SHIPPED, Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-TOKENIZERS = {"text": "text", "image": "picture", "speech": "speech"}
+TOKENIZERS = {name: SHIPPED[name] for name in MODALITIES}
 LANGUAGES = ("en", "de", "es", "fr", "it", "nl", "pt")
 
 
@@ -162,6 +162,7 @@ def _meta(
         "topics": names["topics"],
         "vocab_sizes": {modality: int(tokenizer.vocab_size) for modality, tokenizer in tokenizers.items()},
         "num_tokens": {modality: tokenizer.num_tokens for modality, tokenizer in tokenizers.items()},
+        "frame_sizes": {modality: tokenizer.frame_size for modality, tokenizer in tokenizers.items()},
         "grids": {modality: list(tokenizer.grid) for modality, tokenizer in tokenizers.items() if tokenizer.grid},
         "units_per_second": getattr(tokenizers["speech"], "units_per_second", None),
         "rows": len(rows),

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from omnimoe.data.documents import lay_out
-from omnimoe.data.tokenize import TOKENIZERS
 from omnimoe.generation.media import GenerationError
 from omnimoe.layers.masks import is_causal_rule
 from omnimoe.modalities import TokenRange
 from omnimoe.model import OmniMoeConfig
 from omnimoe.spans import position_axes
-from omnimoe.tokenizers import Tokenizer, load_tokenizer
+from omnimoe.tokenizers import SHIPPED, Tokenizer, load_tokenizer
 
 Document = Mapping[str, Any] | Sequence[tuple[str, Any]]
 """Modality and raw input, in order: ``{"text": "a red apple"}`` or ``[("text", "a red"), ("image", pixels)]``."""
@@ -138,7 +137,7 @@ def shipped_tokenizer(config: OmniMoeConfig, name: str) -> str | None:
     part = config.modalities[config.modality_names.index(name)]
     if not part.is_discrete:
         return CONTINUOUS.get(name)
-    return PICTURES.get(part.num_tokens or 0, TOKENIZERS[name]) if name == "image" else TOKENIZERS.get(name)
+    return PICTURES.get(part.num_tokens or 0, SHIPPED[name]) if name == "image" else SHIPPED.get(name)
 
 
 def _check_tokenizer(config: OmniMoeConfig, name: str, tokenizer: Tokenizer) -> None:
@@ -147,10 +146,11 @@ def _check_tokenizer(config: OmniMoeConfig, name: str, tokenizer: Tokenizer) -> 
         what, has, needs = "ids", tokenizer.vocab_size, config.token_ranges[name].size
     else:
         what, has, needs = "channels", tokenizer.channels or 0, getattr(part, "channels", 0)
-    if (has, tokenizer.num_tokens) != (needs, part.num_tokens):
+    if (has, tokenizer.num_tokens, tokenizer.frame_size) != (needs, part.num_tokens, part.frame_size):
         raise GenerationError(
-            f"the tokenizer of {name!r} has {has} {what} and spans of {tokenizer.num_tokens or 'any'} tokens, "
-            f"the model {needs} and {part.num_tokens or 'any'}; pass the one it was trained with"
+            f"the tokenizer of {name!r} has {has} {what}, spans of {tokenizer.num_tokens or 'any'} tokens and frames "
+            f"of {tokenizer.frame_size}, the model {needs}, {part.num_tokens or 'any'} and {part.frame_size}; pass the "
+            "one it was trained with"
         )
 
 
@@ -172,6 +172,7 @@ def layout_ranges(config: OmniMoeConfig) -> dict[str, TokenRange]:
             begin_id=part.begin_id,
             end_id=part.end_id,
             num_tokens=part.num_tokens,
+            frame_size=part.frame_size,
         )
     return found
 

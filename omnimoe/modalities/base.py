@@ -41,6 +41,8 @@ class Modality(nn.Module, Configurable):
         """Token that closes a span."""
         num_tokens: int | None = None
         """Positions of every span, where that is fixed."""
+        frame_size: int = 1
+        """Positions of a frame: a span whose length is free ends after whole frames."""
         loss_weight: float = 1.0
         """Weight of this modality's losses in ``out.loss``."""
         placeholder_id: int | None = None

@@ -20,6 +20,7 @@ class TokenRange:
         begin_id: row of the boundary token that opens a span, or None for the base modality (text), which needs none.
         end_id: row of the boundary token that closes a span, or None.
         num_tokens: length of every span if it is fixed (a picture of 64 tokens), else None.
+        frame_size: a span of free length is a whole number of frames of so many tokens.
     """
 
     name: str
@@ -28,6 +29,7 @@ class TokenRange:
     begin_id: int | None = None
     end_id: int | None = None
     num_tokens: int | None = None
+    frame_size: int = 1
 
     @property
     def stop(self) -> int:

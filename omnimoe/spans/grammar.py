@@ -24,7 +24,8 @@ class SpanProcessor(LogitsProcessor):
     Args:
         config: the model's.
         spans: modalities that may be opened, names of bounded ones; None for all.
-        max_span: longest span of a modality of free length, one number or one by name; then the end token is forced.
+        max_span: longest span of a modality of free length, one number or one by name; then, after the last whole frame
+            within it, the end token is forced.
         temperature: by modality, where one is to differ; logits at its positions are divided by it. Boundary tokens
             after a span's last position count as the span's.
         top_k: by modality: keep so many rows at its positions.
@@ -92,10 +93,13 @@ class SpanProcessor(LogitsProcessor):
             end[held.end_id] = True
             states += [rows[name], rows[name] | end, end]
             longest = max_span.get(name) if isinstance(max_span, Mapping) else max_span
-            limits.append(held.num_tokens or longest or endless)
+            if longest and not held.num_tokens and longest < held.frame_size:
+                raise SpanError(f"max_span of {name} is {longest}, and a frame of it has {held.frame_size} tokens")
+            limits.append(held.num_tokens or (longest or endless) // held.frame_size * held.frame_size)
         self._allowed = torch.stack(states)  # (states, V)
         self._limits = torch.tensor(limits)
         self._is_fixed = torch.tensor([True, *(held.num_tokens is not None for held in bounded.values())])
+        self._frames = torch.tensor([1, *(held.frame_size for held in bounded.values())])
 
     def state(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Where each row of a batch stands; see :meth:`SpanReader.state`."""
@@ -108,9 +112,10 @@ class SpanProcessor(LogitsProcessor):
     def _next(self, group: Tensor, count: Tensor) -> Tensor:
         device = group.device
         self._allowed, self._limits = self._allowed.to(device), self._limits.to(device)
-        self._is_fixed = self._is_fixed.to(device)
+        self._is_fixed, self._frames = self._is_fixed.to(device), self._frames.to(device)
         is_full = count >= self._limits[group]
-        phase = torch.where(is_full, 2, torch.where(self._is_fixed[group] | (count == 0), 0, 1))
+        must_go_on = self._is_fixed[group] | (count == 0) | (count % self._frames[group] > 0)
+        phase = torch.where(is_full, 2, torch.where(must_go_on, 0, 1))
         return self._allowed[torch.where(group == 0, 0, 3 * group - 2 + phase)]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -115,12 +115,13 @@ def span_positions(
     """Rotary positions in time, row and column, read off the ids of whole sequences.
 
     They are those of :func:`omnimoe.data.documents.lay_out`: every token advances time by one; row and column equal the
-    time except inside a span with a grid that starts at time s, where the cell (r, c) has row s + r and column s + c.
+    time except inside a span with a grid that starts at time s, where the cell (r, c) has row s + r and column s + c;
+    the frames of a video follow each other in time and have the same rows and columns.
 
     Args:
         config: the model's.
         input_ids: ``(B, T)`` int64.
-        grids: rows and columns of the modalities with positions in space.
+        grids: rows and columns of a picture, or of each frame of a video, by modality.
         attention_mask: ``(B, T)``, 0 for padding, which may stand in front.
 
     Returns:
@@ -139,13 +140,14 @@ def span_positions(
     group, count = reader.states(input_ids)
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     time = (valid.cumsum(1) - 1).clamp_min(0)
-    columns = torch.tensor([grids[name][1] if name in grids else 0 for name in reader.names]).to(input_ids.device)
-    wide = columns[group]
+    sizes = torch.tensor([tuple(grids.get(name, (0, 0))) for name in reader.names]).to(input_ids.device)
+    tall, wide = sizes[group].unbind(-1)
     # the end token stands after the last cell, in a column of its own
     inside = (wide > 0) & (input_ids != reader.end_rows.to(input_ids.device)[group])
     start, wide = time - count, wide.clamp_min(1)
-    row = torch.where(inside, start + count // wide, time)
-    column = torch.where(inside, start + count % wide, time)
+    cell = count % (tall.clamp_min(1) * wide)
+    row = torch.where(inside, start + cell // wide, time)
+    column = torch.where(inside, start + cell % wide, time)
     return torch.stack((time, row, column), dim=-1)
 
 

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from omnimoe.tokenizers.base import TOKENIZERS, Encoded, Tokenizer, TokenizerError, load_tokenizer, register_tokenizer
+from omnimoe.tokenizers.base import (
+    SHIPPED,
+    TOKENIZERS,
+    Encoded,
+    Tokenizer,
+    TokenizerError,
+    load_tokenizer,
+    register_tokenizer,
+)
 
-__all__ = ["TOKENIZERS", "Encoded", "Tokenizer", "TokenizerError", "load_tokenizer", "register_tokenizer"]
+__all__ = ["SHIPPED", "TOKENIZERS", "Encoded", "Tokenizer", "TokenizerError", "load_tokenizer", "register_tokenizer"]

@@ -31,6 +31,10 @@ MARKERS: dict[str, tuple[str, str]] = {
 """Modality to the names of the markers that open and close its spans; text, which holds the markers, has none."""
 
 
+SHIPPED = {"text": "text", "image": "picture", "speech": "speech", "video": "video"}
+"""Modality to the registered name of the tokenizer that ships for it."""
+
+
 class TokenizerError(ValueError):
     """Raw input that cannot be encoded, ids that cannot be decoded, or a tokenizer file that cannot be read."""
 
@@ -85,7 +89,8 @@ class Tokenizer(Configurable):
         vocab_size: number of local ids, 0 where there are none.
         channels: width of a row, or ``None`` where there are no rows.
         num_tokens: length of every span, or ``None`` where it follows the input.
-        grid: layout of a span in space, rows first: ``(8, 8)`` for a picture; ``None`` for one-dimensional spans.
+        grid: layout of a span in space, rows first: ``(8, 8)`` for a picture, and for each frame of a video; ``None``
+            for one-dimensional spans.
         sample_rate: of decoded waveforms in Hz; ``None`` for what is not sound. What goes in is at 16,000 Hz unless
             ``encode(raw, sample_rate)`` is told another rate, whatever the tokenizer works at.
     """
@@ -101,6 +106,11 @@ class Tokenizer(Configurable):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    @property
+    def frame_size(self) -> int:
+        """Tokens of a frame, where a span is a whole number of them; else 1."""
+        return 1
 
     @property
     def is_discrete(self) -> bool:

@@ -35,6 +35,11 @@ class CodeFramesTokenizer(Tokenizer):
     sample_rate: int
     codebook_sizes: tuple[int, ...]
 
+    @property
+    def frame_size(self) -> int:
+        """Codes of a frame, K."""
+        return len(self.codebook_sizes)
+
     def encode(self, raw: Any, sample_rate: int = USUAL_RATE) -> Tensor:
         """A clip to ids ``(T * K,)`` int64, frame by frame.
 

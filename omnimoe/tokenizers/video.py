@@ -7,6 +7,7 @@ is read at the rate of the config, and a longer one evenly over its whole length
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,6 @@ class VideoTokenizer(Tokenizer):
     Args:
         config: which frames are taken.
         picture: the tokenizer of each frame, with a fixed number of tokens; its ids or rows are those of the video.
-
-    Attributes:
-        tokens_per_frame: positions of a frame.
     """
 
     modality = "video"
@@ -70,14 +68,19 @@ class VideoTokenizer(Tokenizer):
             )
         self.picture = picture
         self.vocab_size, self.channels = picture.vocab_size, picture.channels
-        self.tokens_per_frame = picture.num_tokens
+        self.grid = picture.grid
+
+    @property
+    def frame_size(self) -> int:
+        """Tokens of a frame: those of a picture."""
+        return self.picture.num_tokens or 1
 
     def positions(self, length: int) -> Tensor:
         """Frame, row and column of each position of a span, ``(length, 3)`` int64, from 0."""
-        inside = self.picture.positions(self.tokens_per_frame)
+        inside = self.picture.positions(self.frame_size)
         place = torch.arange(length)
-        found = inside[place % self.tokens_per_frame]
-        found[:, 0] = place // self.tokens_per_frame
+        found = inside[place % self.frame_size]
+        found[:, 0] = place // self.frame_size
         return found
 
     def frames(self, raw: Any, frames_per_second: float | None = None) -> list[Any]:
@@ -85,7 +88,7 @@ class VideoTokenizer(Tokenizer):
 
         Args:
             raw: ``(T, H, W, 3)`` uint8, an array or tensor; a sequence of what the picture tokenizer takes; or the path
-                of an animated picture that Pillow reads, or of a video that PyAV reads.
+                of an animated picture that Pillow reads or of a video that PyAV reads, or such a file opened in binary.
             frames_per_second: of an array or sequence; None where its frames are as far apart as the config says. A
                 file says its own.
 
@@ -98,12 +101,12 @@ class VideoTokenizer(Tokenizer):
         rate = self.config.frames_per_second if frames_per_second is None else frames_per_second
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < float("inf"):
             raise TokenizerError(f"frames_per_second must be a positive number, got {frames_per_second!r}")
-        if isinstance(raw, str | PathLike):
+        if isinstance(raw, str | PathLike | io.IOBase):
             if frames_per_second is not None:
                 raise TokenizerError("a file says its own frames_per_second; leave it out")
-            found = self._from_file(Path(raw))
+            found = self._from_file(raw if isinstance(raw, io.IOBase) else Path(raw))
             if not found:
-                raise TokenizerError(f"{raw} has no frame that can be decoded; is the file complete?")
+                raise TokenizerError(f"{_name(raw)} has no frame that can be decoded; is the file complete?")
             return found
         if isinstance(raw, Tensor):
             raw = raw.detach().cpu().numpy()
@@ -126,7 +129,7 @@ class VideoTokenizer(Tokenizer):
         return [i * step for i in range(count)]
 
     def encode(self, raw: Any, frames_per_second: float | None = None) -> Tensor:
-        """A video to ids ``(frames * tokens_per_frame,)`` int64, frame by frame.
+        """A video to ids ``(frames * frame_size,)`` int64, frame by frame.
 
         Args:
             raw: see :meth:`frames`, and so is ``frames_per_second``.
@@ -137,7 +140,7 @@ class VideoTokenizer(Tokenizer):
         return _each(self.picture, "encode", self.frames(raw, frames_per_second)).flatten()
 
     def encode_rows(self, raw: Any, frames_per_second: float | None = None) -> Tensor:
-        """A video to rows ``(frames * tokens_per_frame, C)`` float32; otherwise as :meth:`encode`."""
+        """A video to rows ``(frames * frame_size, C)`` float32; otherwise as :meth:`encode`."""
         return _each(self.picture, "encode_rows", self.frames(raw, frames_per_second)).flatten(0, 1)
 
     def decode(self, ids: Any) -> np.ndarray:
@@ -163,23 +166,25 @@ class VideoTokenizer(Tokenizer):
         return self._decoded("decode_rows", rows)
 
     def _decoded(self, method: str, span: Tensor) -> np.ndarray:
-        count, rest = divmod(len(span), self.tokens_per_frame)
+        count, rest = divmod(len(span), self.frame_size)
         if not count:
-            raise TokenizerError(f"a frame has {self.tokens_per_frame} tokens, and there are only {len(span)}")
+            raise TokenizerError(f"a frame has {self.frame_size} tokens, and there are only {len(span)}")
         if rest:
             logger.warning("%d tokens after the last whole frame are left out", rest)
         return np.stack([getattr(self.picture, method)(frame) for frame in span[: len(span) - rest].chunk(count)])
 
-    def _from_file(self, path: Path) -> list[Any]:
-        if not path.is_file():
-            raise TokenizerError(f"no video at {path}")
+    def _from_file(self, file: Any) -> list[Any]:
+        if isinstance(file, Path) and not file.is_file():
+            raise TokenizerError(f"no video at {file}")
         try:
-            with Image.open(path) as picture:
+            with Image.open(file) as picture:
                 return self._from_animation(picture)
         except UnidentifiedImageError:
-            return self._from_video(path)
+            if not isinstance(file, Path):
+                file.seek(0)
+            return self._from_video(file)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise TokenizerError(f"the video {path} cannot be read: {error}") from error
+            raise TokenizerError(f"the video {_name(file)} cannot be read: {error}") from error
 
     def _from_animation(self, picture: Image.Image) -> list[Any]:
         times = [0.0]
@@ -192,21 +197,21 @@ class VideoTokenizer(Tokenizer):
         timed = ((time, lambda frame=frame: frame) for time, frame in zip(times, frames, strict=False))
         return list(shown_at(timed, self.moments(times[-1])))
 
-    def _from_video(self, path: Path) -> list[Any]:
+    def _from_video(self, file: Any) -> list[Any]:
         try:
             import av
         except ImportError as error:
-            raise TokenizerError(f"reading {path.name} needs PyAV ({error}): pip install 'omnimoe[video]'") from error
+            raise TokenizerError(f"reading {_name(file)} needs PyAV ({error}): pip install 'omnimoe[video]'") from error
         try:
-            with av.open(str(path)) as container:
+            with av.open(str(file) if isinstance(file, Path) else file) as container:
                 if not container.streams.video:
-                    raise TokenizerError(f"{path} has no video in it")
+                    raise TokenizerError(f"{_name(file)} has no video in it")
                 stream = container.streams.video[0]
                 # Packets carry times without being decoded, so the length is known first and memory stays small.
                 unit = float(stream.time_base or 0)
                 times = [packet.pts * unit for packet in container.demux(stream) if packet.pts is not None]
                 if not times:
-                    raise TokenizerError(f"{path} has no frames")
+                    raise TokenizerError(f"{_name(file)} has no frames")
                 first, last = min(times), max(times)
                 usual = 1 / float(stream.average_rate) if stream.average_rate else 0.0
                 container.seek(0)
@@ -217,7 +222,7 @@ class VideoTokenizer(Tokenizer):
                 )
                 return list(shown_at(decoded, self.moments(last - first + usual)))
         except av.FFmpegError as error:
-            raise TokenizerError(f"the video {path} cannot be read: {error}") from error
+            raise TokenizerError(f"the video {_name(file)} cannot be read: {error}") from error
 
     @classmethod
     def from_pretrained(
@@ -265,6 +270,10 @@ def shown_at(frames: Frames, moments: Sequence[float]) -> Iterator[Any]:
     if current is not None:
         for _ in waiting:
             yield current()
+
+
+def _name(file: Any) -> str:
+    return str(file) if isinstance(file, str | PathLike) else str(getattr(file, "name", "that was opened"))
 
 
 def _rgb(frame: Any) -> Callable[[], np.ndarray]:

@@ -65,7 +65,14 @@ def corpus(folder, tokenizers, tmp_path_factory) -> Corpus:
 def model(corpus) -> OmniMoeForCausalLM:
     held = default_ranges(corpus)
     modalities = tuple(
-        Tokens.Config(name=name, vocab_size=r.size, begin_id=r.begin_id, end_id=r.end_id, num_tokens=r.num_tokens)
+        Tokens.Config(
+            name=name,
+            vocab_size=r.size,
+            begin_id=r.begin_id,
+            end_id=r.end_id,
+            num_tokens=r.num_tokens,
+            frame_size=r.frame_size,
+        )
         for name, r in held.items()
     )
     torch.manual_seed(0)

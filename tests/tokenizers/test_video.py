@@ -53,9 +53,9 @@ def nearest(frames, drawings) -> list[int]:
 def test_it_says_what_it_is(tokenizer):
     picture = load_tokenizer("picture")
     assert tokenizer.vocab_size == picture.vocab_size
-    assert tokenizer.tokens_per_frame == 64
+    assert tokenizer.frame_size == 64
     assert (tokenizer.modality, tokenizer.markers) == ("video", ("<video>", "</video>"))
-    assert (tokenizer.num_tokens, tokenizer.grid) == (None, None)
+    assert (tokenizer.num_tokens, tokenizer.grid) == (None, (8, 8))
 
 
 def test_a_video_is_its_frames_end_to_end(tokenizer, drawings):
@@ -191,7 +191,7 @@ def test_any_picture_tokenizer_will_do(name, drawings, tmp_path):
     picture = load_tokenizer(name, tmp_path / "model")
     tokenizer = load_tokenizer("video", picture=picture, max_frames=4)
     span = tokenizer(drawings)
-    assert len(span) == 4 * tokenizer.tokens_per_frame
+    assert len(span) == 4 * tokenizer.frame_size
     if name == "janus_vq":
         assert span.rows is None
         made = tokenizer.decode(span.ids)

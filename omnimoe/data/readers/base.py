@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MODALITIES = ("text", "image", "speech")
-
 
 class DocumentError(ValueError):
     """An item that is no document, or a file of it that cannot be read. The message starts with where it lies."""
@@ -41,7 +39,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class RawFile:
-    """A picture or clip in a file that was not decoded yet.
+    """A picture, clip or video in a file that was not decoded yet.
 
     Args:
         name: for messages.
@@ -68,11 +66,11 @@ class RawFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """Spans of text, pictures and speech.
+    """Spans of text, pictures, speech and video.
 
     Args:
         spans: modality and raw input: a string; a :class:`RawFile`, a PIL image or an array for a picture; a
-            :class:`RawFile` or ``(samples, rate)`` for speech.
+            :class:`RawFile` or ``(samples, rate)`` for speech; a :class:`RawFile` for video.
         where: for messages.
         is_ordered: whether the spans are a text with pictures and clips in their places. Else they are the columns of a
             row, which may be told in any order.
@@ -85,7 +83,8 @@ class Document:
     fields: dict[str, str]
 
     def decoded(self) -> list[tuple[str, Any]]:
-        """The spans as tokenizers take them: strings, PIL images, ``(samples (n,) float32, rate)``.
+        """The spans as tokenizers take them: strings, PIL images, ``(samples (n,) float32, rate)``, and the file of a
+        video, which its tokenizer reads frame by frame.
 
         Raises:
             DocumentError: if a file is missing, is not a picture, or is not sound.
@@ -126,7 +125,7 @@ def decode(modality: str, raw: Any, where: str) -> Any:
         return raw
     if not isinstance(raw, RawFile):
         return raw
-    return _picture(raw, where) if modality == "image" else _sound(raw, where)
+    return {"image": _picture, "speech": _sound, "video": _video}[modality](raw, where)
 
 
 def _picture(raw: RawFile, where: str) -> Image.Image:
@@ -160,3 +159,9 @@ def _sound(raw: RawFile, where: str) -> tuple[np.ndarray, int]:
     if not len(samples):
         raise DocumentError(f"{where}: the sound file {raw.name} is empty")
     return samples.mean(axis=1), int(rate)
+
+
+def _video(raw: RawFile, where: str) -> Path | io.BytesIO:
+    if raw.path is not None and not raw.path.is_file():
+        raise DocumentError(f"{where}: there is no video {raw.name}")
+    return raw.path if raw.path is not None else io.BytesIO(raw.data or b"")

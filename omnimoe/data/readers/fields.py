@@ -14,6 +14,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text", "caption", "transcription", "transcript", "sentence"),
     "image": ("image", "image_file_name", "picture"),
     "speech": ("speech", "audio", "audio_file_name"),
+    "video": ("video", "video_file_name"),
 }
 """Modality to the names that its field may have; the first one present counts."""
 
@@ -21,6 +22,7 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "text": ("txt", "caption"),
     "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm"),
     "speech": ("wav", "flac", "ogg", "opus", "mp3", "aiff"),
+    "video": ("mp4", "m4v", "mov", "webm", "mkv", "avi"),
 }
 """Modality to the file name endings that stand for it."""
 
@@ -41,10 +43,10 @@ def to_document(
     """A row to a document.
 
     Args:
-        fields: a row: ``text``, ``image`` and ``audio`` or other names of :data:`COLUMNS` in any combination, values
-            single or in lists; or ``file_name``, whose ending says what it is; or ``spans``, a list of strings (text)
-            and of objects with one field such as ``{"image": "a.png"}``. Beside these ``split``, ``lang``, ``key``
-            and ``topic``; all else is left alone.
+        fields: a row: ``text``, ``image``, ``audio`` and ``video`` or other names of :data:`COLUMNS` in any
+            combination, values single or in lists; or ``file_name``, whose ending says what it is; or ``spans``, a list
+            of strings (text) and of objects with one field such as ``{"image": "a.png"}``. Beside these ``split``,
+            ``lang``, ``key`` and ``topic``; all else is left alone.
         where: for messages.
         find: file name to the file.
         columns: modality to the name of its field, over :data:`COLUMNS`.
@@ -66,7 +68,7 @@ def to_document(
     found = tuple(_columns(fields, where, find, columns))
     if not found:
         raise DocumentError(
-            f"{where}: has no text, image or audio; its fields are {', '.join(map(str, fields)) or 'none'}; "
+            f"{where}: has no text, image, audio or video; its fields are {', '.join(map(str, fields)) or 'none'}; "
             "name them with columns, such as {'text': 'title'}"
         )
     # Several pictures or clips have an order that permuting whole modalities would not keep.
@@ -88,7 +90,7 @@ def _columns(fields: Mapping[str, Any], where: str, find: Callable, columns: Map
         elif isinstance(named, str) and modality_of(named) == modality:
             yield modality, _value(modality, named, where, find)
     if isinstance(named, str) and modality_of(named) is None:
-        raise DocumentError(f"{where}: {named} is neither a picture nor sound by its ending")
+        raise DocumentError(f"{where}: {named} is neither a picture nor sound nor video by its ending")
 
 
 def _span(part: Any, where: str, find: Callable, columns: Mapping[str, str] | None) -> tuple[str, Any]:
@@ -97,7 +99,7 @@ def _span(part: Any, where: str, find: Callable, columns: Mapping[str, str] | No
     found = list(_columns(part, where, find, columns)) if isinstance(part, Mapping) else []
     if len(found) != 1:
         raise DocumentError(
-            f"{where}: a span is a string or an object with one of text, image and audio, not {str(part)[:60]}"
+            f"{where}: a span is a string or an object with one of text, image, audio and video, not {str(part)[:60]}"
         )
     return found[0]
 

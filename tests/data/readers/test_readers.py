@@ -166,7 +166,7 @@ def test_imagefolder_metadata_and_other_combinations(own_rows: Path, tmp_path: P
     assert found == [["text", "image"], ["text", "speech"], ["image"], ["text"], ["text", "image", "image"]]
     assert reader.document(items[4]).is_ordered
     with pytest.raises(
-        DocumentError, match=r"metadata\.jsonl, line 6: has no text, image or audio; its fields are title"
+        DocumentError, match=r"metadata\.jsonl, line 6: has no text, image, audio or video; its fields are title"
     ):
         reader.document(items[5])
     named = FolderReader(tmp_path, columns={"text": "title"})
