@@ -6,11 +6,10 @@ through; a model of omnimoe imports it too.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from omnimoe.ops import BackendError, experts_mlp
+from omnimoe.ops import BackendError, experts_mlp, route_plan
 
 NAME = "omnimoe"
 
@@ -48,11 +47,10 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     down = self.down_proj
     if self.is_transposed:
         into, down = into.transpose(1, 2), down.transpose(1, 2)
-    ids, order = top_k_index.reshape(-1).sort(stable=True)
-    every = torch.arange(into.shape[0], device=ids.device, dtype=ids.dtype)
-    ends = torch.searchsorted(ids, every, right=True).to(torch.int32)
-    token_index, weights = order // top_k_index.shape[-1], top_k_weights.reshape(-1)[order]
-    return experts_mlp(hidden_states, into, down, ends, _activation(self), token_index, weights).to(hidden_states.dtype)
+    plan = route_plan(top_k_index, into.shape[0])
+    weights = top_k_weights.reshape(-1)[plan.order]
+    operands = (hidden_states, into, down, plan.offsets, _activation(self), plan.token_index, weights)
+    return experts_mlp(*operands).to(hidden_states.dtype)
 
 
 def _activation(module: nn.Module) -> str:

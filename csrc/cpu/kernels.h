@@ -25,11 +25,13 @@ struct Rows {
   const int64_t* index;
 };
 
-// G matrices; strides in elements, columns side by side.
+// G matrices; strides in elements, the numbers of a row side by side.
 struct Bank {
   const void* data;
   int64_t copy_stride;
   int64_t row_stride;
+  bool is_transposed;  // rows and columns have changed places
+  int64_t step = 1;    // from one column of the product to the next; 2 where gate and up take turns
 };
 
 // Ends of the rows of each group. Checked by the caller: not decreasing, and within the rows there are.
@@ -69,13 +71,15 @@ struct ExpertsMLP {
   Groups groups;
   int64_t tokens, hidden, width;  // T, D, F
   Activation activation;
-  bool is_gated;
+  bool is_gated, is_interleaved;
   Rows x;                // index: the token of each row; null where row r is token r
   Bank w_in;             // (G, 2F or F, D)
   Bank w_out;            // (G, D, F)
+  const void* b_in;      // (G, 2F or F), or null
+  const void* b_out;     // (G, D), or null
   const void* weights;   // (rows,) float, double for f64; null for one
   void* out;             // (T, D), zero at first; not read by backward
-  void* z;               // (rows, 2F or F), the pre-activations, or null
+  void* z;               // (rows, 2F or F), the pre-activations in the order of w_in's rows, or null
 };
 
 struct ExpertsMLPBackward {
@@ -85,6 +89,19 @@ struct ExpertsMLPBackward {
   void* grad_w_in;   // or null
   void* grad_w_out;  // or null
   void* grad_weights;  // (rows,) float, double for f64; or null
+  void* grad_b_in;     // or null
+  void* grad_b_out;    // or null
+};
+
+// out[t] = sum of weights[order[i]] * y[order[i]] over groups[t - 1] <= i < groups[t].
+struct SumRows {
+  Type type;
+  Threads threads;
+  Groups groups;
+  int64_t columns;
+  Rows y;
+  const void* weights;  // (rows,) float, double for f64; or null
+  void* out;            // (groups, columns)
 };
 
 struct Kernels {
@@ -92,6 +109,7 @@ struct Kernels {
   void (*grouped_wgrad)(const GroupedWgrad&);
   void (*experts_mlp)(const ExpertsMLP&);
   void (*experts_mlp_backward)(const ExpertsMLPBackward&);
+  void (*sum_rows)(const SumRows&);
 };
 
 }  // namespace omnimoe::cpu

@@ -157,6 +157,7 @@ using Accumulator = typename AccumulatorOf<T>::type;
 // The first `count` lanes, the rest zero; memory past them is not touched.
 template <class T>
 inline auto load_some(const T* from, int count) {
+  if (count == Lanes<Accumulator<T>>::count) return load(from);
   T lanes[Lanes<Accumulator<T>>::count] = {};
   std::memcpy(lanes, from, count * sizeof(T));
   return load(lanes);

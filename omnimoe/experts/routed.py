@@ -10,6 +10,7 @@ from torch import Tensor
 from omnimoe.config import ConfigError
 from omnimoe.experts.base import Experts, check_network, register_experts
 from omnimoe.layers import BankMLP, RowLayout
+from omnimoe.ops import route_plan
 from omnimoe.routers import Router, Routing, TopKRouter
 
 
@@ -71,11 +72,9 @@ class RoutedExperts(Experts):
     def forward(self, x: Tensor, rows: RowLayout) -> tuple[Tensor, Routing]:
         """``(N, D)`` rows to ``(N, D)``; a row that no expert takes gets the shared experts alone, or zeros."""
         routing = self.router(x, rows)
-        sorted_ids, order = routing.expert_ids.sort(stable=True)
-        token_index = routing.token_index[order]
-        every = torch.arange(self.num_experts, device=x.device)
-        offsets = torch.searchsorted(sorted_ids, every, right=True).to(torch.int32)
-        y = self.experts(x, offsets, token_index=token_index, weights=routing.expert_weights[order])
+        plan = route_plan(routing.expert_ids, self.num_experts)
+        token_index, weights = routing.token_index[plan.order], routing.expert_weights[plan.order]
+        y = self.experts(x, plan.offsets, token_index=token_index, weights=weights)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x, torch.full((1,), len(x), dtype=torch.int32, device=x.device))
         return y, routing

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from omnimoe.ops import permute
+from omnimoe.ops import permute, route_plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,23 +76,25 @@ class RowLayout:
         kept = None if valid is None else valid.reshape(-1).nonzero().squeeze(1)
         if kept is not None:
             keys, modalities = keys[kept], modalities[kept]
-        time_index = kept
+        time_index = row_index = None
+        is_sorted = sort or num_keys == 1
         if sort and num_keys > 1:
-            keys, order = keys.sort(stable=True)
-            modalities = modalities[order]
-            time_index = order if kept is None else kept[order]
-        row_index = None
-        if time_index is not None:
+            plan = route_plan(keys, num_keys)
+            keys, modalities, offsets = keys[plan.order], modalities[plan.order], plan.offsets
+            time_index, row_index = plan.order, plan.inverse
+        else:
+            ends = torch.arange(num_keys, device=keys.device)
+            offsets = torch.searchsorted(keys, ends, right=True) if is_sorted else ends
+        if kept is not None:
+            time_index = kept if time_index is None else kept[time_index]
             row_index = torch.zeros(batch_size * sequence_length, dtype=torch.int64, device=keys.device)
             row_index[time_index] = torch.arange(len(time_index), device=keys.device)
-        is_sorted = sort or num_keys == 1
-        ends = torch.arange(num_keys, device=keys.device)
         return cls(
             batch_size=batch_size,
             sequence_length=sequence_length,
             key_ids=keys,
             modality_ids=modalities,
-            offsets=torch.searchsorted(keys, ends, right=True).to(torch.int32) if is_sorted else ends.to(torch.int32),
+            offsets=offsets.to(torch.int32),
             is_sorted=is_sorted,
             time_index=time_index,
             row_index=row_index,

@@ -11,12 +11,14 @@ from omnimoe.ops.grouped_mm import grouped_mm
 from omnimoe.ops.permute import permute
 from omnimoe.ops.rms_norm import rms_norm
 from omnimoe.ops.rope import rope
+from omnimoe.ops.route_plan import RoutePlan, route_plan
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "GATED",
     "BackendError",
+    "RoutePlan",
     "backend",
     "combine",
     "experts_mlp",
@@ -25,4 +27,5 @@ __all__ = [
     "permute",
     "rms_norm",
     "rope",
+    "route_plan",
 ]

@@ -7,6 +7,7 @@ second derivative is offered of the products and the sums; of ``experts_mlp`` th
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -85,6 +86,12 @@ def _experts_mlp_backward_shape(
     )
 
 
+def _add_back(grad: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Adds row i of ``grad`` to row ``index[i]`` of so many, in a fixed order; a negative index leaves it out."""
+    offsets, order, _ = OPS.route_plan(index, rows)
+    return OPS.sum_rows(grad, offsets, order, None)
+
+
 def _keep_grouped_mm(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, offsets, bias, row_index, transposed = inputs
     ctx.has_bias, ctx.transposed = bias is not None, transposed
@@ -97,7 +104,7 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = OPS.grouped_mm(grad, weight, offsets, None, None, not ctx.transposed)
         if row_index is not None:
-            grad_x = torch.zeros_like(x).index_add(0, row_index, grad_x)
+            grad_x = _add_back(grad_x, row_index, x.shape[0])
     if ctx.needs_input_grad[1]:
         if ctx.transposed:
             grad_weight = OPS.grouped_wgrad(x, grad, offsets, row_index, None)
@@ -106,6 +113,59 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.has_bias and ctx.needs_input_grad[3]:
         grad_bias = OPS.grouped_wgrad(grad, grad.new_ones(grad.shape[0], 1), offsets, None, None).squeeze(2)
     return grad_x, grad_weight, None, grad_bias, None, None
+
+
+def _keep_grouped_wgrad(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_wgrad_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x, offsets, grad_index, x_index = ctx.saved_tensors
+    grad_grad = grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_grad = OPS.grouped_mm(x, grad_weight, offsets, None, x_index, False)
+        if grad_index is not None:
+            grad_grad = _add_back(grad_grad, grad_index, grad.shape[0])
+    if ctx.needs_input_grad[1]:
+        grad_x = OPS.grouped_mm(grad, grad_weight, offsets, None, grad_index, True)
+        if x_index is not None:
+            grad_x = _add_back(grad_x, x_index, x.shape[0])
+    return grad_grad, grad_x, None, None, None
+
+
+def _keep_gather_rows(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, index, filled = inputs
+    ctx.shape = x.shape
+    ctx.save_for_backward(index, filled)
+
+
+def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    index, filled = ctx.saved_tensors
+    index = index if filled is None else torch.where(filled, index, -1)
+    flat = grad.reshape(grad.shape[0], math.prod(ctx.shape[1:]))
+    return _add_back(flat, index, ctx.shape[0]).reshape(ctx.shape), None, None
+
+
+def _keep_sum_rows(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    y, offsets, order, weights = inputs
+    # y is read for the gradient of weights alone
+    wanted = weights is not None and ctx.needs_input_grad[3]
+    ctx.save_for_backward(y if wanted else None, offsets, order, weights)
+
+
+def _sum_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    y, offsets, order, weights = ctx.saved_tensors
+    place = torch.arange(order.shape[0], device=order.device, dtype=torch.int32)
+    target = torch.empty_like(order).index_copy(0, order, torch.searchsorted(offsets, place, right=True))
+    inside = target < offsets.shape[0]
+    spread = OPS.gather_rows(grad, torch.where(inside, target, 0), inside)  # (R, D)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grad_y = grad_weights = None
+    if ctx.needs_input_grad[0]:
+        grad_y = spread if weights is None else (spread.to(wide) * weights.unsqueeze(1)).to(grad.dtype)
+    if y is not None:
+        grad_weights = (spread.to(wide) * y.to(wide)).sum(1)
+    return grad_y, None, None, grad_weights
 
 
 def _keep_experts_mlp(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -147,5 +207,8 @@ def register() -> torch.library.Library:
         torch.library.register_fake(f"omnimoe::{name}", shape, lib=library)
     gradient = torch.library.register_autograd
     gradient("omnimoe::grouped_mm", _grouped_mm_backward, setup_context=_keep_grouped_mm, lib=library)
+    gradient("omnimoe::grouped_wgrad", _grouped_wgrad_backward, setup_context=_keep_grouped_wgrad, lib=library)
+    gradient("omnimoe::gather_rows", _gather_rows_backward, setup_context=_keep_gather_rows, lib=library)
+    gradient("omnimoe::sum_rows", _sum_rows_backward, setup_context=_keep_sum_rows, lib=library)
     gradient("omnimoe::experts_mlp", _experts_mlp_backward, setup_context=_keep_experts_mlp, lib=library)
     return library  # which undoes everything when it is freed

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from omnimoe.ops._backends import Implementation, choose, why_not_compiled
+from omnimoe.ops.combine import cpp, reference
 
 
 def combine(y: Tensor, token_index: Tensor, weights: Tensor, num_rows: int) -> Tensor:
-    """Adds each routed row, times its weight, to the row it came from.
+    """Adds each routed row, times its weight, to the row it came from; the gradient is a gather.
 
     Args:
         y: ``(R, D)``, what the experts made of the routed rows.
@@ -18,7 +20,26 @@ def combine(y: Tensor, token_index: Tensor, weights: Tensor, num_rows: int) -> T
     Returns:
         ``(N, D)`` in the dtype of ``y``; products and sums are taken in float32 (float64 for it) and rounded once. A
         row that no expert took is zero.
+
+    Raises:
+        ValueError: if there is not one token and one weight for each row.
+
+    Example:
+        >>> y = torch.tensor([[1.0], [2.0], [4.0]])
+        >>> combine(y, torch.tensor([1, 0, 1]), torch.tensor([1.0, 1.0, 0.5]), 2).tolist()
+        [[2.0], [3.0]]
     """
-    wide = torch.promote_types(y.dtype, torch.float32)
-    weighted = y.to(wide) * weights.to(wide).unsqueeze(1)
-    return y.new_zeros(num_rows, y.shape[1], dtype=wide).index_add(0, token_index, weighted).to(y.dtype)
+    if y.ndim != 2 or token_index.shape != y.shape[:1] or weights.shape != y.shape[:1]:
+        raise ValueError(
+            f"y must be (R, D), token_index and weights (R,), got {tuple(y.shape)}, {tuple(token_index.shape)} and "
+            f"{tuple(weights.shape)}"
+        )
+    call = choose("combine", IMPLEMENTATIONS, y, token_index, weights)
+    return call(y, token_index, weights, num_rows)
+
+
+IMPLEMENTATIONS = (
+    Implementation("cpp", cpp.combine, why_not_compiled),
+    Implementation("torch", reference.combine),
+    Implementation("reference", reference.combine),
+)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omnimoe.ops._backends import Implementation, choose, why_not_compiled
+from omnimoe.ops.permute import cpp, reference
+
 
 def permute(x: Tensor, index: Tensor, inverse: Tensor, filled: Tensor | None = None) -> Tensor:
     """Takes rows of ``x`` by ``index``; the gradient takes them back by ``inverse``, with no atomic addition.
@@ -39,9 +42,14 @@ class _Permute(torch.autograd.Function):
 
 
 def _take(x: Tensor, index: Tensor, filled: Tensor | None) -> Tensor:
-    if len(x) == 0:  # a batch of padding alone has no rows to take
-        return x.new_zeros(len(index), *x.shape[1:])
-    y = x.index_select(0, index)
-    if filled is not None and filled.shape == index.shape:
-        y = y.masked_fill_(~filled.view(-1, *(1,) * (y.ndim - 1)), 0)
-    return y
+    if filled is not None and filled.shape != index.shape:
+        filled = None  # it is of the other side
+    return choose("permute", IMPLEMENTATIONS, x, index, filled)(x, index, filled)
+
+
+IMPLEMENTATIONS = (
+    Implementation("torch", reference.take),
+    Implementation("cpp", cpp.take, why_not_compiled),
+    Implementation("reference", reference.take),
+)
+"""Of the gather that both directions are; on a CPU PyTorch's own is as fast."""
