@@ -1,4 +1,4 @@
-"""The command line: ``omnimoe quickstart | list | info | train | compare | generate | eval | demo | data | doctor``.
+"""The command line: ``omnimoe COMMAND``, with the commands of :data:`COMMANDS`.
 
 A command is a module of ``omnimoe.commands`` with ``add_arguments(parser)`` and ``run(args) -> int``. It is imported
 only when it is asked for, so that ``omnimoe --help`` answers at once.
@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "measure models on held-out data: loss, retrieval, generated pictures and speech",
     "demo": "try a model on a page in the browser",
     "data": "build or look at a corpus",
+    "bench": "time routed experts beside other libraries', after holding them against float64",
     "doctor": "say which kernels and devices are used, and why not others",
 }
 

@@ -15,7 +15,10 @@ from omnimoe.ops.experts_mlp import ROUTED
 from omnimoe.ops.grouped_mm import IMPLEMENTATIONS as GROUPED
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PACKAGES = ("torch", "transformers", "safetensors", "huggingface-hub", "xformers", "megablocks", "triton")
+PACKAGES = (
+    "torch", "transformers", "safetensors", "huggingface-hub", "xformers", "triton", "liger-kernel", "megablocks",
+    "grouped-gemm",
+)  # fmt: skip
 
 
 def examine() -> dict[str, Any]:
@@ -37,6 +40,7 @@ def examine() -> dict[str, Any]:
             "folder": str(cache_folder()),
         },
         "backends": dict(BACKENDS),
+        "other libraries": _foreign("cuda" if torch.cuda.is_available() else "cpu"),
         "asked for": os.environ.get("OMNIMOE_BACKEND") or None,
         "ops": [_choice(op, order, device, dtype) for op, order in _ORDERS.items() for device in ("cpu", "cuda")
                 for dtype in DTYPES if device == "cpu" or torch.cuda.is_available()],
@@ -47,16 +51,33 @@ _ORDERS = {"grouped_mm": GROUPED, "experts_mlp, routed": ROUTED}
 
 
 def _choice(op: str, order: Any, device: str, dtype: str) -> dict[str, Any]:
-    x = torch.empty(4, 16, dtype=getattr(torch, dtype), device=device)
-    weight = torch.empty(2, 16, 16, dtype=x.dtype, device=device)
-    offsets = torch.zeros(2, dtype=torch.int32, device=device)
-    operands = (x, weight, offsets, None) if op == "grouped_mm" else (x, weight, weight, offsets, None, None)
-    reasons = {implementation.backend: implementation.why_not(*operands) for implementation in order}
+    operands = _operands(op, device, dtype)
+    own = [implementation for implementation in order if not implementation.is_foreign]
+    reasons = {implementation.backend: implementation.why_not(*operands) for implementation in own}
     able = [name for name, reason in reasons.items() if not reason]
     return {
         "op": op, "device": device, "dtype": dtype, "backend": able[0],
         "passed over": {name: reason for name, reason in reasons.items() if reason},
     }  # fmt: skip
+
+
+def _foreign(device: str) -> dict[str, dict[str, str]]:
+    """Backends that are other libraries', by op: why not, or an empty string. They run only when asked for."""
+    found: dict[str, dict[str, str]] = {}
+    for op, order in _ORDERS.items():
+        for implementation in order:
+            if implementation.is_foreign:
+                reason = implementation.why_not(*_operands(op, device, "bfloat16"))
+                found.setdefault(implementation.backend, {})[op] = reason
+    return found
+
+
+def _operands(op: str, device: str, dtype: str) -> tuple[Any, ...]:
+    x = torch.empty(4, 16, dtype=getattr(torch, dtype), device=device)
+    into, down = x.new_empty(2, 32, 16), x.new_empty(2, 16, 16)
+    offsets = torch.zeros(2, dtype=torch.int32, device=device)
+    rows = torch.zeros(4, dtype=torch.int64, device=device)
+    return (x, down, offsets, None) if op == "grouped_mm" else (x, into, down, offsets, rows, None)
 
 
 def _version(name: str) -> str | None:

@@ -1,8 +1,8 @@
-"""Pictures a person can read: loss curves, grids of pictures, which copies the tokens of each modality meet."""
+"""Pictures a person can read: loss curves, grids of pictures, bars, which copies the tokens of each modality meet."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,64 @@ def draw_grid(
         axis.text(0.5, -0.06, _wrap(caption), transform=axis.transAxes, ha="center", va="top", fontsize=7)
     figure.subplots_adjust(wspace=0.06, hspace=0.06)
     figure.savefig(path, bbox_inches="tight", pad_inches=0.08)
+    plt.close(figure)
+    return Path(path)
+
+
+def draw_bars(
+    panels: Mapping[str, Mapping[str, Sequence[float | None]]],
+    labels: Sequence[str],
+    path: Path | str,
+    *,
+    ylabel: str,
+    mark: str = "",
+    title: str = "",
+) -> Path:
+    """Groups of bars, a panel below the other: what each of several makes of each of several things.
+
+    Args:
+        panels: title to name to a height a label; None where there is none.
+        labels: under the groups.
+        path: where the PNG goes.
+        ylabel: what the heights are.
+        mark: the name that is drawn as a line across its group, a yardstick, rather than as a bar.
+        title: above all panels.
+
+    Returns:
+        The path.
+    """
+    plt = _pyplot()
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel if name != mark))
+    figure, axes = plt.subplots(
+        len(panels),
+        1,
+        figsize=(max(6.0, 1.15 * len(labels) + 1.6), 2.5 * len(panels) + 0.5),
+        squeeze=False,
+        sharex=True,
+    )
+    width = 0.8 / max(1, len(names))
+    for axis, (heading, panel) in zip(axes[:, 0], panels.items(), strict=True):
+        for index, (colour, name) in enumerate(zip(COLOURS * 3, names, strict=False)):
+            found = [(x, height) for x, height in enumerate(panel.get(name, ())) if height is not None]
+            places = [x - 0.4 + (index + 0.5) * width for x, _ in found]
+            axis.bar(places, [height for _, height in found], 0.92 * width, color=colour, label=name)
+        found = [(x, height) for x, height in enumerate(panel.get(mark, ())) if height is not None]
+        if found:
+            low, high = [x - 0.45 for x, _ in found], [x + 0.45 for x, _ in found]
+            axis.hlines([height for _, height in found], low, high, color="#222222", linewidth=1.2, label=mark)
+        axis.set_title(heading, loc="left")
+        axis.set_ylabel(ylabel)
+        axis.grid(alpha=0.25, axis="y")
+        axis.set_axisbelow(True)
+        axis.margins(x=0.01)
+    axes[-1][0].set_xticks(range(len(labels)), labels, rotation=20, ha="right", rotation_mode="anchor")
+    handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+    inch = 1 / figure.get_figheight()
+    figure.text(0.01, 1 - 0.05 * inch, title, va="top")
+    legend = {"loc": "upper left", "bbox_to_anchor": (0, 1 - 0.2 * inch), "columnspacing": 1.2}
+    figure.legend(handles.values(), handles, frameon=False, ncols=len(handles), **legend)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 * inch))
+    figure.savefig(path)
     plt.close(figure)
     return Path(path)
 

@@ -54,7 +54,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "routing_load": ("model", "plots"),
     "evaluate": ("train", "generate", "plots", "report"),
     "compare": ("train", "generate", "plots"),
-    "bench": ("train", "generate"),
+    "bench": ("plots",),
     "doctor": ("hub",),
     "quickstart": ("compare",),
     "commands": (

@@ -33,4 +33,9 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(row["op"], row["device"], row["dtype"], row["backend"], passed)
     print()
     console().print(table)
+    if found["other libraries"]:
+        print("\nother libraries' kernels, taken only when asked for")
+    for name, reasons in found["other libraries"].items():
+        told = "; ".join(f"{op}: {reason or 'can be used'}" for op, reason in reasons.items())
+        print(f"{name:<16} {told}")
     return 0

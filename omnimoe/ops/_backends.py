@@ -15,11 +15,14 @@ import torch
 
 from omnimoe.ops._extension import extension
 from omnimoe.ops._library import register
+from omnimoe.ops.adapters._packages import missing_grouped_gemm, missing_liger
 
 BACKENDS = {
     "reference": "plain PyTorch, the definition; any device and dtype, no host synchronisation, much memory",
     "torch": "PyTorch's own products: one a group on a CPU, its grouped product on CUDA",
     "cpp": "compiled kernels for x86-64 with AVX2 or AVX-512",
+    "liger": "Liger-Kernel's fused experts, where it is installed; never by itself",
+    "megablocks": "MegaBlocks' gather, scatter and grouped product, where it is installed; never by itself; never run",
 }
 """Name to what it is."""
 
@@ -36,11 +39,13 @@ class Implementation:
         backend: a name of :data:`BACKENDS`.
         call: the function, with the signature of the op.
         why_not: takes the op's operands and gives the reason why it cannot, or an empty string.
+        is_foreign: of another library: taken only when it is asked for.
     """
 
     backend: str
     call: Callable[..., Any]
     why_not: Callable[..., str] = lambda *operands: ""
+    is_foreign: bool = False
 
 
 _asked: list[str] = [os.environ.get("OMNIMOE_BACKEND", "")]
@@ -74,8 +79,9 @@ def check_backend(name: str) -> None:
     """Raises BackendError if there is no such backend, or it cannot be used here."""
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
-    if name == "cpp" and missing_kernels():
-        raise BackendError(f"backend 'cpp' was asked for, but {missing_kernels()}")
+    reason = MISSING[name]() if name in MISSING else ""
+    if reason:
+        raise BackendError(f"backend {name!r} was asked for, but {reason}")
 
 
 @torch.compiler.assume_constant_result
@@ -83,6 +89,12 @@ def missing_kernels() -> str:
     """Why there are no compiled CPU kernels; empty where there are."""
     register()
     return extension().reason
+
+
+MISSING: dict[str, Callable[[], str]] = {
+    "cpp": missing_kernels, "liger": missing_liger, "megablocks": missing_grouped_gemm,
+}  # fmt: skip
+"""Backend to why it is not on this machine, or an empty string; those that are not here always are."""
 
 
 def choose(op: str, implementations: Sequence[Implementation], *operands: Any) -> Callable[..., Any]:
@@ -107,6 +119,8 @@ def choose(op: str, implementations: Sequence[Implementation], *operands: Any) -
                 return implementation.call
     reasons = []
     for implementation in implementations:
+        if implementation.is_foreign:
+            continue
         reason = implementation.why_not(*operands)
         if not reason:
             return implementation.call

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from omnimoe.ops._backends import Implementation, choose, why_not_compiled
+from omnimoe.ops.adapters import liger, megablocks
 from omnimoe.ops.experts_mlp import composed, cpp
 from omnimoe.ops.experts_mlp.activations import ACTIVATIONS, GATED
 
@@ -74,8 +75,10 @@ IMPLEMENTATIONS = (
     Implementation("torch", composed.experts_mlp, _why_not_composed),
     Implementation("cpp", cpp.experts_mlp, why_not_compiled),
     Implementation("reference", composed.experts_mlp),
+    Implementation("liger", liger.experts_mlp, liger.why_not, is_foreign=True),
+    Implementation("megablocks", megablocks.experts_mlp, megablocks.why_not_experts, is_foreign=True),
 )
 """For rows that lie in group order, where there are few groups and large ones. ``"reference"`` is the composed form
 over reference products."""
-ROUTED = (IMPLEMENTATIONS[1], IMPLEMENTATIONS[0], IMPLEMENTATIONS[2])
+ROUTED = (IMPLEMENTATIONS[1], IMPLEMENTATIONS[0], *IMPLEMENTATIONS[2:])
 """For routed rows: many small groups, and a gather and a sum besides."""

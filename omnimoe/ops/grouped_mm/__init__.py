@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from omnimoe.ops._backends import Implementation, choose, why_not_compiled
+from omnimoe.ops.adapters import megablocks
 from omnimoe.ops.grouped_mm import cpp, native, reference, slices
 
 
@@ -71,4 +72,5 @@ IMPLEMENTATIONS = (
     Implementation("torch", _torch, _why_not_torch),
     Implementation("cpp", cpp.grouped_mm, why_not_compiled),
     Implementation("reference", reference.grouped_mm),
+    Implementation("megablocks", megablocks.grouped_mm, megablocks.why_not_product, is_foreign=True),
 )
