@@ -392,3 +392,12 @@ OMNIMOE_IMPL(OMNIMOE_LIBRARY, OMNIMOE_DISPATCH_KEY, m) {
   m.impl("experts_mlp", TORCH_BOX(&omnimoe::cuda::experts_mlp));
   m.impl("experts_mlp_backward", TORCH_BOX(&omnimoe::cuda::experts_mlp_backward));
 }
+
+// Read by Python through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* omnimoe_cuda_kernels() {
+#if defined(OMNIMOE_SM90)
+  return "sm_80 sm_90a";
+#else
+  return "sm_80";
+#endif
+}

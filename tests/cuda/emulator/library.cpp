@@ -4,7 +4,7 @@
 #include "grouped_mm.cu"
 #include "hidden.cu"
 #include "hidden_backward.cu"
-#include "ops.cpp"
+#include "ops.cu"
 #include "plan.cu"
 #include "rows.cu"
 
