@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = torch.ops.omnimoe
-
 SCHEMAS = (
     # Rows in group order times the matrix of their group: x (R, D) and weight (G, F, D), or (G, D, F) where
     # transposed. With row_index, output row r is made of row row_index[r] of x. Rows past the last offset are zeros.
@@ -86,10 +84,10 @@ def _experts_mlp_backward_shape(
     )
 
 
-def _add_back(grad: Tensor, index: Tensor, rows: int) -> Tensor:
+def _add_back(ops: Any, grad: Tensor, index: Tensor, rows: int) -> Tensor:
     """Adds row i of ``grad`` to row ``index[i]`` of so many, in a fixed order; a negative index leaves it out."""
-    offsets, order, _ = OPS.route_plan(index, rows)
-    return OPS.sum_rows(grad, offsets, order, None)
+    offsets, order, _ = ops.route_plan(index, rows)
+    return ops.sum_rows(grad, offsets, order, None)
 
 
 def _keep_grouped_mm(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -98,20 +96,20 @@ def _keep_grouped_mm(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(x, weight, offsets, row_index)
 
 
-def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _grouped_mm_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, offsets, row_index = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = OPS.grouped_mm(grad, weight, offsets, None, None, not ctx.transposed)
+        grad_x = ops.grouped_mm(grad, weight, offsets, None, None, not ctx.transposed)
         if row_index is not None:
-            grad_x = _add_back(grad_x, row_index, x.shape[0])
+            grad_x = _add_back(ops, grad_x, row_index, x.shape[0])
     if ctx.needs_input_grad[1]:
         if ctx.transposed:
-            grad_weight = OPS.grouped_wgrad(x, grad, offsets, row_index, None)
+            grad_weight = ops.grouped_wgrad(x, grad, offsets, row_index, None)
         else:
-            grad_weight = OPS.grouped_wgrad(grad, x, offsets, None, row_index)
+            grad_weight = ops.grouped_wgrad(grad, x, offsets, None, row_index)
     if ctx.has_bias and ctx.needs_input_grad[3]:
-        grad_bias = OPS.grouped_wgrad(grad, grad.new_ones(grad.shape[0], 1), offsets, None, None).squeeze(2)
+        grad_bias = ops.grouped_wgrad(grad, grad.new_ones(grad.shape[0], 1), offsets, None, None).squeeze(2)
     return grad_x, grad_weight, None, grad_bias, None, None
 
 
@@ -119,17 +117,17 @@ def _keep_grouped_wgrad(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _grouped_wgrad_backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
+def _grouped_wgrad_backward(ops: Any, ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
     grad, x, offsets, grad_index, x_index = ctx.saved_tensors
     grad_grad = grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_grad = OPS.grouped_mm(x, grad_weight, offsets, None, x_index, False)
+        grad_grad = ops.grouped_mm(x, grad_weight, offsets, None, x_index, False)
         if grad_index is not None:
-            grad_grad = _add_back(grad_grad, grad_index, grad.shape[0])
+            grad_grad = _add_back(ops, grad_grad, grad_index, grad.shape[0])
     if ctx.needs_input_grad[1]:
-        grad_x = OPS.grouped_mm(grad, grad_weight, offsets, None, grad_index, True)
+        grad_x = ops.grouped_mm(grad, grad_weight, offsets, None, grad_index, True)
         if x_index is not None:
-            grad_x = _add_back(grad_x, x_index, x.shape[0])
+            grad_x = _add_back(ops, grad_x, x_index, x.shape[0])
     return grad_grad, grad_x, None, None, None
 
 
@@ -139,11 +137,11 @@ def _keep_gather_rows(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(index, filled)
 
 
-def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gather_rows_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     index, filled = ctx.saved_tensors
     index = index if filled is None else torch.where(filled, index, -1)
     flat = grad.reshape(grad.shape[0], math.prod(ctx.shape[1:]))
-    return _add_back(flat, index, ctx.shape[0]).reshape(ctx.shape), None, None
+    return _add_back(ops, flat, index, ctx.shape[0]).reshape(ctx.shape), None, None
 
 
 def _keep_sum_rows(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -153,12 +151,12 @@ def _keep_sum_rows(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(y if wanted else None, offsets, order, weights)
 
 
-def _sum_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _sum_rows_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     y, offsets, order, weights = ctx.saved_tensors
     place = torch.arange(order.shape[0], device=order.device, dtype=torch.int32)
     target = torch.empty_like(order).index_copy(0, order, torch.searchsorted(offsets, place, right=True))
     inside = target < offsets.shape[0]
-    spread = OPS.gather_rows(grad, torch.where(inside, target, 0), inside)  # (R, D)
+    spread = ops.gather_rows(grad, torch.where(inside, target, 0), inside)  # (R, D)
     wide = torch.promote_types(grad.dtype, torch.float32)
     grad_y = grad_weights = None
     if ctx.needs_input_grad[0]:
@@ -176,39 +174,50 @@ def _keep_experts_mlp(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) ->
     ctx.set_materialize_grads(False)
 
 
-def _experts_mlp_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _experts_mlp_backward(ops: Any, ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 11
     x, z, w_in, w_out, offsets, token_index, weights, b_in, b_out = ctx.saved_tensors
     if z is None:  # not kept: made again, by the product that made it
-        z = OPS.grouped_mm(x, w_in, offsets, b_in, token_index)
+        z = ops.grouped_mm(x, w_in, offsets, b_in, token_index)
     rest = (token_index, weights, b_in, b_out, ctx.activation, ctx.interleaved)
-    grad_x, grad_in, grad_out, *others = OPS.experts_mlp_backward(grad, x, z, w_in, w_out, offsets, *rest)
+    grad_x, grad_in, grad_out, *others = ops.experts_mlp_backward(grad, x, z, w_in, w_out, offsets, *rest)
     optional = (None if part is None else found for part, found in zip((weights, b_in, b_out), others, strict=True))
     return grad_x, grad_in, grad_out, None, None, *optional, None, None, None
 
 
+_SHAPES = {
+    "grouped_mm": _grouped_mm_shape,
+    "grouped_wgrad": _grouped_wgrad_shape,
+    "route_plan": _route_plan_shape,
+    "gather_rows": _gather_rows_shape,
+    "sum_rows": _sum_rows_shape,
+    "experts_mlp": _experts_mlp_shape,
+    "experts_mlp_backward": _experts_mlp_backward_shape,
+}
+_GRADIENTS = {
+    "grouped_mm": (_keep_grouped_mm, _grouped_mm_backward),
+    "grouped_wgrad": (_keep_grouped_wgrad, _grouped_wgrad_backward),
+    "gather_rows": (_keep_gather_rows, _gather_rows_backward),
+    "sum_rows": (_keep_sum_rows, _sum_rows_backward),
+    "experts_mlp": (_keep_experts_mlp, _experts_mlp_backward),
+}
+
+
 @functools.cache
-def register() -> torch.library.Library:
-    """Defines the ops, and tells PyTorch their shapes and gradients; once in a process, before a library is used."""
-    library = torch.library.Library("omnimoe", "DEF")
+def register(namespace: str = "omnimoe") -> torch.library.Library:
+    """Defines the ops, and tells PyTorch their shapes and gradients; once in a process, before a library is used.
+
+    Args:
+        namespace: of the ops. Kernels that are for the same device as others have one of their own.
+    """
+    library = torch.library.Library(namespace, "DEF")
     for schema in SCHEMAS:
         library.define(schema)
-    shapes = {
-        "grouped_mm": _grouped_mm_shape,
-        "grouped_wgrad": _grouped_wgrad_shape,
-        "route_plan": _route_plan_shape,
-        "gather_rows": _gather_rows_shape,
-        "sum_rows": _sum_rows_shape,
-        "experts_mlp": _experts_mlp_shape,
-        "experts_mlp_backward": _experts_mlp_backward_shape,
-    }
-    for name, shape in shapes.items():
-        torch.library.register_fake(f"omnimoe::{name}", shape, lib=library)
-    gradient = torch.library.register_autograd
-    gradient("omnimoe::grouped_mm", _grouped_mm_backward, setup_context=_keep_grouped_mm, lib=library)
-    gradient("omnimoe::grouped_wgrad", _grouped_wgrad_backward, setup_context=_keep_grouped_wgrad, lib=library)
-    gradient("omnimoe::gather_rows", _gather_rows_backward, setup_context=_keep_gather_rows, lib=library)
-    gradient("omnimoe::sum_rows", _sum_rows_backward, setup_context=_keep_sum_rows, lib=library)
-    gradient("omnimoe::experts_mlp", _experts_mlp_backward, setup_context=_keep_experts_mlp, lib=library)
+    for name, shape in _SHAPES.items():
+        torch.library.register_fake(f"{namespace}::{name}", shape, lib=library)
+    ops = getattr(torch.ops, namespace)
+    for name, (keep, backward) in _GRADIENTS.items():
+        rule = functools.partial(backward, ops)
+        torch.library.register_autograd(f"{namespace}::{name}", rule, setup_context=keep, lib=library)
     return library  # which undoes everything when it is freed
