@@ -81,7 +81,7 @@ __device__ inline void take_bias(const T* bias, int column, int columns, float (
   for (int i = 0; i < 4; ++i) {
     const int at = column + 8 * i + int(threadIdx.x) % 4 * 2;
     Pack<T, 2> pair = {};
-    if (bias && at < columns) pair = load(reinterpret_cast<const Pack<T, 2>*>(bias + at));
+    if (at < columns) pair = load(reinterpret_cast<const Pack<T, 2>*>(bias + at));
     v[2 * i] = widen(pair.at[0]);
     v[2 * i + 1] = widen(pair.at[1]);
   }
@@ -126,14 +126,16 @@ struct Plain : Operation<T, kTileColumns, kIsAcrossA, kIsAcrossB> {
       const int column = tile.column + at;
       if (column >= p.columns) break;
       float more[kChunk];
-      take_bias(bias, column, p.columns, more);
+      if (bias) take_bias(bias, column, p.columns, more);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float v[kChunk];
         take(d, at, h, v);
-        add(v, more);
+        if (bias) add(v, more);
+        if (results.scale) {
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) v[i] *= scale[h];
+          for (int i = 0; i < kChunk; ++i) v[i] *= scale[h];
+        }
         const int r = row + 8 * h, c = column + thread_chunk();
         store_quad(v, out + int64_t{r} * p.columns + c, r < tile.row_end && c < p.columns);
       }
@@ -256,8 +258,10 @@ struct FirstProduct : Operation<T, 256, false, false, kLayout == Layout::halves 
       const int column = tile.column + at, c = column + thread_chunk();
       if (column >= p.columns) break;
       float more[kChunk], more_up[kChunk];
-      take_bias(bias, column, p.columns, more);
-      if constexpr (kLayout == Layout::halves) take_bias(bias ? bias + width : nullptr, column, p.columns, more_up);
+      if (bias) {
+        take_bias(bias, column, p.columns, more);
+        if constexpr (kLayout == Layout::halves) take_bias(bias + width, column, p.columns, more_up);
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int r = row + 8 * half;
@@ -265,10 +269,10 @@ struct FirstProduct : Operation<T, 256, false, false, kLayout == Layout::halves 
         T *z_at = z + int64_t{r} * kWide * width + c, *h_at = h + int64_t{r} * width;
         float v[kChunk], up[kChunk], value[kChunk];
         take(d, at, half, v);
-        add(v, more);
+        if (bias) add(v, more);
         if constexpr (kLayout == Layout::halves) {
           take(d, Base::kStepColumns + at, half, up);
-          add(up, more_up);
+          if (bias) add(up, more_up);
           activate_chunk<true>(results.activation, v, up, value);
           if (z) {
             store_quad(v, z_at, is_wanted);

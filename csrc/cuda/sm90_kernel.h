@@ -115,6 +115,7 @@ template <class Op>
 __global__ void __launch_bounds__(kThreads, 1)
     kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
            const __grid_constant__ Problem p, const __grid_constant__ typename Op::Results results) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // code for other devices is never called
   // tiles begin at multiples of 1024 bytes, where the pattern of the swizzle does
   const uint32_t begin = shared_address(shared_memory());
   Ring<Op> ring(reinterpret_cast<char*>(shared_memory()) + (1024 - begin % 1024) % 1024);
@@ -128,6 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_registers<232>();
     consume<Op>(p, results, ring);
   }
+#endif
 }
 
 }  // namespace omnimoe::cuda::sm90

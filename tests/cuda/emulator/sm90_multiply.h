@@ -72,6 +72,8 @@ struct Descriptor {
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
+constexpr uint32_t kTaken = 0x7fa5a5a5;  // in registers that wgmma works on: a NaN that any arithmetic changes
+
 struct Accumulators {
   float* registers[32] = {};  // of each lane
   int count = 0;              // a lane
@@ -186,13 +188,12 @@ void multiply(float (&d)[kRegisters], uint64_t a, uint64_t b, Where where = Wher
         std::memcpy(&warp.now->value[size_t(lane * kRegisters)], in[lane]->d, sizeof(float) * kRegisters);
       }
     }
-    for (int lane = 0; lane < 32; ++lane) {
-      const auto* bytes = reinterpret_cast<const unsigned char*>(in[lane]->d);
-      if (!is_first && !std::all_of(bytes, bytes + sizeof(float) * kRegisters,
-                                    [](unsigned char byte) { return byte == emulator::kPoison; }))
-        emulator::fail("accumulators are touched while wgmma works on them, at ", emulator::told(where));
-      emulator::poison(in[lane]->d, sizeof(float) * kRegisters);
-    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < kRegisters; ++i) {
+        if (!is_first && std::bit_cast<uint32_t>(in[lane]->d[i]) != kTaken)
+          emulator::fail("accumulators are touched while wgmma works on them, at ", emulator::told(where));
+        in[lane]->d[i] = std::bit_cast<float>(kTaken);
+      }
     ++warp.now->in_flight;
     ++warp.open;
     Multiplication m{a, b, kIsAcrossA, kIsAcrossB, kRegisters * 2, [](uint16_t bits) { return widen(T{bits}); }, where,
