@@ -269,17 +269,30 @@ def _players(gradio: Any) -> list[Any]:
 
 
 def _choices(gradio: Any, session: _Session) -> dict[str, Any]:
+    own = (getattr(session.model.generation_config, "sampling", None) or {}).get("image", {})
     with gradio.Group():
         with gradio.Row():
             found = {
                 "samples": gradio.Slider(1, MOST, value=4, step=1, label="Samples", info="how many", elem_id="samples"),
                 "guidance": gradio.Slider(
-                    0, 10, value=1, step=0.5, label="Guidance", info="1 is none", elem_id="guidance"
+                    0,
+                    10,
+                    value=own.get("guidance", 1),
+                    step=0.5,
+                    label="Guidance",
+                    info="1 is none",
+                    elem_id="guidance",
                 ),
             }
         with gradio.Row():
             found["temperature"] = gradio.Slider(
-                0, 2, value=0.9, step=0.05, label="Temperature", info="0 is the likeliest", elem_id="temperature"
+                0,
+                2,
+                value=own.get("temperature", 0.9),
+                step=0.05,
+                label="Temperature",
+                info="0 is the likeliest",
+                elem_id="temperature",
             )
             found["top_k"] = gradio.Slider(0, 500, value=100, step=5, label="Top-k", info="0 is all", elem_id="top_k")
         with gradio.Row():

@@ -31,7 +31,7 @@ from omnimoe.generation.prompts import (
     token_ids,
 )
 from omnimoe.generation.ranking import log_likelihood
-from omnimoe.generation.sampling import ByModality, Sampling, row_generators, sample, seeds_of
+from omnimoe.generation.sampling import ByModality, Sampling, row_generators, sample, seeds_of, set_sampling
 from omnimoe.generation.streaming import TextSpanStreamer
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.spans import bounded_ranges, owned_rows, read_spans
@@ -46,6 +46,7 @@ __all__ = [
     "interleave",
     "log_likelihood",
     "read_wave",
+    "set_sampling",
 ]
 
 LONGEST_TEXT = 128
@@ -67,11 +68,11 @@ def generate(
     *,
     tokenizers: Mapping[str, Tokenizer] | None = None,
     seed: int | Sequence[int] | None = None,
-    temperature: ByModality = 1.0,
+    temperature: ByModality | None = None,
     top_k: ByModality | None = None,
     top_p: ByModality | None = None,
     min_p: ByModality | None = None,
-    guidance: ByModality = 1.0,
+    guidance: ByModality | None = None,
     steps: int = STEPS,
     max_new_tokens: int | None = None,
     num_samples: int = 1,
@@ -91,10 +92,10 @@ def generate(
             else is in the batch, so a document that stands there twice is answered twice alike; a list gives each
             document its own seed. None draws seeds from the global generator, which is otherwise left as it was.
         temperature: of sampling; 0 takes the most likely token. This and the next four are numbers, or numbers by
-            modality.
-        top_k: sample among so many tokens; None among all.
-        top_p: sample among the most likely tokens that hold this share; None among all.
-        min_p: sample among tokens at least this share as likely as the likeliest; None among all.
+            modality; None takes what :func:`set_sampling` gave the model, and where that says nothing, 1.
+        top_k: sample among so many tokens; else among all.
+        top_p: sample among the most likely tokens that hold this share; else among all.
+        min_p: sample among tokens at least this share as likely as the likeliest; else among all.
         guidance: scale of classifier-free guidance by a second forward that sees the span alone; 1 is none. For
             modalities with boundary tokens and continuous ones.
         steps: forwards of the sampler, for a continuous modality.
@@ -117,8 +118,7 @@ def generate(
     check_model(config)
     check_target(config, to)
     documents = documents_of(inputs)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
-    sampling.check(config)
+    sampling = Sampling.usual(model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
     drawn = num_samples if best_of is None else best_of
     is_discrete = to in config.token_ranges
     longest = _longest(config, to, max_new_tokens)
@@ -170,11 +170,11 @@ def interleave(
     spans: Sequence[str] | None = None,
     tokenizers: Mapping[str, Tokenizer] | None = None,
     seed: int | Sequence[int] | None = None,
-    temperature: ByModality = 1.0,
+    temperature: ByModality | None = None,
     top_k: ByModality | None = None,
     top_p: ByModality | None = None,
     min_p: ByModality | None = None,
-    guidance: ByModality = 1.0,
+    guidance: ByModality | None = None,
     steps: int = STEPS,
     max_new_tokens: int | None = None,
     num_samples: int = 1,
@@ -209,8 +209,7 @@ def interleave(
     """
     config = model.config
     check_model(config)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
-    sampling.check(config)
+    sampling = Sampling.usual(model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
     _check_counts(num_samples, num_samples, batch_size, steps, 1 if max_new_tokens is None else max_new_tokens)
     if num_samples > 1 and sampling.is_greedy(config.modality_names):
         raise GenerationError(f"temperature 0 has one answer, not {num_samples}; raise it or ask for one sample")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from omnimoe.commands._model import add_model, read_model, read_tokenizers
-
-DEFAULT = "omni_nano"
-"""The model of the page where none is named: the one that ships."""
+from omnimoe.commands._model import DEFAULT, add_model, read_model, read_tokenizers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

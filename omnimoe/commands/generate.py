@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from omnimoe.commands._model import add_model, by_modality, read_model, read_tokenizers
+from omnimoe.commands._model import DEFAULT, add_model, by_modality, read_model, read_tokenizers
 
 ENDINGS = {"image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"), "speech": (".wav",), "video": (".gif", ".webp")}
 """What an output file may be called."""
@@ -19,7 +19,7 @@ ANY = "any"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    add_model(parser)
+    add_model(parser, default=DEFAULT)
     parser.add_argument(
         "--from",
         dest="sources",
@@ -44,14 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--best-of", type=int, metavar="N", help="draw N and keep the --num under which the inputs are likeliest"
     )
     parser.add_argument("--seed", type=int, help="repeats the same samples")
-    choices = parser.add_argument_group("sampling, each X or by modality, text=X,image=Y")
+    choices = parser.add_argument_group(
+        "sampling, each X or by modality, text=X,image=Y; left out, as the model was saved with"
+    )
     number, whole = by_modality(float), by_modality(int)
-    choices.add_argument("--temperature", type=number, default=1.0, metavar="X", help="0 takes the most likely token")
+    choices.add_argument("--temperature", type=number, metavar="X", help="0 takes the most likely token")
     choices.add_argument("--top-k", type=whole, metavar="K", help="sample among so many tokens")
     choices.add_argument("--top-p", type=number, metavar="P", help="sample among the tokens that hold this share")
     choices.add_argument("--min-p", type=number, metavar="P", help="and not below this share of the likeliest")
     choices.add_argument(
-        "--guidance", type=number, default=1.0, metavar="X", help="classifier-free guidance of pictures and sounds"
+        "--guidance", type=number, metavar="X", help="classifier-free guidance of pictures and sounds; 1 is none"
     )
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of denoising, where it is denoised")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest text, speech or document, in tokens")

@@ -7,6 +7,8 @@ device.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,18 +36,49 @@ class Sampling:
     """How tokens are chosen; each is one number for all modalities or one by name.
 
     Args:
-        temperature: 0 takes the most likely token.
+        temperature: 0 takes the most likely token; None is 1.
         top_k: sample among so many tokens; None among all.
         top_p: sample among the most likely tokens that hold this share.
         min_p: sample among tokens at least this share as likely as the likeliest.
-        guidance: scale of classifier-free guidance in spans with boundary tokens; 1 is none.
+        guidance: scale of classifier-free guidance in spans with boundary tokens; 1 and None are none.
     """
 
-    temperature: ByModality = 1.0
+    temperature: ByModality | None = None
     top_k: ByModality | None = None
     top_p: ByModality | None = None
     min_p: ByModality | None = None
-    guidance: ByModality = 1.0
+    guidance: ByModality | None = None
+
+    @classmethod
+    def usual(cls, model: OmniMoeForCausalLM, **given: ByModality | None) -> Sampling:
+        """The choices that were passed, and for the rest those that come with the model.
+
+        The model's are those of :func:`set_sampling`, in ``model.generation_config.sampling``.
+
+        Args:
+            model: with or without choices of its own.
+            given: fields of this class; None, or a modality that is missing, leaves it to the model.
+
+        Raises:
+            GenerationError: if ``sampling`` has another form, or a value is out of range.
+        """
+        own = getattr(model.generation_config, "sampling", None) or {}
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(own, Mapping) or not all(isinstance(held, Mapping) for held in own.values()):
+            raise GenerationError(f"sampling in the model's generation_config maps modalities to options, got {own!r}")
+        if unknown := sorted({what for held in own.values() for what in held} - known):
+            raise GenerationError(
+                f"sampling in the model's generation_config names {unknown[0]!r}; the options are {', '.join(known)}"
+            )
+        found = {}
+        for what, passed in given.items():
+            if passed is None or isinstance(passed, Mapping):
+                by_modality = {name: held[what] for name, held in own.items() if held.get(what) is not None}
+                passed = {**by_modality, **(passed or {})} or None
+            found[what] = passed
+        sampling = cls(**found)
+        sampling.check(model.config)
+        return sampling
 
     def check(self, config: OmniMoeConfig) -> None:
         """Refuses modalities that the model has not, and values out of range.
@@ -87,6 +120,28 @@ class Sampling:
     def is_greedy(self, names: Sequence[str]) -> bool:
         """Whether some modalities have one answer."""
         return all(_of(self.temperature, name) == 0 for name in names)
+
+
+def set_sampling(model: OmniMoeForCausalLM, sampling: Mapping[str, Mapping[str, float]]) -> None:
+    """Sets how a model is sampled where a call says nothing else; it is saved with the model.
+
+    Args:
+        model: any.
+        sampling: fields of :class:`Sampling` by modality: ``{"image": {"temperature": 0.9, "guidance": 3.0}}``.
+
+    Raises:
+        GenerationError: if a modality or field is unknown, or a value is out of range.
+    """
+    config = model.generation_config
+    before = getattr(config, "sampling", None)
+    config.sampling = copy.deepcopy(sampling)
+    try:
+        Sampling.usual(model, **dict.fromkeys(field.name for field in dataclasses.fields(Sampling)))
+    except GenerationError:
+        config.sampling = before
+        raise
+    # transformers drops what the model's config does not say from one that is marked as made of it
+    config._from_model_config = False
 
 
 class Sampler(LogitsProcessor):

@@ -8,8 +8,9 @@ from torch import Generator
 
 from omnimoe.generate import GenerationError
 from omnimoe.generation.prompts import Prompt
-from omnimoe.generation.sampling import Sampler, Sampling, row_generators, seeds_of
-from tests.declarations import DENSE
+from omnimoe.generation.sampling import Sampler, Sampling, row_generators, seeds_of, set_sampling
+from omnimoe.hub import from_pretrained
+from tests.declarations import DENSE, build
 
 BOS, BEGIN_IMAGE = 1, 3
 
@@ -60,3 +61,21 @@ def test_seeds():
     for wrong in (-1, [1], [1, -2], 1.5, "1"):
         with pytest.raises(GenerationError, match="seed must be 0 or more"):
             seeds_of(wrong, 2)
+
+
+def test_a_model_brings_its_own_choices(tmp_path):
+    model = build(DENSE)
+    assert Sampling.usual(model, temperature=None) == Sampling()
+    set_sampling(model, {"image": {"temperature": 0.9, "guidance": 3.0}, "text": {"temperature": 0.5}})
+    model.save_pretrained(tmp_path)
+    model = from_pretrained(tmp_path)
+    names = ("temperature", "top_k", "guidance")
+    assert Sampling.usual(model, **dict.fromkeys(names)) == Sampling(
+        temperature={"image": 0.9, "text": 0.5}, guidance={"image": 3.0}
+    )
+    assert Sampling.usual(model, temperature={"image": 0.7}).temperature == {"image": 0.7, "text": 0.5}
+    assert Sampling.usual(model, temperature=1.0, guidance=None) == Sampling(temperature=1.0, guidance={"image": 3.0})
+    for wrong in ({"image": 0.9}, {"image": {"temperatur": 1}}, {"video": {"temperature": 1}}, {"image": {"top_k": 0}}):
+        with pytest.raises(GenerationError):
+            set_sampling(model, wrong)  # type: ignore[arg-type]
+    assert model.generation_config.sampling["text"] == {"temperature": 0.5}
