@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": "try a model on a page in the browser",
     "data": "build or look at a corpus",
     "bench": "time routed experts beside other libraries', after holding them against float64",
+    "build": "compile the kernels now and not on first use",
     "doctor": "say which kernels and devices are used, and why not others",
 }
 

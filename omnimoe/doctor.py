@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from omnimoe.ops import BACKENDS
-from omnimoe.ops._extension import cache_folder, extension
+from omnimoe.ops._extension import Extension, cache_folder, extension
 from omnimoe.ops.experts_mlp import ROUTED
 from omnimoe.ops.grouped_mm import IMPLEMENTATIONS as GROUPED
 
@@ -27,18 +27,13 @@ def examine() -> dict[str, Any]:
     Returns:
         JSON's own types. The kernels are built first, if they can be and were not.
     """
-    found = extension()
     devices = ["cpu", *([f"cuda: {torch.cuda.get_device_name()}"] if torch.cuda.is_available() else [])]
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "devices": devices,
         "threads": torch.get_num_threads(),
-        "cpu kernels": {
-            "library": str(found.path) if found.path else None,
-            "instructions": found.instructions or None,
-            "why not": found.reason or None,
-            "folder": str(cache_folder()),
-        },
+        "cpu kernels": _kernels(extension()),
+        "cuda kernels": _kernels(extension("cuda")),
         "backends": dict(BACKENDS),
         "other libraries": _foreign("cuda" if torch.cuda.is_available() else "cpu"),
         "asked for": os.environ.get("OMNIMOE_BACKEND") or None,
@@ -48,6 +43,15 @@ def examine() -> dict[str, Any]:
 
 
 _ORDERS = {"grouped_mm": GROUPED, "experts_mlp, routed": ROUTED}
+
+
+def _kernels(found: Extension) -> dict[str, str | None]:
+    return {
+        "library": str(found.path) if found.path else None,
+        "instructions": found.instructions or None,
+        "why not": found.reason or None,
+        "folder": str(cache_folder()),
+    }
 
 
 def _choice(op: str, order: Any, device: str, dtype: str) -> dict[str, Any]:

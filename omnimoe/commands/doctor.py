@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     for name, version in found["versions"].items():
         print(f"{name:<16} {version or 'not installed'}")
     print(f"{'devices':<16} {', '.join(found['devices'])}; {found['threads']} threads")
-    kernels = found["cpu kernels"]
-    print(f"{'CPU kernels':<16} {kernels['instructions'] or 'none'}: {kernels['library'] or kernels['why not']}")
+    for title, kernels in (("CPU kernels", found["cpu kernels"]), ("CUDA kernels", found["cuda kernels"])):
+        print(f"{title:<16} {kernels['instructions'] or 'none'}: {kernels['library'] or kernels['why not']}")
     if found["asked for"]:
         print(f"{'backend':<16} {found['asked for']}, by OMNIMOE_BACKEND")
     table = plain_table("op", "device", "dtype", "backend", "passed over")

@@ -5,15 +5,16 @@ Nothing is timed at run time. An implementation is asked with tensors' metadata 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from omnimoe.ops._extension import extension
+from omnimoe.ops._extension import CUDA_FLOOR, extension
 from omnimoe.ops._library import register
 from omnimoe.ops.adapters._packages import missing_grouped_gemm, missing_liger
 
@@ -21,6 +22,7 @@ BACKENDS = {
     "reference": "plain PyTorch, the definition; any device and dtype, no host synchronisation, much memory",
     "torch": "PyTorch's own products: one a group on a CPU, its grouped product on CUDA",
     "cpp": "compiled kernels for x86-64 with AVX2 or AVX-512",
+    "cuda": "compiled kernels for NVIDIA devices of compute capability 8.0 and later",
     "liger": "Liger-Kernel's fused experts, where it is installed; never by itself",
     "megablocks": "MegaBlocks' gather, scatter and grouped product, where it is installed; never by itself; never run",
 }
@@ -75,6 +77,11 @@ def backend(name: str) -> Iterator[None]:
         _asked.pop()
 
 
+def asked_backend() -> Callable[[], AbstractContextManager[None]]:
+    """Makes contexts that ask for what is asked for now: for what runs later, such as a second forward in backward."""
+    return functools.partial(backend, _asked[-1]) if _asked[-1] else nullcontext
+
+
 def check_backend(name: str) -> None:
     """Raises BackendError if there is no such backend, or it cannot be used here."""
     if name not in BACKENDS:
@@ -91,8 +98,15 @@ def missing_kernels() -> str:
     return extension().reason
 
 
+@torch.compiler.assume_constant_result
+def missing_cuda_kernels() -> str:
+    """Why there are no compiled CUDA kernels; empty where there are."""
+    register()
+    return extension("cuda").reason
+
+
 MISSING: dict[str, Callable[[], str]] = {
-    "cpp": missing_kernels, "liger": missing_liger, "megablocks": missing_grouped_gemm,
+    "cpp": missing_kernels, "cuda": missing_cuda_kernels, "liger": missing_liger, "megablocks": missing_grouped_gemm,
 }  # fmt: skip
 """Backend to why it is not on this machine, or an empty string; those that are not here always are."""
 
@@ -129,15 +143,38 @@ def choose(op: str, implementations: Sequence[Implementation], *operands: Any) -
 
 
 def why_not_compiled(*tensors: Any) -> str:
-    """Why the compiled CPU kernels cannot take these tensors; empty where they can."""
+    """Why the compiled CPU kernels cannot take these operands; empty where they can."""
     for tensor in tensors:
-        if tensor is None:
+        if not isinstance(tensor, torch.Tensor):
             continue
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}"
-        if tensor.is_floating_point() and tensor.dtype not in _COMPILED:
-            return f"it takes {', '.join(str(dtype).removeprefix('torch.') for dtype in _COMPILED)}, not {tensor.dtype}"
+        if reason := _why_not_dtype(tensor):
+            return reason
     return missing_kernels()
+
+
+def why_not_cuda(*operands: Any) -> str:
+    """Why the compiled CUDA kernels cannot take these operands; empty where they can."""
+    tensors = [operand for operand in operands if isinstance(operand, torch.Tensor)]
+    for tensor in tensors:
+        if tensor.device.type != "cuda":
+            return f"a tensor is on {tensor.device}"
+        if reason := _why_not_dtype(tensor):
+            return reason
+    return missing_cuda_kernels() or (_why_not_device(tensors[0].device.index or 0) if tensors else "")
+
+
+@torch.compiler.assume_constant_result
+def _why_not_device(index: int) -> str:
+    found = torch.cuda.get_device_capability(index)
+    return "" if found >= CUDA_FLOOR else f"device {index} is of compute capability {found[0]}.{found[1]}, not 8.0"
+
+
+def _why_not_dtype(tensor: torch.Tensor) -> str:
+    if not tensor.is_floating_point() or tensor.dtype in _COMPILED:
+        return ""
+    return f"it takes {', '.join(str(dtype).removeprefix('torch.') for dtype in _COMPILED)}, not {tensor.dtype}"
 
 
 _COMPILED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
