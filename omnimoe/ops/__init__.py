@@ -8,6 +8,7 @@ from omnimoe.ops._backends import BACKENDS, BackendError, backend, missing_kerne
 from omnimoe.ops.combine import combine
 from omnimoe.ops.experts_mlp import ACTIVATIONS, GATED, experts_mlp
 from omnimoe.ops.grouped_mm import grouped_mm
+from omnimoe.ops.grouped_wgrad import grouped_wgrad
 from omnimoe.ops.permute import permute
 from omnimoe.ops.rms_norm import rms_norm
 from omnimoe.ops.rope import rope
@@ -23,6 +24,7 @@ __all__ = [
     "combine",
     "experts_mlp",
     "grouped_mm",
+    "grouped_wgrad",
     "missing_kernels",
     "permute",
     "rms_norm",

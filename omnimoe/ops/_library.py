@@ -186,7 +186,7 @@ def _experts_mlp_backward(ops: Any, ctx: Any, grad: Tensor | None, _: Tensor | N
     return grad_x, grad_in, grad_out, None, None, *optional, None, None, None
 
 
-_SHAPES = {
+_SHAPES: dict[str, Any] = {
     "grouped_mm": _grouped_mm_shape,
     "grouped_wgrad": _grouped_wgrad_shape,
     "route_plan": _route_plan_shape,
@@ -195,7 +195,7 @@ _SHAPES = {
     "experts_mlp": _experts_mlp_shape,
     "experts_mlp_backward": _experts_mlp_backward_shape,
 }
-_GRADIENTS = {
+_GRADIENTS: dict[str, tuple[Any, Any]] = {
     "grouped_mm": (_keep_grouped_mm, _grouped_mm_backward),
     "grouped_wgrad": (_keep_grouped_wgrad, _grouped_wgrad_backward),
     "gather_rows": (_keep_gather_rows, _gather_rows_backward),

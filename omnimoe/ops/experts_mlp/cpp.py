@@ -17,14 +17,17 @@ def experts_mlp(
     activation: str,
     token_index: Tensor | None,
     weights: Tensor | None,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    interleaved: bool,
+    save: str,
 ) -> Tensor:
-    """See :func:`omnimoe.ops.experts_mlp`. Keeps its input and the pre-activations for backward, nothing else."""
+    """See :func:`omnimoe.ops.experts_mlp`. Keeps its input and what ``save`` says for backward, nothing else."""
     check_offsets(offsets, len(x) if token_index is None else len(token_index))
     if weights is not None:
         weights = weights.to(torch.promote_types(x.dtype, torch.float32))
-    given = [part for part in (x, gate_up_proj, down_proj, weights) if part is not None]
-    keep = torch.is_grad_enabled() and any(part.requires_grad for part in given)
-    out, _ = torch.ops.omnimoe.experts_mlp(
-        x, gate_up_proj, down_proj, offsets, token_index, weights, None, None, CODES[activation], False, keep
-    )
+    operands = x, gate_up_proj, down_proj, offsets, token_index, weights, gate_up_bias, down_bias
+    wanted = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in operands)
+    keep = wanted and save == "pre_activation"
+    out, _ = torch.ops.omnimoe.experts_mlp(*operands, CODES[activation], interleaved, keep)
     return out

@@ -24,7 +24,8 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None =
     inside = (row < offsets[-1]).unsqueeze(1)
     # torch leaves rows past the last offset uninitialised, forward and backward; NaN times zero would be NaN
     x = torch.where(inside, x, x.new_zeros(()))
-    y = F.grouped_mm(x, weight.contiguous().transpose(1, 2), offs=offsets)
+    matrices = weight.transpose(1, 2)
+    y = F.grouped_mm(x, matrices if matrices.is_contiguous() else weight.contiguous().transpose(1, 2), offs=offsets)
     if bias is not None:
         y = y + bias[torch.searchsorted(offsets, row, right=True).clamp(max=weight.shape[0] - 1)]
     return torch.where(inside, y, y.new_zeros(()))

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 
-def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped_mm(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None, row_index: Tensor | None = None
+) -> Tensor:
     """See :func:`omnimoe.ops.grouped_mm`."""
+    if row_index is not None:
+        x = x.index_select(0, row_index)
     group = torch.searchsorted(offsets, torch.arange(x.shape[0], device=x.device, dtype=torch.int32), right=True)
     inside = (group < weight.shape[0]).unsqueeze(1)
     group = group.clamp(max=weight.shape[0] - 1)
