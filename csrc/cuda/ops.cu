@@ -112,7 +112,7 @@ template <class P>
 void go_gathered(P& p, Rows P::*operand, const Tensor& x, const std::optional<Tensor>& index, std::optional<Tensor>& kept,
                  const Call& call) {
   if (!index) return;
-  if (!kept && call.is_hopper()) {
+  if (!kept && call.is_hopper() && !takes_hopper(p, call)) {
     P trial = p;
     Tensor made = fresh(x, {index->size(0), x.size(1)});
     trial.*operand = as_rows(made);

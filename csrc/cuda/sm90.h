@@ -2,9 +2,9 @@
 // devices of compute capability 9.x.
 //
 // `why_not` looks at metadata alone. It gives a reason where these kernels do not serve a call, and null where they do;
-// with a reason, the sm_80 kernels take it. They serve 16-bit elements, rows that are not gathered (gather them first),
-// and operands that the copy engine can fetch: addresses and strides of 16 bytes, widths of 8 elements. `run` throws
-// std::runtime_error where the driver refuses. Contract and structs are those of kernels.h.
+// with a reason, the sm_80 kernels take it. They serve 16-bit elements, one gathered operand, and operands that the copy
+// engine can fetch: addresses and strides of 16 bytes, widths of 8 elements. `run` throws std::runtime_error where the
+// driver refuses. Contract and structs are those of kernels.h.
 #pragma once
 
 #include "kernels.h"

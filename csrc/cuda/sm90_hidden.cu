@@ -5,7 +5,7 @@ namespace omnimoe::cuda::sm90 {
 namespace {
 
 int64_t wide_of(const Hidden& c) { return c.is_gated ? 2 * c.width : c.width; }
-Operand rows_of(const Hidden& c) { return {c.x.data, c.hidden, c.groups.rows, c.x.stride}; }
+Operand rows_of(const Hidden& c) { return operand_of(c.x, c.hidden, c.groups, c.h); }
 Operand bank_of(const Hidden& c) {
   return {c.w_in.data, c.hidden, wide_of(c), c.w_in.row_stride, c.groups.count, c.w_in.copy_stride};
 }
@@ -13,7 +13,8 @@ Operand bank_of(const Hidden& c) {
 template <class T, Layout kLayout>
 void run_layout(const Hidden& c, const Queue& queue) {
   const int64_t columns = kLayout == Layout::pairs ? 2 * c.width : c.width;
-  const Problem p{c.groups.ends, int(c.groups.count), int(c.groups.rows), int(c.hidden), 0, int(columns)};
+  const Problem p{c.groups.ends, int(c.groups.count), int(c.groups.rows), int(c.hidden),
+                  0,             int(columns),        gathered_of(c.x),   false};
   launch_kernel<FirstProduct<T, kLayout>>(queue, c.type, rows_of(c), bank_of(c), p,
                                           {c.b_in, c.z, c.h, int(c.width), c.activation});
 }
@@ -21,7 +22,7 @@ void run_layout(const Hidden& c, const Queue& queue) {
 }  // namespace
 
 const char* why_not(const Hidden& c) {
-  if (c.x.index) return "the Hopper kernels take rows that are gathered";
+  if (c.x.index && why_not_gather()) return why_not_gather();
   if (c.w_in.is_flipped) return "the Hopper kernels take w_in with its columns side by side";
   if (const char* reason = why_not_any(c.type, c.groups, wide_of(c))) return reason;
   if (c.hidden < 1) return "there is nothing to sum";

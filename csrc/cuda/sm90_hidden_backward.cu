@@ -4,7 +4,7 @@
 namespace omnimoe::cuda::sm90 {
 namespace {
 
-Operand rows_of(const HiddenBackward& c) { return {c.grad.data, c.hidden, c.groups.rows, c.grad.stride}; }
+Operand rows_of(const HiddenBackward& c) { return operand_of(c.grad, c.hidden, c.groups, c.h); }
 Operand bank_of(const HiddenBackward& c) {
   return {c.w_out.data, c.width, c.hidden, c.w_out.row_stride, c.groups.count, c.w_out.copy_stride};
 }
@@ -12,7 +12,7 @@ Operand bank_of(const HiddenBackward& c) {
 }  // namespace
 
 const char* why_not(const HiddenBackward& c) {
-  if (c.grad.index) return "the Hopper kernels take rows that are gathered";
+  if (c.grad.index && why_not_gather()) return why_not_gather();
   if (c.w_out.is_flipped) return "the Hopper kernels take w_out with its columns side by side";
   if (const char* reason = why_not_any(c.type, c.groups, c.width)) return reason;
   if (c.hidden < 1) return "there is nothing to sum";
@@ -23,7 +23,8 @@ const char* why_not(const HiddenBackward& c) {
 
 void run(const HiddenBackward& c, const Queue& queue) {
   if (!c.groups.rows) return;
-  const Problem p{c.groups.ends, int(c.groups.count), int(c.groups.rows), int(c.hidden), 0, int(c.width)};
+  const Problem p{c.groups.ends, int(c.groups.count), int(c.groups.rows), int(c.hidden),
+                  0,             int(c.width),        gathered_of(c.grad), false};
   by_type(c.type, [&](auto t) {
     launch_kernel<SecondProductBackward<decltype(t)>>(
         queue, c.type, rows_of(c), bank_of(c), p,

@@ -1,6 +1,8 @@
 // The host's side of a Hopper kernel: whether the copy engine can fetch the operands, their tensor maps, the launch.
 #pragma once
 
+#include <cstdlib>
+
 #include "sm90.h"
 #include "sm90_finish.h"
 
@@ -66,6 +68,23 @@ inline const char* why_not_fetch(const Operand& o) {
     return "an operand is too large for the copy engine";
   return nullptr;
 }
+
+// Rows that the copy engine fetches one after another, or of which it is told, and others copied, by index. Without rows
+// nothing is fetched, but a map must describe something.
+inline Operand operand_of(const Rows& rows, int64_t columns, const Groups& groups, const void* other) {
+  const int64_t count = rows.index ? rows.count : groups.rows;
+  return {count ? rows.data : other, columns, count ? count : 1, rows.stride};
+}
+
+// OMNIMOE_HOPPER_GATHER=0 leaves the gather to a kernel of its own, to see what its fusion is worth.
+inline const char* why_not_gather() {
+  static const bool is_off = [] {
+    const char* told = std::getenv("OMNIMOE_HOPPER_GATHER");
+    return told && told[0] == '0';
+  }();
+  return is_off ? "rows are gathered first, by OMNIMOE_HOPPER_GATHER=0" : nullptr;
+}
+inline Gathered gathered_of(const Rows& rows) { return {rows.data, rows.stride, rows.index, rows.count}; }
 
 // What all kernels ask for; `columns` are those that results have side by side.
 inline const char* why_not_any(Type type, const Groups& groups, int64_t columns) {

@@ -1,7 +1,7 @@
 // The one kernel of the Hopper path. An operation tells it how its operands lie and what becomes of the sums.
 //
-// Blocks stay on their multiprocessor and walk over tiles. One thread fetches both operands of 64 steps of the sum at a
-// time into a ring of stages; each consumer warpgroup multiplies 64 rows of the tile, and gives a stage back when no
+// Blocks stay on their multiprocessor and walk over tiles. One warpgroup fetches both operands of 64 steps of the sum at a
+// time into a ring of stages, a single thread of it where no rows are gathered; each consumer warpgroup multiplies 64 rows of the tile, and gives a stage back when no
 // wgmma reads it any more. While a tile's end is stored, the next one's stages are fetched already.
 #pragma once
 
@@ -23,38 +23,106 @@ struct Operation {
   static constexpr int kRegisters = kTileColumns / 2;
 };
 
+// The copy engine fetches what is not gathered; called by one thread.
+template <class Op>
+__device__ void fetch_boxes(const TensorMap& map_a, const TensorMap& map_b, const Problem& p, const Ring<Op>& ring,
+                            const Tile& tile, int depth) {
+  uint64_t* filled = ring.filled(ring.stage);
+  char *a = ring.a(ring.stage), *b = ring.b(ring.stage);
+  const bool takes_a = !p.gathered.index || p.is_second_gathered, takes_b = !p.gathered.index || !p.is_second_gathered;
+  barrier_arrive_expecting(filled, (takes_a ? Ring<Op>::kBytesA : 0) + (takes_b ? Ring<Op>::kBytesB : 0));
+  if (takes_a) {
+    if constexpr (Op::kIsAcrossA) {
+      for (int i = 0; i < Op::kTileRows / 64; ++i)
+        load_box(a + i * kPanelBytes, &map_a, filled, tile.row + 64 * i, depth, 0);
+    } else {
+      load_box(a, &map_a, filled, depth, tile.row, 0);
+    }
+  }
+  if (!takes_b) return;
+  const int matrix = Op::kSumsRows ? 0 : tile.group;
+  if constexpr (Op::kIsAcrossB) {
+    for (int i = 0; i < Op::kTileColumns / 64; ++i)
+      load_box(b + i * kPanelBytes, &map_b, filled, tile.column + 64 * i, depth, matrix);
+  } else {
+    for (int part = 0; part < Op::kParts; ++part)
+      load_box(b + part * Op::kStepColumns * 128, &map_b, filled, depth, part * p.columns + tile.column, matrix);
+  }
+}
+
 template <class Op>
 __device__ void produce(const TensorMap& map_a, const TensorMap& map_b, const Problem& p, Ring<Op> ring) {
-  prefetch_map(&map_a);
-  prefetch_map(&map_b);
   Walk<Op> walk(p, ring.spans());
   for (Tile tile; walk.next(tile);)
     for (int block = 0; block < tile.blocks; ++block, ring.advance()) {
-      uint64_t* filled = ring.filled(ring.stage);
-      char *a = ring.a(ring.stage), *b = ring.b(ring.stage);
-      const int depth = tile.first + block * kDepth;
       barrier_wait(ring.drained(ring.stage), ring.phase ^ 1);
-      barrier_arrive_expecting(filled, Ring<Op>::kStageBytes);
-      if constexpr (Op::kIsAcrossA) {
-        for (int i = 0; i < Op::kTileRows / 64; ++i)
-          load_box(a + i * kPanelBytes, &map_a, filled, tile.row + 64 * i, depth, 0);
-      } else {
-        load_box(a, &map_a, filled, depth, tile.row, 0);
-      }
-      const int matrix = Op::kSumsRows ? 0 : tile.group;
-      if constexpr (Op::kIsAcrossB) {
-        for (int i = 0; i < Op::kTileColumns / 64; ++i)
-          load_box(b + i * kPanelBytes, &map_b, filled, tile.column + 64 * i, depth, matrix);
-      } else {
-        for (int part = 0; part < Op::kParts; ++part)
-          load_box(b + part * Op::kStepColumns * 128, &map_b, filled, depth, part * p.columns + tile.column, matrix);
-      }
+      fetch_boxes<Op>(map_a, map_b, p, ring, tile, tile.first + block * kDepth);
     }
 }
 
-// Zeros what the last stage holds of rows that are not the group's: of both operands, as 0 times Inf is NaN.
+// Where a gathered row begins; null for one that is not there, which reads as zeros.
+template <class T>
+__device__ inline const T* gathered_row(const Gathered& from, int row, int end) {
+  if (row >= end) return nullptr;
+  const int64_t source = load(from.index + row);
+  return source < 0 || source >= from.count ? nullptr : static_cast<const T*>(from.data) + source * from.stride;
+}
+
+// Eight columns of a row to shared memory, as far as there are columns.
+template <class T>
+__device__ inline void copy_chunk(char* to, const T* row, int column, int columns, const void* instead) {
+  const int count = row && column < columns ? least(columns - column, 8) : 0;
+  cp_async(to, count ? row + column : instead, count * 2);
+}
+
+// The copy engine cannot fetch rows by index: 128 threads copy them, each 16 bytes of every 16th row of 128 bytes, to
+// where the copy engine would have put them; it fetches the other operand.
 template <class Op>
-__device__ void clear_tail(const Ring<Op>& ring, int kept) {
+__device__ void produce_gathered(const TensorMap& map_a, const TensorMap& map_b, const Problem& p, Ring<Op> ring) {
+  using T = typename Op::T;
+  constexpr int kLines = Op::kSumsRows ? kDepth / 16 : Op::kTileRows / 16;
+  const Gathered& from = p.gathered;
+  const int line = int(threadIdx.x) / 8, chunk = int(threadIdx.x) % 8;
+  const int place = line * 128 + (chunk ^ line % 8) * 16;  // in 128-byte swizzle, the same for every 16th line
+  const T* rows[kLines];
+  Walk<Op> walk(p, ring.spans());
+  for (Tile tile; walk.next(tile);) {
+    if constexpr (!Op::kSumsRows) {
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) rows[i] = gathered_row<T>(from, tile.row + line + 16 * i, tile.row_end);
+    }
+    for (int block = 0; block < tile.blocks; ++block, ring.advance()) {
+      const int depth = tile.first + block * kDepth;
+      if constexpr (Op::kSumsRows) {
+#pragma unroll
+        for (int i = 0; i < kLines; ++i) rows[i] = gathered_row<T>(from, depth + line + 16 * i, tile.end);
+      }
+      barrier_wait(ring.drained(ring.stage), ring.phase ^ 1);
+      if (threadIdx.x == 0) fetch_boxes<Op>(map_a, map_b, p, ring, tile, depth);
+      if constexpr (Op::kSumsRows) {
+        char* to = p.is_second_gathered ? ring.b(ring.stage) : ring.a(ring.stage);
+        const int panels = (p.is_second_gathered ? Op::kTileColumns : Op::kTileRows) / 64;
+        const int first = p.is_second_gathered ? tile.column : tile.row, width = p.is_second_gathered ? p.columns : p.height;
+        for (int panel = 0; panel < panels; ++panel)
+#pragma unroll
+          for (int i = 0; i < kLines; ++i)
+            copy_chunk(to + panel * kPanelBytes + i * 16 * 128 + place, rows[i], first + 64 * panel + 8 * chunk, width,
+                       from.data);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kLines; ++i)
+          copy_chunk(ring.a(ring.stage) + i * 16 * 128 + place, rows[i], depth + 8 * chunk, p.depth, from.data);
+      }
+      barrier_arrive_after_copies(ring.filled(ring.stage));
+    }
+  }
+}
+
+// Zeros what the last block of a sum over rows holds of rows that are not the group's: of both operands, as 0 times Inf is NaN.
+template <class Op>
+__device__ inline void clear_tail(const Ring<Op>& ring, const Tile& tile, int block) {
+  const int kept = tile.end - tile.first - block * kDepth;
+  if (kept >= kDepth) return;
   constexpr int kPanels = Ring<Op>::kStageBytes / kPanelBytes;
   const int words = (kDepth - kept) * 8;  // of 16 bytes, a panel
   for (int i = int(threadIdx.x) - (kThreads - kConsumers); i < kPanels * words; i += kConsumers) {
@@ -77,7 +145,7 @@ __device__ void consume(const Problem& p, const typename Op::Results& results, R
     if (row >= tile.row_end) {  // nothing of ours in this tile: only keep step
       for (int block = 0; block < tile.blocks; ++block, ring.advance()) {
         barrier_wait(ring.filled(ring.stage), ring.phase);
-        if (Op::kSumsRows && block == tile.blocks - 1 && tile.last < kDepth) clear_tail<Op>(ring, tile.last);
+        if (Op::kSumsRows) clear_tail<Op>(ring, tile, block);
         if (is_first_lane) barrier_arrive(ring.drained(ring.stage));
       }
       continue;
@@ -88,7 +156,8 @@ __device__ void consume(const Problem& p, const typename Op::Results& results, R
     int held = 0;
     for (int block = 0; block < tile.blocks; ++block, ring.advance()) {
       barrier_wait(ring.filled(ring.stage), ring.phase);
-      if (Op::kSumsRows && block == tile.blocks - 1 && tile.last < kDepth) clear_tail<Op>(ring, tile.last);
+      if (Op::kSumsRows) clear_tail<Op>(ring, tile, block);
+      if (p.gathered.index) order_shared_writes();
       const uint64_t a = describe<Op::kIsAcrossA>(shared_address(ring.a(ring.stage)) + warpgroup * kPanelBytes);
       const uint64_t b = describe<Op::kIsAcrossB>(shared_address(ring.b(ring.stage)));
       hold(d);
@@ -120,13 +189,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t begin = shared_address(shared_memory());
   Ring<Op> ring(reinterpret_cast<char*>(shared_memory()) + (1024 - begin % 1024) % 1024);
   if (threadIdx.x < 32) plan_spans(p, Op::kTileRows, ring.spans());
-  if (threadIdx.x == 32) ring.init();
+  if (threadIdx.x == 32) ring.init(p.gathered.index ? 1 + kThreads - kConsumers : 1);
+  if (threadIdx.x == 64) {
+    prefetch_map(&map_a);
+    prefetch_map(&map_b);
+  }
   __syncthreads();
   if (threadIdx.x < kThreads - kConsumers) {
-    give_registers<40>();
-    if (threadIdx.x == 0) produce<Op>(map_a, map_b, p, ring);
+    give_registers<56>();
+    if (p.gathered.index)
+      produce_gathered<Op>(map_a, map_b, p, ring);
+    else if (threadIdx.x == 0)
+      produce<Op>(map_a, map_b, p, ring);
   } else {
-    take_registers<232>();
+    take_registers<224>();
     consume<Op>(p, results, ring);
   }
 #endif

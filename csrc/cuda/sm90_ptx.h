@@ -72,6 +72,11 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   } while (!is_done);
 }
 
+// Arrives once the thread's cp_async until here have landed.
+__device__ inline void barrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // ---- the copy engine ------------------------------------------------------------------------------------------------
 
 __device__ inline void prefetch_map(const TensorMap* map) {

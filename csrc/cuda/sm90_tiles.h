@@ -13,6 +13,14 @@ constexpr int kPanelBytes = 64 * 128;  // 64 x 64 elements
 constexpr int kRingBytes = 200 << 10;
 constexpr int kBand = 8;              // tiles of rows that lie together in the order
 
+// Rows that are fetched by index: row r is row index[r] of `count`.
+struct Gathered {
+  const void* data;
+  int64_t stride;
+  const int64_t* index;
+  int64_t count;
+};
+
 // What every kernel is told.
 struct Problem {
   const int32_t* ends;
@@ -20,6 +28,8 @@ struct Problem {
   int depth;    // of the sum; of no meaning where it runs over rows
   int height;   // rows of the output where the sum runs over rows
   int columns;  // over which tiles lie
+  Gathered gathered;         // instead of an operand's map, if there is an index
+  bool is_second_gathered;   // operand B, else A
 };
 
 // Up to where the rows of a group reach, and the tiles of rows up to there. One more follows the groups: the rest.
@@ -34,7 +44,7 @@ struct Tile {
   int column;
   int first;   // of the sum
   int blocks;  // of kDepth; none gives zeros
-  int last;    // how much of the last block counts
+  int end;     // of the sum
 };
 
 __device__ inline int least(int a, int b) { return a < b ? a : b; }
@@ -104,13 +114,13 @@ class Walk {
       tile.row_end = p_.height;
       tile.first = start;
       tile.blocks = ceil_div(end - start, kDepth);
-      tile.last = end - start - (tile.blocks - 1) * kDepth;
+      tile.end = end;
     } else {
       tile.row = start + row * Op::kTileRows;
       tile.row_end = end;
       tile.first = 0;
       tile.blocks = group_ < p_.groups ? ceil_div(p_.depth, kDepth) : 0;
-      tile.last = kDepth;  // the copy engine fills up with zeros
+      tile.end = p_.depth;
     }
     return true;
   }
@@ -143,10 +153,10 @@ struct Ring {
   __device__ uint64_t* drained(int at) const { return filled(kStages + at); }
   __device__ Span* spans() const { return reinterpret_cast<Span*>(filled(2 * kStages)); }
 
-  // By one thread, before anybody waits.
-  __device__ void init() {
+  // By one thread, before anybody waits. `fetchers` arrive when a stage is filled.
+  __device__ void init(int fetchers) {
     for (int at = 0; at < kStages; ++at) {
-      barrier_init(filled(at), 1);
+      barrier_init(filled(at), fetchers);
       barrier_init(drained(at), kConsumers / 32);
     }
     barrier_init_done();

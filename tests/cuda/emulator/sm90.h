@@ -1,8 +1,8 @@
 // The instructions of csrc/cuda/sm90_ptx.h on the emulator: mbarriers, the copy engine, wgmma, named barriers.
 //
 // What the hardware does at a time of its own, happens here as late as can be, and its destination is poison until then.
-// wgmma and the copy engine see shared memory through a proxy of their own: ordinary writes reach them only when every
-// thread of a named barrier has fenced. Each rule names the section of the PTX ISA that it is taken from; none is taken
+// wgmma and the copy engine see shared memory through a proxy of their own: ordinary writes and cp.async reach them when
+// all threads of a named barrier, or of a warp that goes on to multiply, have fenced. Each rule names the section of the PTX ISA that it is taken from; none is taken
 // from the kernels. Included by sm90_ptx.h.
 #pragma once
 
@@ -70,6 +70,26 @@ inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes, Where wh
   b.bytes += bytes;
   if (b.bytes >= 1 << 20) emulator::fail("an mbarrier expects too many bytes at ", emulator::told(where));
   barrier_arrive(barrier, where);
+}
+// "cp.async.mbarrier.arrive", .noinc: an arrival that was counted, made when the thread's copies have landed.
+inline void barrier_arrive_after_copies(uint64_t* barrier, Where where = Where::current()) {
+  emulator::Block& block = emulator::self().block();
+  auto& issued = emulator::state<AsyncCopies>(emulator::self());
+  std::vector<AsyncCopy> copies = std::move(issued.open);
+  for (auto& group : issued.groups) copies.insert(copies.end(), group.begin(), group.end());
+  issued.open.clear();
+  issued.groups.clear();
+  mbarrier(block, barrier, where);
+  emulator::later("copies of a thread", [&block, barrier, where, copies = std::move(copies)] {
+    for (const AsyncCopy& copy : copies) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+    }
+    Mbarrier& b = mbarrier(block, barrier, where);
+    if (!b.pending) emulator::fail("one arrival too many at ", emulator::told(where));
+    --b.pending;
+    b.try_complete();
+  });
 }
 // "mbarrier.test_wait/try_wait", .parity: true once the phase of that parity, the current or the one before, is complete.
 inline void barrier_wait(uint64_t* barrier, uint32_t parity, Where where = Where::current()) {
@@ -143,12 +163,6 @@ inline void load_box(void* to, const TensorMap* map, uint64_t* barrier, int colu
 }
 
 // ---- barriers and registers -----------------------------------------------------------------------------------------
-
-// "Async proxy": a fence orders a thread's own writes; the barrier that follows, those of all.
-struct Fenced {
-  bool is_fenced = false;
-};
-inline void order_shared_writes() { emulator::state<Fenced>(emulator::self()).is_fenced = true; }
 
 // "bar{.cta}.sync a, b": all threads of b / 32 warps.
 struct NamedBarriers {

@@ -42,6 +42,13 @@ inline void show_async(emulator::Block& block) {
   std::memcpy(async_view(block).data(), block.base, block.shared_bytes);
 }
 
+// "Async proxy": a fence orders what a thread has written and what it has waited for. It takes effect where the thread's
+// warp, or those that it meets at a barrier, have all fenced.
+struct Fenced {
+  bool is_fenced = false;
+};
+inline void order_shared_writes() { emulator::state<Fenced>(emulator::self()).is_fenced = true; }
+
 // ---- descriptors ----------------------------------------------------------------------------------------------------
 
 // "Matrix descriptor": bits 0-13 the address, 16-29 the leading and 32-45 the stride dimension byte offset, each without
@@ -153,7 +160,14 @@ inline void execute(emulator::Block& block, int quarter, Multiplier& warp) {
 }
 
 inline void multiply_begin(Where where = Where::current()) {
-  emulator::barrier(emulator::warp(), "wgmma.fence", where);
+  bool& is_fenced = emulator::state<Fenced>(emulator::self()).is_fenced;
+  emulator::meet<bool, emulator::Nothing>(
+      emulator::warp(), "wgmma.fence", is_fenced,
+      [](const bool* const* in, auto) {
+        if (std::all_of(in, in + 32, [](const bool* one) { return *one; })) show_async(emulator::self().block());
+      },
+      where);
+  is_fenced = false;
   emulator::state<Touched>(emulator::self()).is_touched = false;
 }
 
