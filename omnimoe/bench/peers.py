@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnimoe.bench.problem import Problem
-from omnimoe.ops import backend, experts_mlp, grouped_mm
+from omnimoe.ops import BACKENDS, backend, experts_mlp, grouped_mm, permute, route_plan
 from omnimoe.ops.adapters import liger
 
 Call = Callable[..., Tensor]
@@ -65,9 +65,9 @@ def sum_by_token(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 
 
 def _ours(problem: Problem, x: Tensor, into: Tensor, down: Tensor, weights: Tensor) -> Tensor:
-    order, ends = sort_rows(problem.chosen, len(into))
-    token_index = order // problem.shape.top_k
-    return experts_mlp(x, into, down, ends, "silu", token_index, weights.reshape(-1)[order])
+    plan = route_plan(problem.chosen, len(into))
+    scale = permute(weights.reshape(-1), plan.order, plan.inverse)
+    return experts_mlp(x, into, down, plan.offsets, "silu", plan.token_index, scale)
 
 
 def _our_product(problem: Problem, x: Tensor, weight: Tensor) -> Tensor:
@@ -153,7 +153,13 @@ PEERS = {
 
 
 def our_backend(name: str) -> Peer:
-    """Ours through one backend: ``omnimoe/triton``."""
+    """Ours through one backend: ``omnimoe/triton``.
+
+    Raises:
+        ValueError: if there is none of this name; one that is merely missing is told where it is to run.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
 
     def through(call: Call) -> Call:
         def run(problem: Problem, *operands: Tensor) -> Tensor:
@@ -170,7 +176,7 @@ def peers_for(op: str, names: list[str] | None = None, backends: list[str] | Non
     """The peers that have an op, ours last.
 
     Raises:
-        ValueError: if a name is unknown or does not have the op.
+        ValueError: if a name is unknown or does not have the op, or there is no such backend.
     """
     for name in names or ():
         if name not in PEERS or op not in PEERS[name].calls:

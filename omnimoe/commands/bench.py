@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1 or args.threads < 1 or (args.tokens is not None and args.tokens < 1):
         raise ValueError("--rounds, --threads and --tokens must be at least 1")
     import torch
+    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn
 
     from omnimoe.bench.run import bench, named
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     device = str(read_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     shapes = named(args.shapes or default_shapes(device), args.tokens)
     dtypes = args.dtype or (["bfloat16"] if device.startswith("cuda") else ["float32", "bfloat16"])
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True, disable=args.json) as progress:
+    columns, screen = (SpinnerColumn(), TextColumn("{task.description}")), Console(stderr=True)
+    with Progress(*columns, transient=True, console=screen, disable=not screen.is_terminal) as progress:
         task = progress.add_task("measuring")
         result = bench(
             shapes,
