@@ -41,10 +41,7 @@ def gmm(
         wanted = "(R, K) and (R, N)" if trans_a else "(R, K) and three-dimensional"
         raise ValueError(f"a and b must be {wanted}, got {tuple(a.shape)} and {tuple(b.shape)}")
     offsets = batch_sizes.cumsum(0).to(device=a.device, dtype=torch.int32, non_blocking=True)
-    if trans_a:
-        found = grouped_wgrad(a, b, offsets)
-    else:
-        found = grouped_mm(a, b, offsets, transposed=not trans_b)
+    found = grouped_wgrad(a, b, offsets) if trans_a else grouped_mm(a, b, offsets, transposed=not trans_b)
     if c is None:
         return found
     if c.shape != found.shape:
