@@ -77,6 +77,8 @@ struct Descriptor {
   }
 };
 
+inline long products = 0;  // of warps, since the library was loaded
+
 // ---- products -------------------------------------------------------------------------------------------------------
 
 constexpr uint32_t kTaken = 0x7fa5a5a5;  // in registers that wgmma works on: a NaN that any arithmetic changes
@@ -209,6 +211,7 @@ void multiply(float (&d)[kRegisters], uint64_t a, uint64_t b, Where where = Wher
         in[lane]->d[i] = std::bit_cast<float>(kTaken);
       }
     ++warp.now->in_flight;
+    ++products;
     ++warp.open;
     Multiplication m{a, b, kIsAcrossA, kIsAcrossB, kRegisters * 2, [](uint16_t bits) { return widen(T{bits}); }, where,
                      warp.now, {}, {}};
