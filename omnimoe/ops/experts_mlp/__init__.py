@@ -77,6 +77,12 @@ def experts_mlp(
             f"gate_up_proj must be (G, {2 * width}, D), or (G, {width}, D) without a gate, "
             f"got {tuple(gate_up_proj.shape)}"
         )
+    groups, _, hidden = gate_up_proj.shape
+    if x.ndim != 2 or x.shape[1] != hidden or down_proj.shape[:2] != (groups, hidden):
+        raise ValueError(
+            f"x must be (R, {hidden}) and down_proj ({groups}, {hidden}, F) beside a gate_up_proj of "
+            f"{tuple(gate_up_proj.shape)}, got {tuple(x.shape)} and {tuple(down_proj.shape)}"
+        )
     is_gated = gate_up_proj.shape[1] != width
     known = GATED if is_gated else ACTIVATIONS
     if activation not in known:
