@@ -3,12 +3,13 @@
 ``zoo/`` and ``csrc/`` lie beside ``omnimoe/`` and are installed as ``omnimoe.zoo`` and ``omnimoe.csrc``, in a wheel and
 in an editable install alike.
 
-The CPU kernels are built here if PyTorch and a C++ compiler are at hand, which in an isolated build they are not. No
+The kernels for CPUs are built here if PyTorch and a C++ compiler are at hand, which in an isolated build they are not;
+those for CUDA if that PyTorch has CUDA and ``nvcc`` is found, unless ``OMNIMOE_CUDA=0``. No device is asked for. No
 install fails for want of them: what is missing is built on first use, from the sources that are always installed.
 """
 
 import importlib.util
-import shutil
+import os
 import sys
 from pathlib import Path
 
@@ -42,31 +43,46 @@ def load_builder():
     return module
 
 
+def kinds_to_build(builder):
+    """The libraries of kernels that can be built here."""
+    if importlib.util.find_spec("torch") is None:
+        return []
+    found = []
+    for kind, find_compiler in (("cpu", builder.find_compiler), ("cuda", builder.find_nvcc)):
+        if kind == "cuda" and (os.environ.get("OMNIMOE_CUDA") == "0" or not builder.is_cuda_torch()):
+            continue
+        try:
+            builder.library_name(kind)
+            find_compiler()
+        except builder.BuildError:
+            continue
+        found.append(kind)
+    return found
+
+
 class BuildWithKernels(build_py):
     """Builds the kernels beside the modules, into ``omnimoe/ops/built``."""
 
     def run(self):
         super().run()
-        if self.editable_mode or not self.distribution.has_ext_modules():
+        if self.editable_mode:
             return
         builder = load_builder()
-        try:
-            self.announce(f"built {builder.build(Path(self.build_lib) / 'omnimoe' / 'ops' / 'built')}", 2)
-        except (builder.BuildError, OSError) as error:
-            self.announce(f"no compiled kernels: {error}; they are built on first use, if they can be", 2)
+        kinds = kinds_to_build(builder)
+        if os.environ.get("OMNIMOE_CUDA") == "1" and "cuda" not in kinds:
+            self.announce("OMNIMOE_CUDA=1, but the CUDA kernels need nvcc and a PyTorch with CUDA to be built", 2)
+        for kind in kinds:
+            try:
+                self.announce(f"built {builder.build(Path(self.build_lib) / 'omnimoe' / 'ops' / 'built', kind)}", 2)
+            except (builder.BuildError, OSError) as error:
+                self.announce(f"no {kind.upper()} kernels: {error}; they are built on first use, if they can be", 2)
 
 
 class MaybeCompiled(Distribution):
     """Says whether kernels will be in the wheel, which then is for one kind of machine."""
 
     def has_ext_modules(self):
-        builder = load_builder()
-        try:
-            builder.library_name()
-            has_compiler = shutil.which(builder.find_compiler()[0]) is not None
-        except builder.BuildError:
-            return False
-        return has_compiler and importlib.util.find_spec("torch") is not None
+        return bool(kinds_to_build(load_builder()))
 
 
 class AnyPython(bdist_wheel):

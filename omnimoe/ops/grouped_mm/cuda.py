@@ -1,0 +1,13 @@
+"""The compiled kernels for CUDA: offsets stay on the device, where they are clamped and not checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_mm(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None, row_index: Tensor | None = None
+) -> Tensor:
+    """See :func:`omnimoe.ops.grouped_mm`; a bank whose columns lie side by side is read as it lies."""
+    return torch.ops.omnimoe.grouped_mm(x, weight, offsets, bias, row_index)
