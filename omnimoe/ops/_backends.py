@@ -17,12 +17,14 @@ import torch
 from omnimoe.ops._extension import CUDA_FLOOR, extension
 from omnimoe.ops._library import register
 from omnimoe.ops.adapters._packages import missing_grouped_gemm, missing_liger
+from omnimoe.ops.triton import missing_triton
 
 BACKENDS = {
     "reference": "plain PyTorch, the definition; any device and dtype, no host synchronisation, much memory",
     "torch": "PyTorch's own products: one a group on a CPU, its grouped product on CUDA",
     "cpp": "compiled kernels for x86-64 with AVX2 or AVX-512",
     "cuda": "compiled kernels for NVIDIA devices of compute capability 8.0 and later",
+    "triton": "kernels with fixed tiles for any device that Triton compiles for; not run on a GPU yet",
     "liger": "Liger-Kernel's fused experts, where it is installed; never by itself",
     "megablocks": "MegaBlocks' gather, scatter and grouped product, where it is installed; never by itself; never run",
 }
@@ -106,7 +108,8 @@ def missing_cuda_kernels() -> str:
 
 
 MISSING: dict[str, Callable[[], str]] = {
-    "cpp": missing_kernels, "cuda": missing_cuda_kernels, "liger": missing_liger, "megablocks": missing_grouped_gemm,
+    "cpp": missing_kernels, "cuda": missing_cuda_kernels, "triton": missing_triton,
+    "liger": missing_liger, "megablocks": missing_grouped_gemm,
 }  # fmt: skip
 """Backend to why it is not on this machine, or an empty string; those that are not here always are."""
 
@@ -140,6 +143,11 @@ def choose(op: str, implementations: Sequence[Implementation], *operands: Any) -
             return implementation.call
         reasons.append(f"{implementation.backend}: {reason}")
     raise BackendError(f"no implementation of {op} can: {'; '.join(reasons)}")
+
+
+def kernels_first(implementations: Sequence[Implementation]) -> tuple[Implementation, ...]:
+    """The same implementations, our own kernels before PyTorch's."""
+    return tuple(sorted(implementations, key=lambda one: one.backend not in ("cpp", "cuda", "triton")))
 
 
 def why_not_compiled(*tensors: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from omnimoe.ops._backends import Implementation, choose, why_not_compiled
-from omnimoe.ops.combine import cpp, reference
+from omnimoe.ops.combine import cpp, reference, triton
+from omnimoe.ops.triton import why_not_triton
 
 
 def combine(y: Tensor, token_index: Tensor, weights: Tensor, num_rows: int) -> Tensor:
@@ -40,6 +41,8 @@ def combine(y: Tensor, token_index: Tensor, weights: Tensor, num_rows: int) -> T
 
 IMPLEMENTATIONS = (
     Implementation("cpp", cpp.combine, why_not_compiled),
+    Implementation("triton", triton.combine, why_not_triton),
     Implementation("torch", reference.combine),
     Implementation("reference", reference.combine),
 )
+"""On CUDA the sums of PyTorch's are added in no fixed order, so kernels come first."""

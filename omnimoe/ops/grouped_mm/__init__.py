@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from omnimoe.ops._backends import Implementation, choose, why_not_compiled
+from omnimoe.ops._backends import Implementation, choose, kernels_first, why_not_compiled
 from omnimoe.ops._rows import gathers_first
 from omnimoe.ops.adapters import megablocks
-from omnimoe.ops.grouped_mm import cpp, native, pools, reference, slices
+from omnimoe.ops.grouped_mm import cpp, native, pools, reference, slices, triton
+from omnimoe.ops.triton import why_not_triton
 
 
 def grouped_mm(
@@ -80,7 +81,8 @@ def grouped_mm(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must share a dtype, got {x.dtype} and {weight.dtype}; cast one of them")
-    call = choose("grouped_mm", IMPLEMENTATIONS, x, weight, offsets, bias, row_index)
+    order = IMPLEMENTATIONS if native.is_one_kernel(x) else LOOPED
+    call = choose("grouped_mm", order, x, weight, offsets, bias, row_index)
     return call(x, weight, offsets, bias, row_index)
 
 
@@ -101,6 +103,10 @@ def _torch(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> T
 IMPLEMENTATIONS = (
     Implementation("torch", gathers_first(_torch), _why_not_torch),
     Implementation("cpp", cpp.grouped_mm, why_not_compiled),
+    Implementation("triton", triton.grouped_mm, why_not_triton),
     Implementation("reference", reference.grouped_mm),
     Implementation("megablocks", gathers_first(megablocks.grouped_mm), megablocks.why_not_product, is_foreign=True),
 )
+"""On CUDA PyTorch's product comes first; no Triton kernel was timed beside it, or on any GPU."""
+LOOPED = kernels_first(IMPLEMENTATIONS)
+"""Where PyTorch's product is a loop over groups that waits for the offsets, which no CUDA graph can hold."""

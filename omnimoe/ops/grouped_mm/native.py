@@ -18,6 +18,16 @@ def why_not(x: Tensor, weight: Tensor) -> str:
     return f"rows of {odd[0]} elements are no multiple of 16 bytes" if odd else ""
 
 
+def is_one_kernel(x: Tensor) -> bool:
+    """Whether PyTorch multiplies all groups at once, without reading the offsets; of no meaning but on CUDA."""
+    return x.device.type != "cuda" or (x.dtype == torch.bfloat16 and _capability(x.device.index or 0) in (9, 10))
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
     """See :func:`omnimoe.ops.grouped_mm`."""
     row = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)

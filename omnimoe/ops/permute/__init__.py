@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from omnimoe.ops._backends import Implementation, choose, why_not_compiled
-from omnimoe.ops.permute import cpp, reference
+from omnimoe.ops.permute import cpp, reference, triton
+from omnimoe.ops.triton import why_not_triton
 
 
 def permute(x: Tensor, index: Tensor, inverse: Tensor, filled: Tensor | None = None) -> Tensor:
@@ -50,6 +51,7 @@ def _take(x: Tensor, index: Tensor, filled: Tensor | None) -> Tensor:
 IMPLEMENTATIONS = (
     Implementation("torch", reference.take),
     Implementation("cpp", cpp.take, why_not_compiled),
+    Implementation("triton", triton.take, why_not_triton),
     Implementation("reference", reference.take),
 )
 """Of the gather that both directions are; on a CPU PyTorch's own is as fast."""

@@ -31,11 +31,8 @@ def missing_triton() -> str:
     """Why there are no Triton kernels; empty where there are."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not is_interpreted():
-        if not torch.cuda.is_available():
-            return "there is no CUDA device"
-        if torch.version.cuda and torch.cuda.get_device_capability() < CAPABILITY:
-            return f"the device has compute capability {torch.cuda.get_device_capability()}, the least is {CAPABILITY}"
+    if not torch.cuda.is_available() and not is_interpreted():
+        return "there is no CUDA device"
     register_triton()
     return ""
 
@@ -45,18 +42,33 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not_triton(*tensors: Any) -> str:
-    """Why the Triton kernels cannot take these tensors; empty where they can."""
+def why_not_triton(*operands: Any) -> str:
+    """Why the Triton kernels cannot take these operands; empty where they can."""
+    tensors = [operand for operand in operands if isinstance(operand, torch.Tensor)]
     reason = missing_triton()
     for tensor in tensors:
         if reason:
             break
-        if tensor is not None and tensor.device.type != ("cpu" if is_interpreted() else "cuda"):
+        if tensor.device.type != _device_type():
             reason = f"a tensor is on {tensor.device}"
-        elif tensor is not None and tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        elif tensor.is_floating_point() and tensor.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             reason = f"it takes {known}, not {tensor.dtype}"
+        elif tensor.device.type == "cuda":
+            reason = _why_not_device(tensor.device.index or 0)
     return reason
+
+
+@torch.compiler.assume_constant_result
+def _device_type() -> str:
+    return "cpu" if is_interpreted() else "cuda"
+
+
+@torch.compiler.assume_constant_result
+def _why_not_device(index: int) -> str:
+    found = torch.cuda.get_device_capability(index)
+    least = ".".join(map(str, CAPABILITY))
+    return "" if found >= CAPABILITY else f"device {index} is of compute capability {found[0]}.{found[1]}, not {least}"
 
 
 @functools.cache
