@@ -6,13 +6,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 
 #include "kernels.h"
 
 #if defined(OMNIMOE_EMULATOR)
-#include <cstdlib>
 #define OMNIMOE_DISPATCH_KEY CPU
 #else
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -95,7 +96,11 @@ class Call {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   Queue queue() const { return {stream_, device_.multiprocessors}; }
-  bool is_hopper() const { return device_.capability == 9; }
+  // OMNIMOE_CUDA_KERNELS=sm_80 takes the kernels for every device on Hopper too, to compare them.
+  bool is_hopper() const {
+    const char* wanted = std::getenv("OMNIMOE_CUDA_KERNELS");
+    return device_.capability == 9 && !(wanted && !std::strcmp(wanted, "sm_80"));
+  }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

@@ -87,8 +87,8 @@ CASES = [
 ]
 
 
-def offsets() -> Tensor:
-    return torch.tensor(SIZES).cumsum(0).to(torch.int32)
+def offsets(device: torch.device | str = "cpu") -> Tensor:
+    return torch.tensor(SIZES, device=device).cumsum(0).to(torch.int32)
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -99,8 +99,9 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def forward_and_backward(ops, case: Case, parts: list[Tensor | None], token_index: Tensor | None, grad: Tensor):
     x, w_in, w_out, *rest = parts
     call = (token_index, *rest, CODES[case.activation], case.interleaved)
-    out, z = ops.experts_mlp(x, w_in, w_out, offsets(), *call, True)
-    return out, z, ops.experts_mlp_backward(grad, x, z, w_in, w_out, offsets(), *call)
+    ends = offsets(x.device)
+    out, z = ops.experts_mlp(x, w_in, w_out, ends, *call, True)
+    return out, z, ops.experts_mlp_backward(grad, x, z, w_in, w_out, ends, *call)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.activation}-{str(case.dtype)[6:]}-{case.width}")
@@ -203,8 +204,8 @@ assert check(grouped, (draw(5, 3), draw(3, 4, 3), draw(3, 4)))
 for keep in (True, False):
     network = lambda x, i, o, s, b, c: ops.experts_mlp(x, i, o, offsets, index, s, b, c, 0, False, keep)[0]
     assert check(network, (draw(5, 3), draw(3, 4, 3), draw(3, 3, 2), draw(9), draw(3, 4), draw(3, 3)))
-network = (torch.randn(5, 8, requires_grad=True), torch.randn(3, 8, 8), torch.randn(3, 8, 4), offsets, index, torch.rand(9), None, None, 0, False, True)
-torch.library.opcheck(ops.experts_mlp.default, network)
+given = (torch.randn(5, 8, requires_grad=True), torch.randn(3, 8, 8), torch.randn(3, 8, 4), offsets, index)
+torch.library.opcheck(ops.experts_mlp.default, (*given, torch.rand(9), None, None, 0, False, True))
 print("right")
 """
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from omnimoe.ops._backends import Implementation, choose, why_not_compiled
-from omnimoe.ops.combine import cpp, reference, triton
+from omnimoe.ops._backends import Implementation, choose, why_not_compiled, why_not_cuda
+from omnimoe.ops.combine import cpp, cuda, reference, triton
 from omnimoe.ops.triton import why_not_triton
 
 
@@ -41,6 +41,7 @@ def combine(y: Tensor, token_index: Tensor, weights: Tensor, num_rows: int) -> T
 
 IMPLEMENTATIONS = (
     Implementation("cpp", cpp.combine, why_not_compiled),
+    Implementation("cuda", cuda.combine, why_not_cuda),
     Implementation("triton", triton.combine, why_not_triton),
     Implementation("torch", reference.combine),
     Implementation("reference", reference.combine),

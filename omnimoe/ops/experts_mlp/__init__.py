@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnimoe.ops._backends import Implementation, choose, kernels_first, why_not_compiled
+from omnimoe.ops._backends import Implementation, choose, kernels_first, why_not_compiled, why_not_cuda
 from omnimoe.ops.adapters import liger, megablocks
-from omnimoe.ops.experts_mlp import composed, cpp, pools, triton
+from omnimoe.ops.experts_mlp import composed, cpp, cuda, pools, triton
 from omnimoe.ops.experts_mlp.activations import ACTIVATIONS, GATED
 from omnimoe.ops.experts_mlp.layouts import KEPT, plain_alone
 from omnimoe.ops.triton import why_not_triton
@@ -121,6 +121,7 @@ def _why_not_composed(*operands: Any) -> str:
 IMPLEMENTATIONS = (
     Implementation("torch", composed.experts_mlp, _why_not_composed),
     Implementation("cpp", cpp.experts_mlp, why_not_compiled),
+    Implementation("cuda", cuda.experts_mlp, why_not_cuda),
     Implementation("triton", triton.experts_mlp, why_not_triton),
     Implementation("reference", composed.experts_mlp),
     Implementation("liger", plain_alone("liger", liger.experts_mlp), liger.why_not, is_foreign=True),
@@ -131,5 +132,6 @@ IMPLEMENTATIONS = (
 """For rows that lie in group order, where there are few groups and large ones. ``"reference"`` is the composed form
 over reference products."""
 ROUTED = kernels_first(IMPLEMENTATIONS)
-"""For routed rows: many small groups, and a gather and a sum besides. On CUDA Triton's kernels come before the composed
-form for what they need not keep or write, and because their sums are repeatable; they were not timed on a GPU."""
+"""For routed rows: many small groups, and a gather and a sum besides. On CUDA the compiled kernels and then Triton's come
+before the composed form, for what they need not keep or write, and because their sums are repeatable; none was timed on a
+GPU."""

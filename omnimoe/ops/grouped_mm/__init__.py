@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from omnimoe.ops._backends import Implementation, choose, kernels_first, why_not_compiled
+from omnimoe.ops._backends import Implementation, choose, kernels_first, why_not_compiled, why_not_cuda
 from omnimoe.ops._rows import gathers_first
 from omnimoe.ops.adapters import megablocks
-from omnimoe.ops.grouped_mm import cpp, native, pools, reference, slices, triton
+from omnimoe.ops.grouped_mm import cpp, cuda, native, pools, reference, slices, triton
 from omnimoe.ops.triton import why_not_triton
 
 
@@ -103,10 +103,11 @@ def _torch(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> T
 IMPLEMENTATIONS = (
     Implementation("torch", gathers_first(_torch), _why_not_torch),
     Implementation("cpp", cpp.grouped_mm, why_not_compiled),
+    Implementation("cuda", cuda.grouped_mm, why_not_cuda),
     Implementation("triton", triton.grouped_mm, why_not_triton),
     Implementation("reference", reference.grouped_mm),
     Implementation("megablocks", gathers_first(megablocks.grouped_mm), megablocks.why_not_product, is_foreign=True),
 )
-"""On CUDA PyTorch's product comes first; no Triton kernel was timed beside it, or on any GPU."""
+"""On CUDA PyTorch's product comes first; no kernel of ours was timed beside it, or on any GPU."""
 LOOPED = kernels_first(IMPLEMENTATIONS)
 """Where PyTorch's product is a loop over groups that waits for the offsets, which no CUDA graph can hold."""

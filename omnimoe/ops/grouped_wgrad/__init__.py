@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omnimoe.ops._backends import Implementation, choose, why_not_compiled
-from omnimoe.ops.grouped_wgrad import cpp, reference, slices, triton
+from omnimoe.ops._backends import Implementation, choose, why_not_compiled, why_not_cuda
+from omnimoe.ops.grouped_wgrad import cpp, cuda, reference, slices, triton
 from omnimoe.ops.triton import why_not_triton
 
 
@@ -62,6 +62,7 @@ def _why_not_slices(grad: Tensor, *rest: Tensor | None) -> str:
 
 IMPLEMENTATIONS = (
     Implementation("cpp", cpp.grouped_wgrad, why_not_compiled),
+    Implementation("cuda", cuda.grouped_wgrad, why_not_cuda),
     Implementation("triton", triton.grouped_wgrad, why_not_triton),
     Implementation("torch", slices.grouped_wgrad, _why_not_slices),
     Implementation("reference", reference.grouped_wgrad),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omnimoe.ops._backends import Implementation, choose, why_not_compiled
-from omnimoe.ops.permute import cpp, reference, triton
+from omnimoe.ops._backends import Implementation, choose, why_not_compiled, why_not_cuda
+from omnimoe.ops.permute import cpp, cuda, reference, triton
 from omnimoe.ops.triton import why_not_triton
 
 
@@ -51,6 +51,7 @@ def _take(x: Tensor, index: Tensor, filled: Tensor | None) -> Tensor:
 IMPLEMENTATIONS = (
     Implementation("torch", reference.take),
     Implementation("cpp", cpp.take, why_not_compiled),
+    Implementation("cuda", cuda.take, why_not_cuda),
     Implementation("triton", triton.take, why_not_triton),
     Implementation("reference", reference.take),
 )

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from omnimoe.ops._backends import Implementation, choose, why_not_compiled
-from omnimoe.ops.route_plan import cpp, reference, triton
+from omnimoe.ops._backends import Implementation, choose, why_not_compiled, why_not_cuda
+from omnimoe.ops.route_plan import cpp, cuda, reference, triton
 from omnimoe.ops.triton import why_not_triton
 
 
@@ -61,6 +61,7 @@ def route_plan(expert_ids: Tensor, num_groups: int) -> RoutePlan:
 
 IMPLEMENTATIONS = (
     Implementation("cpp", cpp.route_plan, why_not_compiled),
+    Implementation("cuda", cuda.route_plan, why_not_cuda),
     Implementation("torch", reference.route_plan),
     Implementation("triton", triton.route_plan, why_not_triton),
     Implementation("reference", reference.route_plan),
