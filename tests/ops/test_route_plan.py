@@ -53,14 +53,6 @@ def test_the_compiled_sort_at_drawn_sizes(compiled, ids, num_groups):
         check(torch.tensor(ids, dtype=torch.int64), num_groups)
 
 
-def test_it_compiles_into_one_graph_of_any_size(compiled):
-    torch._dynamo.reset()
-    call = torch.compile(lambda ids: route_plan(ids, 4).inverse + 1, fullgraph=True, dynamic=True)
-    for size in (3, 8):
-        ids = torch.randint(0, 5, (size, 2))
-        assert torch.equal(call(ids), route_plan(ids, 4).inverse + 1)
-
-
 def test_bad_operands_are_refused():
     with pytest.raises(ValueError, match="\\(T, K\\) or \\(R,\\) integers, got \\(2,\\) torch.float32"):
         route_plan(torch.ones(2), 3)
