@@ -5,6 +5,9 @@
 // with a reason, the sm_80 kernels take it. They serve 16-bit elements, one gathered operand, and operands that the copy
 // engine can fetch: addresses and strides of 16 bytes, widths of 8 elements. `run` throws std::runtime_error where the
 // driver refuses. Contract and structs are those of kernels.h.
+//
+// They have run on the emulator of tests/cuda, which knows these instructions, and on no GPU yet: what they compute has
+// been checked, how fast has not.
 #pragma once
 
 #include "kernels.h"

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from omnimoe.ops.experts_mlp.activations import ACTIVATIONS, CODES, GATED
@@ -175,6 +177,36 @@ def test_gathered_rows_come_by_index(hopper, columns):
     for group, (start, end) in enumerate(spans_of(ends)):
         wanted[start:end] = rows[start:end] @ weight[group].double().T
     assert error(found, wanted) < TOLERANCE[torch.float16]
+
+
+@settings(max_examples=20)
+@given(
+    sizes=st.lists(st.sampled_from([0, 0, 1, 7, 63, 64, 65, 128, 150]), min_size=1, max_size=7).filter(any),
+    depth=st.integers(1, 200),
+    columns=st.integers(1, 40).map(lambda eighths: 8 * eighths),
+    transposed=st.booleans(),
+    is_gathered=st.booleans(),
+    order=st.sampled_from(emulated.ORDERS),
+)
+def test_any_shape_there_and_back(ops, sizes, depth, columns, transposed, is_gathered, order):
+    ends, wide, rows = ends_of(tuple(sizes)), (depth + 7) // 8 * 8, sum(sizes) + 3
+    x = torch.randn(rows, wide).bfloat16()[:, :depth]
+    grad = torch.randn(rows, columns).bfloat16()
+    shape = (len(sizes), depth, columns) if transposed else (len(sizes), columns, wide)
+    weight = torch.randn(shape).bfloat16()[..., : columns if transposed else depth]
+    index = torch.randint(0, rows, (rows,)) if is_gathered else None
+    taken = x if index is None else x[index]
+    before = emulated.load().hopper_products()
+    with pytest.MonkeyPatch.context() as patch, emulated.turns(order, seed=depth):
+        patch.setenv("OMNIMOE_EMULATED_CAPABILITY", "9")
+        found = ops.grouped_mm(x, weight, ends, None, index, transposed)
+        bank = ops.grouped_wgrad(x, grad, ends, index, None)
+    for group, (start, end) in enumerate(spans_of(ends)):
+        matrix = weight[group].double() if transposed else weight[group].double().T
+        if end > start:
+            assert error(found[start:end], taken[start:end].double() @ matrix) < TOLERANCE[torch.bfloat16]
+            assert error(bank[group], taken[start:end].double().T @ grad[start:end].double()) < 4e-3
+    assert emulated.load().hopper_products() > before
 
 
 def test_bad_offsets_reach_nothing_outside(hopper):
