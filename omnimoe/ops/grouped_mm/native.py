@@ -25,7 +25,7 @@ def is_one_kernel(x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _capability(index: int) -> int:
-    return torch.cuda.get_device_capability(index)[0]
+    return torch.cuda.get_device_capability(index)[0] if torch.cuda.is_available() else 0
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
