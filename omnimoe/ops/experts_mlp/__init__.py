@@ -132,6 +132,6 @@ IMPLEMENTATIONS = (
 """For rows that lie in group order, where there are few groups and large ones. ``"reference"`` is the composed form
 over reference products."""
 ROUTED = kernels_first(IMPLEMENTATIONS)
-"""For routed rows: many small groups, and a gather and a sum besides. On CUDA the compiled kernels and then Triton's come
-before the composed form, for what they need not keep or write, and because their sums are repeatable; none was timed on a
-GPU."""
+"""For routed rows: many small groups, and a gather and a sum besides. On CUDA the compiled kernels and then Triton's
+come before the composed form, for what they need not keep or write, and because their sums are repeatable; none was
+timed on a GPU."""
