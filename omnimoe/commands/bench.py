@@ -134,16 +134,18 @@ def _tell_memory(rows: dict[str, Any], peers: list[str], dtype: str, screen: Any
     """Prints what each peer needs beyond its operands, and how far off it is."""
     from omnimoe.commands._tables import plain_table
 
-    last = {name: list(row["work"])[-1] for name, row in rows.items()}
     there = [peer for peer in peers if any(peer in row["errors"] for row in rows.values())]
-    screen.print(f"\n[bold]{dtype}[/bold]: MiB at once / kept for backward; largest error", highlight=False)
-    table = plain_table("shape", *(f"MiB\n{peer}" for peer in there), *(f"error\n{peer}" for peer in there))
+    needs, errors = plain_table("shape", *there), plain_table("shape", *there)
     for name, row in rows.items():
-        done = row["work"][last[name]]
-        needs = [_mebibytes(done.get(peer, {}).get("peak bytes"), row["saved bytes"].get(peer)) for peer in there]
-        errors = [f"{max(row['errors'][peer].values()):.1e}" if peer in row["errors"] else "–" for peer in there]
-        table.add_row(name, *needs, *errors)
-    screen.print(table)
+        done = list(row["work"].values())[-1]
+        peaks = {peer: done.get(peer, {}).get("peak bytes") for peer in there}
+        needs.add_row(name, *(_mebibytes(peaks[peer], row["saved bytes"].get(peer)) for peer in there))
+        worst = {peer: max(found.values()) for peer, found in row["errors"].items()}
+        errors.add_row(name, *(f"{worst[peer]:.1e}" if peer in worst else "–" for peer in there))
+    screen.print(f"\n[bold]{dtype}, MiB[/bold]: at once with backward / kept for backward", highlight=False)
+    screen.print(needs)
+    screen.print(f"\n[bold]{dtype}, largest error[/bold] of value and gradients against float64", highlight=False)
+    screen.print(errors)
 
 
 def _rate(told: dict[str, Any] | None, peer: str) -> str:
