@@ -45,23 +45,26 @@ void scatter_product(const ExpertsMLP& a, const Rows& x, int64_t depth, const Ba
             stage<T>(x, row, size, depth, copy), size, depth, copy_of<T>(bank, g, is_transposed), first, last,
             [&](int64_t p) { return plain_columns<T>(p, a.hidden); }, packed,
             [&](int64_t start, int64_t count, const A* tile, int64_t p, const Columns& columns) {
-              const auto add_half = [&](int64_t column, int held, int64_t at) {
-                if (!held) return;
-                V shift = {};
-                if (bias) shift = load_some(bias + g * a.hidden + column, held);
-                for (int64_t i = 0; i < count; ++i) {
-                  const int64_t r = row + start + i;
-                  const A weight = weights ? weights[r] : A(1);
-                  A* to = sums + (a.x.index ? a.x.index[r] : r) * stride + (p - first) * kPanel<T> + at;
-                  const V add = weight * (load(tile + i * kPanel<T> + at) + shift);
+              V shift[2] = {};
+              if (bias) {
+                shift[0] = load_some(bias + g * a.hidden + columns.low, columns.low_count);
+                shift[1] = load_some(bias + g * a.hidden + columns.high, columns.high_count);
+              }
+              for (int64_t i = 0; i < count; ++i) {
+                const int64_t r = row + start + i;
+                const A weight = weights ? weights[r] : A(1);
+                A* to = sums + (a.x.index ? a.x.index[r] : r) * stride + (p - first) * kPanel<T>;
+                const A* from = tile + i * kPanel<T>;
+                const auto add = [&](int64_t at, int held, V shift) {
+                  const V more = weight * (load(from + at) + shift);
                   if (held == kLanes<T>)
-                    store(to, load(to) + add);
+                    store(to + at, load(to + at) + more);
                   else
-                    for (int c = 0; c < held; ++c) to[c] += add[c];
-                }
-              };
-              add_half(columns.low, columns.low_count, 0);
-              add_half(columns.high, columns.high_count, kLanes<T>);
+                    for (int c = 0; c < held; ++c) to[at + c] += more[c];
+                };
+                add(0, columns.low_count, shift[0]);
+                add(kLanes<T>, columns.high_count, shift[1]);
+              }
             });
       }
     }
