@@ -76,13 +76,15 @@ inline Operand operand_of(const Rows& rows, int64_t columns, const Groups& group
   return {count ? rows.data : other, columns, count ? count : 1, rows.stride};
 }
 
-// OMNIMOE_HOPPER_GATHER=0 leaves the gather to a kernel of its own, to see what its fusion is worth.
+// What has not been measured may be set: OMNIMOE_HOPPER_GATHER=0 leaves the gather to a kernel of its own;
+// OMNIMOE_HOPPER_PAIRS=N lets blocks work in pairs that share operand B, from N rows a group on.
 inline const char* why_not_gather() {
-  static const bool is_off = [] {
-    const char* told = std::getenv("OMNIMOE_HOPPER_GATHER");
-    return told && told[0] == '0';
-  }();
-  return is_off ? "rows are gathered first, by OMNIMOE_HOPPER_GATHER=0" : nullptr;
+  const char* told = std::getenv("OMNIMOE_HOPPER_GATHER");
+  return told && told[0] == '0' ? "rows are gathered first, by OMNIMOE_HOPPER_GATHER=0" : nullptr;
+}
+inline bool wants_pairs(const Problem& p) {
+  const char* told = std::getenv("OMNIMOE_HOPPER_PAIRS");
+  return told && told[0] && !p.is_second_gathered && int64_t{p.rows} >= std::atoll(told) * p.groups;
 }
 inline Gathered gathered_of(const Rows& rows) { return {rows.data, rows.stride, rows.index, rows.count}; }
 
@@ -104,15 +106,18 @@ inline TensorMap map_of(Type type, const Operand& o, int box_rows) {
 
 // One block a multiprocessor, or fewer where there cannot be as many tiles.
 template <class Op>
-void launch_kernel(const Queue& queue, Type type, const Operand& a, const Operand& b, const Problem& p,
+void launch_kernel(const Queue& queue, Type type, const Operand& a, const Operand& b, Problem p,
                    const typename Op::Results& results) {
+  p.pair = wants_pairs(p) && queue.multiprocessors > 1 ? 2 : 1;
+  const int64_t tile_rows = Op::kTileRows * p.pair;
   const int64_t across = (p.columns + Op::kStepColumns - 1) / Op::kStepColumns;
-  const int64_t high = Op::kSumsRows ? int64_t{p.groups} * ((p.height + Op::kTileRows - 1) / Op::kTileRows)
-                                     : int64_t{p.rows} / Op::kTileRows + p.groups + 1;
-  const int64_t blocks = high * across < queue.multiprocessors ? high * across : queue.multiprocessors;
+  const int64_t high = Op::kSumsRows ? p.groups * ((p.height + tile_rows - 1) / tile_rows)
+                                     : p.rows / tile_rows + p.groups + 1;
+  const int64_t most = queue.multiprocessors / p.pair, clusters = high * across < most ? high * across : most;
   const size_t shared = 1024 + Ring<Op>::kBytes + size_t(p.groups + 1) * sizeof(Span);
-  launch(&kernel<Op>, {unsigned(blocks), kThreads, shared}, queue.stream, map_of(type, a, Op::kBoxRowsA),
-         map_of(type, b, Op::kBoxRowsB), p, results);
+  const int box_rows_b = Op::kIsAcrossB || Op::kParts == 2 ? Op::kBoxRowsB : Op::kBoxRowsB / p.pair;
+  launch(&kernel<Op>, {unsigned(clusters * p.pair), kThreads, shared, unsigned(p.pair)}, queue.stream,
+         map_of(type, a, Op::kBoxRowsA), map_of(type, b, box_rows_b), p, results);
 }
 
 template <class F>

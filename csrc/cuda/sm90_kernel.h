@@ -40,14 +40,35 @@ __device__ void fetch_boxes(const TensorMap& map_a, const TensorMap& map_b, cons
     }
   }
   if (!takes_b) return;
-  const int matrix = Op::kSumsRows ? 0 : tile.group;
+  // of a pair, each block fetches half for both
+  const bool is_pair = p.pair > 1;
+  const int half = is_pair ? int(cluster_rank()) : 0, matrix = Op::kSumsRows ? 0 : tile.group;
+  const auto load = [&](char* to, int column, int row) {
+    if (is_pair)
+      load_box_for_pair(to, &map_b, filled, column, row, matrix);
+    else
+      load_box(to, &map_b, filled, column, row, matrix);
+  };
   if constexpr (Op::kIsAcrossB) {
-    for (int i = 0; i < Op::kTileColumns / 64; ++i)
-      load_box(b + i * kPanelBytes, &map_b, filled, tile.column + 64 * i, depth, matrix);
+    constexpr int kPanels = Op::kTileColumns / 64;
+    const int panels = kPanels / p.pair;
+    for (int i = half * panels; i < (half + 1) * panels; ++i)
+      load(b + i * kPanelBytes, tile.column + 64 * i, depth);
+  } else if constexpr (Op::kParts == 2) {
+    for (int part = half; part < (is_pair ? half + 1 : 2); ++part)
+      load(b + part * Op::kStepColumns * 128, depth, part * p.columns + tile.column);
   } else {
-    for (int part = 0; part < Op::kParts; ++part)
-      load_box(b + part * Op::kStepColumns * 128, &map_b, filled, depth, part * p.columns + tile.column, matrix);
+    const int first = half * (Op::kTileColumns / 2);
+    load(b + first * 128, depth, tile.column + first);
   }
+}
+
+// A warp no longer reads a stage.
+template <class Op>
+__device__ inline void drain(const Problem& p, const Ring<Op>& ring, int stage) {
+  if (threadIdx.x % 32) return;
+  barrier_arrive(ring.drained(stage));
+  if (p.pair > 1) barrier_arrive_in_other(ring.drained(stage), cluster_rank());
 }
 
 template <class Op>
@@ -138,7 +159,6 @@ template <class Op>
 __device__ void consume(const Problem& p, const typename Op::Results& results, Ring<Op> ring) {
   using T = typename Op::T;
   const int warpgroup = int(threadIdx.x) / 128 - 1;
-  const bool is_first_lane = threadIdx.x % 32 == 0;
   Walk<Op> walk(p, ring.spans());
   for (Tile tile; walk.next(tile);) {
     const int row = tile.row + 64 * warpgroup;
@@ -146,7 +166,7 @@ __device__ void consume(const Problem& p, const typename Op::Results& results, R
       for (int block = 0; block < tile.blocks; ++block, ring.advance()) {
         barrier_wait(ring.filled(ring.stage), ring.phase);
         if (Op::kSumsRows) clear_tail<Op>(ring, tile, block);
-        if (is_first_lane) barrier_arrive(ring.drained(ring.stage));
+        drain<Op>(p, ring, ring.stage);
       }
       continue;
     }
@@ -170,12 +190,12 @@ __device__ void consume(const Problem& p, const typename Op::Results& results, R
       hold(d);
       // the multiplication before this one is done: its stage may be filled anew
       multiply_wait<1>();
-      if (block && is_first_lane) barrier_arrive(ring.drained(held));
+      if (block) drain<Op>(p, ring, held);
       held = ring.stage;
     }
     multiply_wait<0>();
     hold(d);
-    if (tile.blocks && is_first_lane) barrier_arrive(ring.drained(held));
+    if (tile.blocks) drain<Op>(p, ring, held);
     Op::finish(p, results, tile, row, d);
   }
 }
@@ -188,13 +208,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   // tiles begin at multiples of 1024 bytes, where the pattern of the swizzle does
   const uint32_t begin = shared_address(shared_memory());
   Ring<Op> ring(reinterpret_cast<char*>(shared_memory()) + (1024 - begin % 1024) % 1024);
-  if (threadIdx.x < 32) plan_spans(p, Op::kTileRows, ring.spans());
-  if (threadIdx.x == 32) ring.init(p.gathered.index ? 1 + kThreads - kConsumers : 1);
+  if (threadIdx.x < 32) plan_spans(p, Op::kTileRows * p.pair, ring.spans());
+  if (threadIdx.x == 32) ring.init(p.gathered.index ? 1 + kThreads - kConsumers : 1, p.pair);
   if (threadIdx.x == 64) {
     prefetch_map(&map_a);
     prefetch_map(&map_b);
   }
   __syncthreads();
+  if (p.pair > 1) cluster_barrier();
   if (threadIdx.x < kThreads - kConsumers) {
     give_registers<56>();
     if (p.gathered.index)
@@ -205,6 +226,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_registers<224>();
     consume<Op>(p, results, ring);
   }
+  // the other block may still reach into this one's memory
+  if (p.pair > 1) cluster_barrier();
 #endif
 }
 

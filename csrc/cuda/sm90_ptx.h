@@ -52,6 +52,16 @@ __device__ inline void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Arrives at the barrier that lies at the same place in the other block of a pair.
+__device__ inline void barrier_arrive_in_other(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 other;\n"
+      "mapa.shared::cluster.u32 other, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [other];\n}\n" ::"r"(shared_address(barrier)),
+      "r"(rank ^ 1)
+      : "memory");
+}
+
 // Arrives, and lets the phase wait for so many bytes of the copy engine besides.
 __device__ inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -92,6 +102,16 @@ __device__ inline void load_box(void* to, const TensorMap* map, uint64_t* barrie
       : "memory");
 }
 
+// The same for both blocks of a pair: to the same place in each, counted by the barrier at the same place in each.
+__device__ inline void load_box_for_pair(void* to, const TensorMap* map, uint64_t* barrier, int column, int row,
+                                         int matrix) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(matrix), "h"(uint16_t(3))
+      : "memory");
+}
+
 // Orders a thread's ordinary writes to shared memory before what wgmma and the copy engine do after the next barrier.
 __device__ inline void order_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -100,6 +120,19 @@ __device__ inline void order_shared_writes() { asm volatile("fence.proxy.async.s
 // A barrier of some of the block's warps; 0 is __syncthreads'.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Of the block within its cluster, which is of two blocks or this one alone.
+__device__ inline uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of the cluster's blocks that have not ended.
+__device__ inline void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 template <int kRegisters>

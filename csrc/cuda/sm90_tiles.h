@@ -30,6 +30,7 @@ struct Problem {
   int columns;  // over which tiles lie
   Gathered gathered;         // instead of an operand's map, if there is an index
   bool is_second_gathered;   // operand B, else A
+  int pair = 1;              // 2 where blocks work in pairs, one tile above the other, and share operand B; else 1
 };
 
 // Up to where the rows of a group reach, and the tiles of rows up to there. One more follows the groups: the rest.
@@ -78,19 +79,25 @@ __device__ inline void plan_spans(const Problem& p, int tile_rows, Span* spans) 
   }
 }
 
-// The tiles of a block, one after another: every gridDim.x-th of all.
+// The tiles of a block, one after another: every gridDim.x-th of all. Those of a pair lie one above the other; the lower
+// one may have no rows.
 template <class Op>
 class Walk {
  public:
   __device__ Walk(const Problem& p, const Span* spans)
-      : p_(p), spans_(spans), next_(int(blockIdx.x)), across_(ceil_div(p.columns, Op::kStepColumns)) {}
+      : p_(p),
+        spans_(spans),
+        next_(int(blockIdx.x) / p.pair),
+        across_(ceil_div(p.columns, Op::kStepColumns)),
+        tile_rows_(Op::kTileRows * p.pair),
+        lower_(p.pair > 1 ? Op::kTileRows * int(cluster_rank()) : 0) {}
 
   __device__ bool next(Tile& tile) {
     const int now = next_;
-    next_ += int(gridDim.x);
+    next_ += int(gridDim.x) / p_.pair;
     int rest, height;
     if constexpr (Op::kSumsRows) {
-      height = ceil_div(p_.height, Op::kTileRows);
+      height = ceil_div(p_.height, tile_rows_);
       group_ = now / (height * across_);
       if (group_ >= p_.groups) return false;
       rest = now - group_ * height * across_;
@@ -110,13 +117,13 @@ class Walk {
     tile.group = group_;
     tile.column = column * Op::kStepColumns;
     if constexpr (Op::kSumsRows) {
-      tile.row = row * Op::kTileRows;
+      tile.row = row * tile_rows_ + lower_;
       tile.row_end = p_.height;
       tile.first = start;
       tile.blocks = ceil_div(end - start, kDepth);
       tile.end = end;
     } else {
-      tile.row = start + row * Op::kTileRows;
+      tile.row = start + row * tile_rows_ + lower_;
       tile.row_end = end;
       tile.first = 0;
       tile.blocks = group_ < p_.groups ? ceil_div(p_.depth, kDepth) : 0;
@@ -128,7 +135,7 @@ class Walk {
  private:
   const Problem& p_;
   const Span* spans_;
-  int next_, across_, group_ = 0;
+  int next_, across_, tile_rows_, lower_, group_ = 0;
 };
 
 // Stages of the two operands in shared memory, with a barrier each for "filled" and "drained".
@@ -153,11 +160,12 @@ struct Ring {
   __device__ uint64_t* drained(int at) const { return filled(kStages + at); }
   __device__ Span* spans() const { return reinterpret_cast<Span*>(filled(2 * kStages)); }
 
-  // By one thread, before anybody waits. `fetchers` arrive when a stage is filled.
-  __device__ void init(int fetchers) {
+  // By one thread, before anybody waits. `fetchers` arrive when a stage is filled, and the warps that multiply, of both
+  // blocks of a pair, when it is drained.
+  __device__ void init(int fetchers, int pair) {
     for (int at = 0; at < kStages; ++at) {
-      barrier_init(filled(at), fetchers);
-      barrier_init(drained(at), kConsumers / 32);
+      barrier_init(filled(at), uint32_t(fetchers));
+      barrier_init(drained(at), uint32_t(kConsumers / 32 * pair));
     }
     barrier_init_done();
   }

@@ -121,15 +121,15 @@ inline TensorMap encode_map(bool, const void* data, const uint64_t (&sizes)[3], 
 }
 inline void prefetch_map(const TensorMap*) {}
 
-inline void load_box(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int matrix,
-                     Where where = Where::current()) {
-  emulator::Block& block = emulator::self().block();
+// Into each of the blocks, at the same place; the barrier at the same place in each counts.
+inline void load_box_into(const std::vector<emulator::Block*>& blocks, void* to, const TensorMap* map, uint64_t* barrier,
+                          int column, int row, int matrix, const Where& where) {
+  const emulator::Block& here = emulator::self().block();
   const uint32_t bytes = map->box_rows * kSwizzleRow;
-  const uint32_t start = emulator::shared_address(block, to, bytes);
+  const uint32_t start = emulator::shared_address(here, to, bytes);
+  const auto barrier_at = reinterpret_cast<char*>(barrier) - here.base;
   // "Swizzling modes", 128B: the pattern repeats after 1024 bytes, tiles begin with it
   if (start % 1024) emulator::fail("a box in 128B swizzle at no multiple of 1024, ", emulator::told(where));
-  if (!mbarrier(block, barrier, where).is_visible)
-    emulator::fail("the copy engine does not see the mbarrier yet, at ", emulator::told(where));
   struct Row {
     uint32_t to;
     const char* from;
@@ -148,18 +148,67 @@ inline void load_box(void* to, const TensorMap* map, uint64_t* barrier, int colu
     }
     rows.push_back(one);
   }
-  write_async(block, start, bytes, nullptr);
-  emulator::later("a copy of a box", [&block, barrier, where, bytes, rows = std::move(rows)] {
-    for (const Row& one : rows) {
-      uint16_t line[kSwizzleRow / 2] = {};
-      if (one.count) std::memcpy(line + one.skip, one.from, size_t(one.count) * 2);
-      for (uint32_t chunk = 0; chunk < kSwizzleRow; chunk += 16)
-        write_async(block, swizzled(one.to + chunk), 16, line + chunk / 2);
-    }
-    Mbarrier& b = mbarrier(block, barrier, where);
-    b.bytes -= bytes;
-    b.try_complete();
-  });
+  for (emulator::Block* block : blocks) {
+    const auto own = reinterpret_cast<uint64_t*>(block->base + barrier_at);
+    if (!mbarrier(*block, own, where).is_visible)
+      emulator::fail("the copy engine does not see the mbarrier yet, at ", emulator::told(where));
+    write_async(*block, start, bytes, nullptr);
+    emulator::later("a copy of a box", [block, own, where, bytes, rows] {
+      for (const Row& one : rows) {
+        uint16_t line[kSwizzleRow / 2] = {};
+        if (one.count) std::memcpy(line + one.skip, one.from, size_t(one.count) * 2);
+        for (uint32_t chunk = 0; chunk < kSwizzleRow; chunk += 16)
+          write_async(*block, swizzled(one.to + chunk), 16, line + chunk / 2);
+      }
+      Mbarrier& b = mbarrier(*block, own, where);
+      b.bytes -= bytes;
+      b.try_complete();
+    });
+  }
+}
+inline void load_box(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int matrix,
+                     Where where = Where::current()) {
+  load_box_into({&emulator::self().block()}, to, map, barrier, column, row, matrix, where);
+}
+// ".multicast::cluster", with a mask of both blocks.
+inline void load_box_for_pair(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int matrix,
+                              Where where = Where::current()) {
+  if (emulator::machine.blocks.size() != 2) emulator::fail("a cluster that is no pair, at ", emulator::told(where));
+  load_box_into(emulator::machine.blocks, to, map, barrier, column, row, matrix, where);
+}
+
+// ---- clusters: "mapa", "barrier.cluster" ----------------------------------------------------------------------------
+
+inline uint32_t cluster_rank() { return emulator::self().block().rank; }
+
+// A block that has ended has no shared memory any more.
+inline void barrier_arrive_in_other(uint64_t* barrier, uint32_t rank, Where where = Where::current()) {
+  if (emulator::machine.blocks.size() != 2) emulator::fail("a cluster that is no pair, at ", emulator::told(where));
+  const auto at = reinterpret_cast<char*>(barrier) - emulator::self().block().base;
+  emulator::Block& other = *emulator::machine.blocks[rank ^ 1];
+  if (std::all_of(other.fibers.begin(), other.fibers.end(), [](const auto& fiber) { return fiber->done; }))
+    emulator::fail("the other block has ended, at ", emulator::told(where));
+  Mbarrier& b = mbarrier(other, reinterpret_cast<uint64_t*>(other.base + at), where);
+  if (!b.pending) emulator::fail("one arrival too many at ", emulator::told(where));
+  --b.pending;
+  b.try_complete();
+}
+
+struct ClusterBarrier {
+  unsigned arrived = 0;
+  uint64_t generation = 0;
+};
+// Kept with the first block.
+inline void cluster_barrier(Where where = Where::current()) {
+  auto& one = emulator::state<ClusterBarrier>(*emulator::machine.blocks[0]);
+  size_t threads = 0;
+  for (const emulator::Block* block : emulator::machine.blocks) threads += block->fibers.size();
+  if (++one.arrived == threads) {
+    one.arrived = 0;
+    ++one.generation;
+    return;
+  }
+  emulator::wait_until([&one, mine = one.generation] { return one.generation != mine; }, "a cluster's barrier", where);
 }
 
 // ---- barriers and registers -----------------------------------------------------------------------------------------
