@@ -42,7 +42,7 @@ def bench(
         shapes: name to sizes.
         dtypes: names such as ``"bfloat16"``.
         op: ``"experts_mlp"``, from the router's answer to the sum, or ``"grouped_mm"``, its first product alone.
-        device: ``"cpu"`` or ``"cuda"``.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         routing: how rows fall to experts.
         rounds: timings of each.
         threads: of PyTorch on the CPU.
@@ -55,13 +55,21 @@ def bench(
     Returns:
         JSON's own types: where and with what it ran, and by dtype and shape the seconds, GFLOP/s, share of the dense
         product, ratio to ours, errors, bytes, and reasons why a peer was not timed.
+
+    Raises:
+        ValueError: for another device, or a name that is unknown.
     """
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"it measures on cpu and cuda, not on {device!r}")
+    if place.index is not None and place.type == "cuda":
+        torch.cuda.set_device(place)  # clocks and counts are of the current one
     torch.set_num_threads(threads)
     taking_part = peers_for(op, peers, backends)
-    result = {**_where(device), "op": op, "routing": routing, "rounds": rounds, "threads": threads, "seed": seed,
+    result = {**_where(place.type), "op": op, "routing": routing, "rounds": rounds, "threads": threads, "seed": seed,
               "peers": {peer.name: {"version": peer.version, "about": peer.about} for peer in taking_part},
               "results": {}}  # fmt: skip
-    meter = Meter(threads) if memory and device == "cpu" else None
+    meter = Meter(threads) if memory and place.type == "cpu" else None
     for dtype in dtypes:
         rows = result["results"][dtype] = {}
         for name, shape in shapes.items():

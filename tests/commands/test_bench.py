@@ -199,6 +199,7 @@ def test_the_command_fails_where_our_own_results_are_wrong(capsys, monkeypatch):
         (["--peers", "tutel"], "no peer 'tutel' for experts_mlp"),
         (["--rounds", "0"], "must be at least 1"),
         (["--device", "warp"], "--device warp cannot be used here"),
+        (["--device", "meta"], "it measures on cpu and cuda, not on 'meta'"),
         (["--backends", "cudnn"], "unknown backend 'cudnn'"),
     ],
 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from omnimoe.ops._backends import BackendError
+from omnimoe.ops._rows import take_rows
 from omnimoe.ops.adapters._packages import missing_liger
 from omnimoe.ops.adapters._rows import group_of_rows, rows_by_token
 from omnimoe.ops.combine import combine
@@ -81,7 +82,7 @@ def experts_mlp(
             return function().apply(x, *banks, group[by_token].to(torch.int32), scale)
     inside = (group < len(offsets)).unsqueeze(1)
     # what lies past the end must reach neither a result nor, by its gradient, the banks
-    given = torch.where(inside, x if token_index is None else x[token_index], x.new_zeros(()))
+    given = torch.where(inside, x if token_index is None else take_rows(x, token_index), x.new_zeros(()))
     expert = group.clamp(max=len(offsets) - 1).to(torch.int32).unsqueeze(1)
     y = function().apply(given, *banks, expert, x.new_ones(rows, 1))
     y = torch.where(inside, y, y.new_zeros(()))
