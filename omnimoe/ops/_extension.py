@@ -38,7 +38,7 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 SETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")}
 """Instruction set to the flags that ``cpu/kernels.cpp`` is compiled with for it; each is an object of its own."""
-SOURCES = ("cpu/ops.cpp", "cpu/rows.cpp", "cpu/buffers.cpp", "cpu/dispatch.cpp")
+SOURCES = ("cpu/ops.cpp", "cpu/rows.cpp", "cpu/norm.cpp", "cpu/buffers.cpp", "cpu/dispatch.cpp")
 """Compiled once, without flags of an instruction set."""
 MACHINES = ("x86_64", "amd64")
 
@@ -132,7 +132,9 @@ def build(folder: Path, kind: str = "cpu") -> Path:
     if kind == "cuda":
         if not is_cuda_torch():
             raise BuildError("this PyTorch is built without CUDA")
-        libraries += ["-ltorch_cuda", "--cudart=static"]
+        # a package's compiler does not look where the packages' libraries are
+        beside = Path(shutil.which(compiler[0]) or compiler[0]).resolve().parents[1] / "lib"
+        libraries += ["-ltorch_cuda", "--cudart=static", "--cudadevrt=none", f"-L{beside}"]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
         headers = ("-isystem", str(torch / "include"))
