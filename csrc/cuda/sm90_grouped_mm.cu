@@ -7,14 +7,18 @@ namespace {
 Operand rows_of(const Product& c) { return operand_of(c.x, c.depth, c.groups, c.out); }
 Operand bank_of(const Product& c) {
   const Bank& w = c.weight;
-  return {w.data, w.is_flipped ? c.columns : c.depth, w.is_flipped ? c.depth : c.columns, w.row_stride, c.groups.count,
+  return {w.data,
+          w.is_flipped ? c.columns : c.depth,
+          w.is_flipped ? c.depth : c.columns,
+          w.row_stride,
+          c.groups.count,
           w.copy_stride};
 }
 
 template <class T, int kTileColumns, bool kIsAcross>
 void run_product(const Product& c, const Queue& queue) {
-  const Problem p{c.groups.ends, int(c.groups.count), int(c.groups.rows), int(c.depth),
-                  0,             int(c.columns),      gathered_of(c.x),   false};
+  const Problem p{
+      c.groups.ends, int(c.groups.count), int(c.groups.rows), int(c.depth), 0, int(c.columns), gathered_of(c.x), false};
   launch_kernel<Plain<T, kTileColumns, false, kIsAcross>>(queue, c.type, rows_of(c), bank_of(c), p,
                                                           {c.bias, static_cast<const float*>(c.scale), c.out});
 }
@@ -57,11 +61,16 @@ const char* why_not(const Wgrad& c) {
 }
 
 void run(const Wgrad& c, const Queue& queue) {
-  const Problem p{c.groups.ends,  int(c.groups.count), int(c.groups.rows),                         0,
-                  int(c.columns), int(c.depth),        gathered_of(c.x.index ? c.x : c.dy), c.x.index != nullptr};
+  const Problem p{c.groups.ends,
+                  int(c.groups.count),
+                  int(c.groups.rows),
+                  0,
+                  int(c.columns),
+                  int(c.depth),
+                  gathered_of(c.x.index ? c.x : c.dy),
+                  c.x.index != nullptr};
   by_type(c.type, [&](auto t) {
-    launch_kernel<Plain<decltype(t), 256, true, true>>(queue, c.type,
-                                                       operand_of(c.dy, c.columns, c.groups, c.out),
+    launch_kernel<Plain<decltype(t), 256, true, true>>(queue, c.type, operand_of(c.dy, c.columns, c.groups, c.out),
                                                        operand_of(c.x, c.depth, c.groups, c.out), p,
                                                        {nullptr, nullptr, c.out});
   });

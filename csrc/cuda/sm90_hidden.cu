@@ -13,8 +13,8 @@ Operand bank_of(const Hidden& c) {
 template <class T, Layout kLayout>
 void run_layout(const Hidden& c, const Queue& queue) {
   const int64_t columns = kLayout == Layout::pairs ? 2 * c.width : c.width;
-  const Problem p{c.groups.ends, int(c.groups.count), int(c.groups.rows), int(c.hidden),
-                  0,             int(columns),        gathered_of(c.x),   false};
+  const Problem p{
+      c.groups.ends, int(c.groups.count), int(c.groups.rows), int(c.hidden), 0, int(columns), gathered_of(c.x), false};
   launch_kernel<FirstProduct<T, kLayout>>(queue, c.type, rows_of(c), bank_of(c), p,
                                           {c.b_in, c.z, c.h, int(c.width), c.activation});
 }
@@ -27,7 +27,8 @@ const char* why_not(const Hidden& c) {
   if (const char* reason = why_not_any(c.type, c.groups, wide_of(c))) return reason;
   if (c.hidden < 1) return "there is nothing to sum";
   if (c.width % 8) return "the Hopper kernels store 8 columns at once";
-  if (!is_aligned(c.z, 16) || !is_aligned(c.h, 16) || !is_aligned(c.b_in, 4)) return "results or biases are not aligned";
+  if (!is_aligned(c.z, 16) || !is_aligned(c.h, 16) || !is_aligned(c.b_in, 4))
+    return "results or biases are not aligned";
   const char* reason = why_not_fetch(rows_of(c));
   return reason ? reason : why_not_fetch(bank_of(c));
 }

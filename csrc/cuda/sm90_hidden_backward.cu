@@ -23,8 +23,9 @@ const char* why_not(const HiddenBackward& c) {
 
 void run(const HiddenBackward& c, const Queue& queue) {
   if (!c.groups.rows) return;
-  const Problem p{c.groups.ends, int(c.groups.count), int(c.groups.rows), int(c.hidden),
-                  0,             int(c.width),        gathered_of(c.grad), false};
+  const Problem p{
+      c.groups.ends, int(c.groups.count), int(c.groups.rows), int(c.hidden), 0, int(c.width), gathered_of(c.grad),
+      false};
   by_type(c.type, [&](auto t) {
     launch_kernel<SecondProductBackward<decltype(t)>>(
         queue, c.type, rows_of(c), bank_of(c), p,

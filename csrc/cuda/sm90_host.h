@@ -28,15 +28,15 @@ inline decltype(&cuTensorMapEncodeTiled) map_encoder() {
 }
 
 // A map of 16-bit numbers of three dimensions, fetched in boxes of 64 by box_rows by 1, in 128-byte swizzle.
-inline TensorMap encode_map(bool is_bf16, const void* data, const uint64_t (&sizes)[3], const uint64_t (&stride_bytes)[2],
-                            uint32_t box_rows) {
+inline TensorMap encode_map(bool is_bf16, const void* data, const uint64_t (&sizes)[3],
+                            const uint64_t (&stride_bytes)[2], uint32_t box_rows) {
   TensorMap map;
   const uint32_t box[3] = {64, box_rows, 1}, steps[3] = {1, 1, 1};
-  const CUresult status = map_encoder()(
-      &map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3, const_cast<void*>(data),
-      reinterpret_cast<const cuuint64_t*>(sizes), reinterpret_cast<const cuuint64_t*>(stride_bytes), box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      map_encoder()(&map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
+                    const_cast<void*>(data), reinterpret_cast<const cuuint64_t*>(sizes),
+                    reinterpret_cast<const cuuint64_t*>(stride_bytes), box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) throw std::runtime_error("tensor map: driver error " + std::to_string(int(status)));
   return map;
 }
@@ -69,8 +69,8 @@ inline const char* why_not_fetch(const Operand& o) {
   return nullptr;
 }
 
-// Rows that the copy engine fetches one after another, or of which it is told, and others copied, by index. Without rows
-// nothing is fetched, but a map must describe something.
+// Rows that the copy engine fetches one after another, or of which it is told, and others copied, by index. Without
+// rows nothing is fetched, but a map must describe something.
 inline Operand operand_of(const Rows& rows, int64_t columns, const Groups& groups, const void* other) {
   const int64_t count = rows.index ? rows.count : groups.rows;
   return {count ? rows.data : other, columns, count ? count : 1, rows.stride};
@@ -93,7 +93,8 @@ inline const char* why_not_any(Type type, const Groups& groups, int64_t columns)
   if (type != Type::bf16 && type != Type::f16) return "the Hopper kernels multiply bfloat16 and float16";
   if (groups.count < 1 || groups.count > kMostGroups) return "the Hopper kernels take 1 to 4096 groups";
   if (columns < 1 || columns % 8) return "the Hopper kernels store 8 columns at once";
-  if ((groups.rows / 128 + groups.count + 1) * (columns / 128 + 1) >= int64_t{1} << 30) return "there are too many tiles";
+  if ((groups.rows / 128 + groups.count + 1) * (columns / 128 + 1) >= int64_t{1} << 30)
+    return "there are too many tiles";
   return nullptr;
 }
 
@@ -111,8 +112,8 @@ void launch_kernel(const Queue& queue, Type type, const Operand& a, const Operan
   p.pair = wants_pairs(p) && queue.multiprocessors > 1 ? 2 : 1;
   const int64_t tile_rows = Op::kTileRows * p.pair;
   const int64_t across = (p.columns + Op::kStepColumns - 1) / Op::kStepColumns;
-  const int64_t high = Op::kSumsRows ? p.groups * ((p.height + tile_rows - 1) / tile_rows)
-                                     : p.rows / tile_rows + p.groups + 1;
+  const int64_t high =
+      Op::kSumsRows ? p.groups * ((p.height + tile_rows - 1) / tile_rows) : p.rows / tile_rows + p.groups + 1;
   const int64_t most = queue.multiprocessors / p.pair, clusters = high * across < most ? high * across : most;
   const size_t shared = 1024 + Ring<Op>::kBytes + size_t(p.groups + 1) * sizeof(Span);
   const int box_rows_b = Op::kIsAcrossB || Op::kParts == 2 ? Op::kBoxRowsB : Op::kBoxRowsB / p.pair;

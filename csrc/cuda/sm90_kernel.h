@@ -1,8 +1,9 @@
 // The one kernel of the Hopper path. An operation tells it how its operands lie and what becomes of the sums.
 //
-// Blocks stay on their multiprocessor and walk over tiles. One warpgroup fetches both operands of 64 steps of the sum at a
-// time into a ring of stages, a single thread of it where no rows are gathered; each consumer warpgroup multiplies 64 rows of the tile, and gives a stage back when no
-// wgmma reads it any more. While a tile's end is stored, the next one's stages are fetched already.
+// Blocks stay on their multiprocessor and walk over tiles. One warpgroup fetches both operands of 64 steps of the sum
+// at a time into a ring of stages, a single thread of it where no rows are gathered; each consumer warpgroup multiplies
+// 64 rows of the tile, and gives a stage back when no wgmma reads it any more. While a tile's end is stored, the next
+// one's stages are fetched already.
 #pragma once
 
 #include "sm90_tiles.h"
@@ -52,8 +53,7 @@ __device__ void fetch_boxes(const TensorMap& map_a, const TensorMap& map_b, cons
   if constexpr (Op::kIsAcrossB) {
     constexpr int kPanels = Op::kTileColumns / 64;
     const int panels = kPanels / p.pair;
-    for (int i = half * panels; i < (half + 1) * panels; ++i)
-      load(b + i * kPanelBytes, tile.column + 64 * i, depth);
+    for (int i = half * panels; i < (half + 1) * panels; ++i) load(b + i * kPanelBytes, tile.column + 64 * i, depth);
   } else if constexpr (Op::kParts == 2) {
     for (int part = half; part < (is_pair ? half + 1 : 2); ++part)
       load(b + part * Op::kStepColumns * 128, depth, part * p.columns + tile.column);
@@ -123,7 +123,8 @@ __device__ void produce_gathered(const TensorMap& map_a, const TensorMap& map_b,
       if constexpr (Op::kSumsRows) {
         char* to = p.is_second_gathered ? ring.b(ring.stage) : ring.a(ring.stage);
         const int panels = (p.is_second_gathered ? Op::kTileColumns : Op::kTileRows) / 64;
-        const int first = p.is_second_gathered ? tile.column : tile.row, width = p.is_second_gathered ? p.columns : p.height;
+        const int first = p.is_second_gathered ? tile.column : tile.row;
+        const int width = p.is_second_gathered ? p.columns : p.height;
         for (int panel = 0; panel < panels; ++panel)
 #pragma unroll
           for (int i = 0; i < kLines; ++i)
@@ -139,7 +140,8 @@ __device__ void produce_gathered(const TensorMap& map_a, const TensorMap& map_b,
   }
 }
 
-// Zeros what the last block of a sum over rows holds of rows that are not the group's: of both operands, as 0 times Inf is NaN.
+// Zeros what the last block of a sum over rows holds of rows that are not the group's: of both operands, as 0 times Inf
+// is NaN.
 template <class Op>
 __device__ inline void clear_tail(const Ring<Op>& ring, const Tile& tile, int block) {
   const int kept = tile.end - tile.first - block * kDepth;
@@ -149,7 +151,7 @@ __device__ inline void clear_tail(const Ring<Op>& ring, const Tile& tile, int bl
   for (int i = int(threadIdx.x) - (kThreads - kConsumers); i < kPanels * words; i += kConsumers) {
     const int panel = i / words;
     *reinterpret_cast<Pack<uint32_t, 4>*>(ring.a(ring.stage) + panel * kPanelBytes + kept * 128 +
-                                         (i - panel * words) * 16) = {};
+                                          (i - panel * words) * 16) = {};
   }
   order_shared_writes();
   named_barrier(1, kConsumers);

@@ -1,8 +1,8 @@
 // Hopper's own instructions, one function each: mbarriers, the copy engine (TMA), wgmma, shares of registers.
 //
-// Kernels use nothing of sm_90 but these, so that a host compiler can build them against emulated ones. Layouts are those
-// of the PTX ISA: "Asynchronous Warpgroup Level Matrix Instructions" (shared-memory layout, matrix descriptor, register
-// fragments) and "Tensors" (tiled mode, swizzling modes, out-of-bound access).
+// Kernels use nothing of sm_90 but these, so that a host compiler can build them against emulated ones. Layouts are
+// those of the PTX ISA: "Asynchronous Warpgroup Level Matrix Instructions" (shared-memory layout, matrix descriptor,
+// register fragments) and "Tensors" (tiled mode, swizzling modes, out-of-bound access).
 #pragma once
 
 #include "ptx.h"
@@ -93,7 +93,8 @@ __device__ inline void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Fetches the box at (column, row, matrix), zeros where it leaves the tensor. All bytes of the box count for the barrier.
+// Fetches the box at (column, row, matrix), zeros where it leaves the tensor. All bytes of the box count for the
+// barrier.
 __device__ inline void load_box(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int matrix) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -166,17 +167,18 @@ __device__ inline void hold(float (&d)[kRegisters]) {
 #define OMNIMOE_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define OMNIMOE_16(i) OMNIMOE_4(i), OMNIMOE_4(i + 4), OMNIMOE_4(i + 8), OMNIMOE_4(i + 12)
 #define OMNIMOE_64(i) OMNIMOE_16(i), OMNIMOE_16(i + 16), OMNIMOE_16(i + 32), OMNIMOE_16(i + 48)
-#define OMNIMOE_NAMES_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define OMNIMOE_NAMES_64                                                             \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define OMNIMOE_NAMES_128 \
-  OMNIMOE_NAMES_64 ", " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define OMNIMOE_NAMES_128                                                                            \
+  OMNIMOE_NAMES_64                                                                                   \
+      ", "                                                                                           \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define OMNIMOE_WGMMA(shape, type, names, a_b_flags, ...)                                             \
   asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" names "}, " a_b_flags \
                : __VA_ARGS__                                                                          \

@@ -6,12 +6,12 @@
 
 namespace omnimoe::cuda::sm90 {
 
-constexpr int kThreads = 384;         // a warpgroup that fetches, two that multiply
+constexpr int kThreads = 384;  // a warpgroup that fetches, two that multiply
 constexpr int kConsumers = 256;
-constexpr int kDepth = 64;            // of a stage: 128 bytes, the width of the swizzle
+constexpr int kDepth = 64;             // of a stage: 128 bytes, the width of the swizzle
 constexpr int kPanelBytes = 64 * 128;  // 64 x 64 elements
 constexpr int kRingBytes = 200 << 10;
-constexpr int kBand = 8;              // tiles of rows that lie together in the order
+constexpr int kBand = 8;  // tiles of rows that lie together in the order
 
 // Rows that are fetched by index: row r is row index[r] of `count`.
 struct Gathered {
@@ -25,12 +25,12 @@ struct Gathered {
 struct Problem {
   const int32_t* ends;
   int groups, rows;
-  int depth;    // of the sum; of no meaning where it runs over rows
-  int height;   // rows of the output where the sum runs over rows
-  int columns;  // over which tiles lie
-  Gathered gathered;         // instead of an operand's map, if there is an index
-  bool is_second_gathered;   // operand B, else A
-  int pair = 1;              // 2 where blocks work in pairs, one tile above the other, and share operand B; else 1
+  int depth;                // of the sum; of no meaning where it runs over rows
+  int height;               // rows of the output where the sum runs over rows
+  int columns;              // over which tiles lie
+  Gathered gathered;        // instead of an operand's map, if there is an index
+  bool is_second_gathered;  // operand B, else A
+  int pair = 1;             // 2 where blocks work in pairs, one tile above the other, and share operand B; else 1
 };
 
 // Up to where the rows of a group reach, and the tiles of rows up to there. One more follows the groups: the rest.
@@ -79,8 +79,8 @@ __device__ inline void plan_spans(const Problem& p, int tile_rows, Span* spans) 
   }
 }
 
-// The tiles of a block, one after another: every gridDim.x-th of all. Those of a pair lie one above the other; the lower
-// one may have no rows.
+// The tiles of a block, one after another: every gridDim.x-th of all. Those of a pair lie one above the other; the
+// lower one may have no rows.
 template <class Op>
 class Walk {
  public:
@@ -154,9 +154,7 @@ struct Ring {
   __device__ explicit Ring(char* shared) : memory(shared) {}
   __device__ char* a(int at) const { return memory + at * kStageBytes; }
   __device__ char* b(int at) const { return a(at) + kBytesA; }
-  __device__ uint64_t* filled(int at) const {
-    return reinterpret_cast<uint64_t*>(memory + kStages * kStageBytes) + at;
-  }
+  __device__ uint64_t* filled(int at) const { return reinterpret_cast<uint64_t*>(memory + kStages * kStageBytes) + at; }
   __device__ uint64_t* drained(int at) const { return filled(kStages + at); }
   __device__ Span* spans() const { return reinterpret_cast<Span*>(filled(2 * kStages)); }
 

@@ -1,9 +1,9 @@
 // The instructions of csrc/cuda/sm90_ptx.h on the emulator: mbarriers, the copy engine, wgmma, named barriers.
 //
-// What the hardware does at a time of its own, happens here as late as can be, and its destination is poison until then.
-// wgmma and the copy engine see shared memory through a proxy of their own: ordinary writes and cp.async reach them when
-// all threads of a named barrier, or of a warp that goes on to multiply, have fenced. Each rule names the section of the PTX ISA that it is taken from; none is taken
-// from the kernels. Included by sm90_ptx.h.
+// What the hardware does at a time of its own, happens here as late as can be, and its destination is poison until
+// then. wgmma and the copy engine see shared memory through a proxy of their own: ordinary writes and cp.async reach
+// them when all threads of a named barrier, or of a warp that goes on to multiply, have fenced. Each rule names the
+// section of the PTX ISA that it is taken from; none is taken from the kernels. Included by sm90_ptx.h.
 #pragma once
 
 #include "cuda.h"
@@ -91,13 +91,14 @@ inline void barrier_arrive_after_copies(uint64_t* barrier, Where where = Where::
     b.try_complete();
   });
 }
-// "mbarrier.test_wait/try_wait", .parity: true once the phase of that parity, the current or the one before, is complete.
+// "mbarrier.test_wait/try_wait", .parity: true once the phase of that parity, the current or the one before, is
+// complete.
 inline void barrier_wait(uint64_t* barrier, uint32_t parity, Where where = Where::current()) {
   const Mbarrier* b = &mbarrier(emulator::self().block(), barrier, where);
   emulator::wait_until([=] { return (b->phase & 1) != parity; }, "an mbarrier", where);
 }
 
-// ---- the copy engine: "cp.async.bulk.tensor" and "Tensors" -----------------------------------------------------------
+// ---- the copy engine: "cp.async.bulk.tensor" and "Tensors" ----------------------------------------------------------
 
 struct TensorMap {
   const char* data;
@@ -122,8 +123,8 @@ inline TensorMap encode_map(bool, const void* data, const uint64_t (&sizes)[3], 
 inline void prefetch_map(const TensorMap*) {}
 
 // Into each of the blocks, at the same place; the barrier at the same place in each counts.
-inline void load_box_into(const std::vector<emulator::Block*>& blocks, void* to, const TensorMap* map, uint64_t* barrier,
-                          int column, int row, int matrix, const Where& where) {
+inline void load_box_into(const std::vector<emulator::Block*>& blocks, void* to, const TensorMap* map,
+                          uint64_t* barrier, int column, int row, int matrix, const Where& where) {
   const emulator::Block& here = emulator::self().block();
   const uint32_t bytes = map->box_rows * kSwizzleRow;
   const uint32_t start = emulator::shared_address(here, to, bytes);

@@ -1,4 +1,5 @@
-// One product of one stage, right or with one mistake: whether the emulator gives the product, and refuses each mistake.
+// One product of one stage, right or with one mistake: whether the emulator gives the product, and refuses each
+// mistake.
 #define OMNIMOE_EMULATOR 1
 #include "launch.h"
 #include "sm90_tiles.h"
@@ -7,9 +8,22 @@ namespace omnimoe::cuda::sm90 {
 namespace {
 
 enum class Mistake : int {
-  none, reads_before_landing, expects_too_few_bytes, expects_too_many_bytes, no_fence_of_registers, reads_before_wait,
-  touches_in_flight, refills_while_read, writes_without_proxy_fence, writes_with_proxy_fence, warps_disagree,
-  barrier_not_shown, other_leading_offset, other_stride_offset, tile_off_the_pattern, descriptor_without_swizzle,
+  none,
+  reads_before_landing,
+  expects_too_few_bytes,
+  expects_too_many_bytes,
+  no_fence_of_registers,
+  reads_before_wait,
+  touches_in_flight,
+  refills_while_read,
+  writes_without_proxy_fence,
+  writes_with_proxy_fence,
+  warps_disagree,
+  barrier_not_shown,
+  other_leading_offset,
+  other_stride_offset,
+  tile_off_the_pattern,
+  descriptor_without_swizzle,
 };
 
 constexpr int kColumns = 128, kBytesA = 64 * 128, kBytesB = kColumns * 128;
@@ -53,7 +67,8 @@ void multiply_once(const TensorMap map_a, const TensorMap map_b, const Mistake m
   if (is(Mistake::descriptor_without_swizzle)) of_b &= ~(uint64_t{3} << 62);
   if (is(Mistake::warps_disagree) && threadIdx.x / 32 == 3) of_a += 2;
   for (int step = 0; step < 4; ++step) {
-    multiply<bf16, kIsAcrossA, kIsAcrossB>(d, of_a + step * kDepthStep<kIsAcrossA>, of_b + step * kDepthStep<kIsAcrossB>);
+    multiply<bf16, kIsAcrossA, kIsAcrossB>(d, of_a + step * kDepthStep<kIsAcrossA>,
+                                           of_b + step * kDepthStep<kIsAcrossB>);
     if (is(Mistake::touches_in_flight)) d[0] += 1;
   }
   multiply_commit();
@@ -63,8 +78,7 @@ void multiply_once(const TensorMap map_a, const TensorMap map_b, const Mistake m
   }
   if (!is(Mistake::reads_before_wait)) multiply_wait<0>();
   const int row = int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32 / 4, column = int(threadIdx.x) % 4 * 2;
-  for (int i = 0; i < 64; ++i)
-    out[(row + i / 2 % 2 * 8) * kColumns + column + i / 4 * 8 + i % 2] = d[i];
+  for (int i = 0; i < 64; ++i) out[(row + i / 2 % 2 * 8) * kColumns + column + i / 4 * 8 + i % 2] = d[i];
   multiply_wait<0>();
 }
 

@@ -1,7 +1,8 @@
-// wgmma on the emulator: operands behind descriptors, accumulators that nobody may touch until they have been waited for.
+// wgmma on the emulator: operands behind descriptors, accumulators that nobody may touch until they have been waited
+// for.
 //
-// PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". A warp multiplies its own 16 of the 64 rows, and the warps
-// of a warpgroup may drift apart, as they do on the hardware; all four must ask for the same products.
+// PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". A warp multiplies its own 16 of the 64 rows, and the
+// warps of a warpgroup may drift apart, as they do on the hardware; all four must ask for the same products.
 #pragma once
 
 #include "cuda.h"
@@ -14,8 +15,8 @@ using emulator::Where;
 
 constexpr uint32_t kSwizzleRow = 128;
 
-// "Swizzling modes", 128B: bits 4 to 6 of an address, the sixteen bytes within a row of 128, are combined by exclusive or
-// with bits 7 to 9, the row within the eight of the pattern.
+// "Swizzling modes", 128B: bits 4 to 6 of an address, the sixteen bytes within a row of 128, are combined by exclusive
+// or with bits 7 to 9, the row within the eight of the pattern.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 struct AsyncView {
@@ -42,8 +43,8 @@ inline void show_async(emulator::Block& block) {
   std::memcpy(async_view(block).data(), block.base, block.shared_bytes);
 }
 
-// "Async proxy": a fence orders what a thread has written and what it has waited for. It takes effect where the thread's
-// warp, or those that it meets at a barrier, have all fenced.
+// "Async proxy": a fence orders what a thread has written and what it has waited for. It takes effect where the
+// thread's warp, or those that it meets at a barrier, have all fenced.
 struct Fenced {
   bool is_fenced = false;
 };
@@ -51,8 +52,8 @@ inline void order_shared_writes() { emulator::state<Fenced>(emulator::self()).is
 
 // ---- descriptors ----------------------------------------------------------------------------------------------------
 
-// "Matrix descriptor": bits 0-13 the address, 16-29 the leading and 32-45 the stride dimension byte offset, each without
-// its four lowest bits; 49-51 the base offset, 62-63 the swizzling mode, 1 for 128 bytes.
+// "Matrix descriptor": bits 0-13 the address, 16-29 the leading and 32-45 the stride dimension byte offset, each
+// without its four lowest bits; 49-51 the base offset, 62-63 the swizzling mode, 1 for 128 bytes.
 struct Descriptor {
   uint32_t address, leading, stride;
 
@@ -67,9 +68,9 @@ struct Descriptor {
       emulator::fail("an operand does not begin with the pattern of the swizzle, at ", emulator::told(where));
   }
 
-  // Where element (i, k) lies, i along M or N. "Strides": along the depth ("K-major"), a row of 128 bytes holds an i; the
-  // stride offset is from 8 rows to the next 8, the leading one is not used. Across it ("MN-major"), a row of 128 bytes
-  // holds 64 i of one k; the stride offset is from 8 k to the next 8, the leading one from 64 i to the next 64.
+  // Where element (i, k) lies, i along M or N. "Strides": along the depth ("K-major"), a row of 128 bytes holds an i;
+  // the stride offset is from 8 rows to the next 8, the leading one is not used. Across it ("MN-major"), a row of 128
+  // bytes holds 64 i of one k; the stride offset is from 8 k to the next 8, the leading one from 64 i to the next 64.
   uint32_t element(bool is_across, uint32_t i, uint32_t k) const {
     const uint32_t plain = is_across ? address + i / 64 * leading + k / 8 * stride + k % 8 * kSwizzleRow + i % 64 * 2
                                      : address + i / 8 * stride + i % 8 * kSwizzleRow + k * 2;
@@ -195,7 +196,8 @@ void multiply(float (&d)[kRegisters], uint64_t a, uint64_t b, Where where = Wher
       emulator::fail("the warps of a warpgroup multiply different things, at ", emulator::told(where));
     const bool is_first = !warp.now || warp.now->registers[0] != in[0]->d;
     if (is_first) {
-      if (warp.now && warp.now->registers[0]) emulator::fail("a second set of accumulators, at ", emulator::told(where));
+      if (warp.now && warp.now->registers[0])
+        emulator::fail("a second set of accumulators, at ", emulator::told(where));
       warp.now = std::make_shared<Accumulators>();
       warp.now->count = kRegisters;
       warp.now->value.resize(32 * kRegisters);
@@ -213,8 +215,9 @@ void multiply(float (&d)[kRegisters], uint64_t a, uint64_t b, Where where = Wher
     ++warp.now->in_flight;
     ++products;
     ++warp.open;
-    Multiplication m{a, b, kIsAcrossA, kIsAcrossB, kRegisters * 2, [](uint16_t bits) { return widen(T{bits}); }, where,
-                     warp.now, {}, {}};
+    Multiplication m{
+        a,     b,        kIsAcrossA, kIsAcrossB, kRegisters * 2, [](uint16_t bits) { return widen(T{bits}); },
+        where, warp.now, {},         {}};
     gather_operands(block, int(number % 4), m, m.left, m.right);
     warp.queue.push_back(std::move(m));
     emulator::later("a wgmma", [&block, &warp, number] { execute(block, int(number % 4), warp); });
@@ -244,7 +247,8 @@ void multiply_wait(Where where = Where::current()) {
   const unsigned lane = emulator::self().lane();
   float* registers = warp.now->registers[lane];
   if (!registers) return;
-  std::memcpy(registers, &warp.now->value[size_t(int(lane) * warp.now->count)], sizeof(float) * size_t(warp.now->count));
+  std::memcpy(registers, &warp.now->value[size_t(int(lane) * warp.now->count)],
+              sizeof(float) * size_t(warp.now->count));
   warp.now->registers[lane] = nullptr;
   emulator::state<Touched>(emulator::self()).is_touched = true;
 }
