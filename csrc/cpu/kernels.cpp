@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "experts.h"
+#include "norm.h"
 #include "products.h"
 #include "sums.h"
 
@@ -32,6 +33,11 @@ extern const Kernels kernels = {
       by_type(a, a.forward.type, [](auto t, const auto& c) { experts_mlp_backward<decltype(t)>(c); });
     },
     [](const SumRows& a) { by_type(a, a.type, [](auto t, const auto& c) { sum_rows<decltype(t)>(c); }); },
+    [](const RMSNorm& a) { by_type(a, a.type, [](auto t, const auto& c) { rms_norm<decltype(t)>(c); }); },
+    [](const RMSNormBackward& a) {
+      by_type(a, a.forward.type, [](auto t, const auto& c) { rms_norm_backward<decltype(t)>(c); });
+    },
+    [](const Rope& a) { by_type(a, a.type, [](auto t, const auto& c) { rope<decltype(t)>(c); }); },
 };
 
 }  // namespace omnimoe::cpu::OMNIMOE_ISA

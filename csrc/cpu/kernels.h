@@ -104,12 +104,51 @@ struct SumRows {
   void* out;            // (groups, columns)
 };
 
+// Head m of row r lies at data + r * row_stride + m * head_stride, its numbers side by side.
+struct Heads {
+  const void* data;
+  int64_t row_stride, head_stride, heads;
+};
+
+// out = x / sqrt(mean(x^2) + eps), rounded, times the weight of the row's group; rows past the last end are left alone.
+struct RMSNorm {
+  Type type;
+  Threads threads;
+  Groups groups;
+  Heads x;
+  int64_t width;
+  double eps;
+  const void* weight;  // (G, width) float, double for f64
+  void* out;           // (rows, heads, width); not read by backward
+  void* inverse;       // (rows, heads) float, double for f64: what x was multiplied by
+};
+
+struct RMSNormBackward {
+  RMSNorm forward;
+  const void* grad;   // (rows, heads, width)
+  void* grad_x;       // the same
+  void* grad_weight;  // (G, width) float, double for f64
+};
+
+// Pairs (i, i + half) of every head, turned by the angles of the row.
+struct Rope {
+  Type type;
+  Threads threads;
+  int64_t rows, half;
+  Heads x;
+  const void *cos, *sin;  // (rows, half) float, double for f64
+  void* out;              // (rows, heads, 2 * half)
+};
+
 struct Kernels {
   void (*grouped_mm)(const GroupedMM&);
   void (*grouped_wgrad)(const GroupedWgrad&);
   void (*experts_mlp)(const ExpertsMLP&);
   void (*experts_mlp_backward)(const ExpertsMLPBackward&);
   void (*sum_rows)(const SumRows&);
+  void (*rms_norm)(const RMSNorm&);
+  void (*rms_norm_backward)(const RMSNormBackward&);
+  void (*rope)(const Rope&);
 };
 
 }  // namespace omnimoe::cpu

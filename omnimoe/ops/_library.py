@@ -38,6 +38,17 @@ SCHEMAS = (
     "Tensor? token_index, Tensor? weights, Tensor? b_in, Tensor? b_out, int activation, bool interleaved) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+"""Of the ops that every library has kernels for."""
+
+CPU_SCHEMAS = (
+    # x (R, ..., D) times 1 / sqrt(mean(x^2) + eps), which comes out too, rounded, times the weight (G, D) of the row's
+    # group, float32 (float64 for it); rows past the last offset are zeros. Without offsets G is 1.
+    "rms_norm(Tensor x, Tensor weight, Tensor? offsets, float eps) -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse, Tensor? offsets) -> (Tensor, Tensor)",
+    # Pairs (i, i + C/2) of x (N, H, C) turned by the angles of the row; tables (N, C/2) float32, or float64 for it.
+    "rope(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+)
+"""Of those that only the library for CPUs has kernels for."""
 
 
 def _grouped_mm_shape(x, weight, offsets, bias=None, row_index=None, transposed=False):
@@ -82,6 +93,19 @@ def _experts_mlp_backward_shape(
         x.new_empty(0 if b_in is None else b_in.shape),
         x.new_empty(0 if b_out is None else b_out.shape),
     )
+
+
+def _rms_norm_shape(x, weight, offsets, eps):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], math.prod(x.shape[1:-1]), dtype=wide)
+
+
+def _rms_norm_backward_shape(grad, x, weight, inverse, offsets):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _rope_shape(x, cos, sin):
+    return x.new_empty(x.shape)
 
 
 def _add_back(ops: Any, grad: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -186,6 +210,29 @@ def _experts_mlp_backward(ops: Any, ctx: Any, grad: Tensor | None, _: Tensor | N
     return grad_x, grad_in, grad_out, None, None, *optional, None, None, None
 
 
+def _keep_rms_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, offsets, _ = inputs
+    ctx.save_for_backward(x, weight, output[1], offsets)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _rms_norm_backward(ops: Any, ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
+    return *ops.rms_norm_backward(grad, *ctx.saved_tensors), None, None
+
+
+def _keep_rope(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, cos, sin = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rope_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    return ops.rope(grad, cos, -sin), None, None
+
+
 _SHAPES: dict[str, Any] = {
     "grouped_mm": _grouped_mm_shape,
     "grouped_wgrad": _grouped_wgrad_shape,
@@ -194,6 +241,9 @@ _SHAPES: dict[str, Any] = {
     "sum_rows": _sum_rows_shape,
     "experts_mlp": _experts_mlp_shape,
     "experts_mlp_backward": _experts_mlp_backward_shape,
+    "rms_norm": _rms_norm_shape,
+    "rms_norm_backward": _rms_norm_backward_shape,
+    "rope": _rope_shape,
 }
 _GRADIENTS: dict[str, tuple[Any, Any]] = {
     "grouped_mm": (_keep_grouped_mm, _grouped_mm_backward),
@@ -201,6 +251,8 @@ _GRADIENTS: dict[str, tuple[Any, Any]] = {
     "gather_rows": (_keep_gather_rows, _gather_rows_backward),
     "sum_rows": (_keep_sum_rows, _sum_rows_backward),
     "experts_mlp": (_keep_experts_mlp, _experts_mlp_backward),
+    "rms_norm": (_keep_rms_norm, _rms_norm_backward),
+    "rope": (_keep_rope, _rope_backward),
 }
 
 
@@ -212,12 +264,13 @@ def register(namespace: str = "omnimoe") -> torch.library.Library:
         namespace: of the ops. Kernels that are for the same device as others have one of their own.
     """
     library = torch.library.Library(namespace, "DEF")
-    for schema in SCHEMAS:
-        library.define(schema)
-    for name, shape in _SHAPES.items():
-        torch.library.register_fake(f"{namespace}::{name}", shape, lib=library)
     ops = getattr(torch.ops, namespace)
-    for name, (keep, backward) in _GRADIENTS.items():
-        rule = functools.partial(backward, ops)
-        torch.library.register_autograd(f"{namespace}::{name}", rule, setup_context=keep, lib=library)
+    for schema in SCHEMAS if namespace != "omnimoe" else (*SCHEMAS, *CPU_SCHEMAS):
+        library.define(schema)
+        name = schema.partition("(")[0]
+        torch.library.register_fake(f"{namespace}::{name}", _SHAPES[name], lib=library)
+        if name in _GRADIENTS:
+            keep, backward = _GRADIENTS[name]
+            rule = functools.partial(backward, ops)
+            torch.library.register_autograd(f"{namespace}::{name}", rule, setup_context=keep, lib=library)
     return library  # which undoes everything when it is freed

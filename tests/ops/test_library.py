@@ -77,6 +77,16 @@ def _network_backward(gated: bool, plain: bool) -> Callable[..., tuple[Any, ...]
     return arguments
 
 
+def scale(groups: int, dtype: torch.dtype, width: int = 4) -> torch.Tensor:
+    return torch.rand(groups, width, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_()
+
+
+def _norm_backward(tokens: int, rows: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    x, weight = torch.randn(rows, 4, dtype=dtype), scale(GROUPS, dtype).detach()
+    _, inverse = OPS.rms_norm(x, weight, ends(rows), 1e-5)
+    return torch.randn(rows, 4, dtype=dtype), x, weight, inverse, ends(rows)
+
+
 SAMPLES = [
     Sample("grouped_mm", "plain", lambda t, r, d: (normal(t, 4, dtype=d), normal(GROUPS, 5, 4, dtype=d), ends(t))),
     Sample(
@@ -110,6 +120,10 @@ SAMPLES = [
     Sample("experts_mlp", "that keeps nothing, without a gate", _network(gated=False, plain=False, keep=False)),
     Sample("experts_mlp_backward", "plain", _network_backward(gated=True, plain=True)),
     Sample("experts_mlp_backward", "routed", _network_backward(gated=True, plain=False)),
+    Sample("rms_norm", "plain", lambda t, r, d: (normal(t, 4, dtype=d), scale(1, d), None, 1e-5)),
+    Sample("rms_norm", "grouped", lambda t, r, d: (normal(r, 2, 4, dtype=d), scale(GROUPS, d), ends(r), 1e-5)),
+    Sample("rms_norm_backward", "grouped", _norm_backward),
+    Sample("rope", "plain", lambda t, r, d: (normal(t, 2, 6, dtype=d), *scale(2 * t, d, 3).detach().split(t))),
 ]  # fmt: skip
 
 samples = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: f"{sample.op}, {sample.kind}")
@@ -117,7 +131,8 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def test_every_op_has_a_sample():
-    assert {schema.partition("(")[0] for schema in _library.SCHEMAS} == {sample.op for sample in SAMPLES}
+    schemas = (*_library.SCHEMAS, *_library.CPU_SCHEMAS)
+    assert {schema.partition("(")[0] for schema in schemas} == {sample.op for sample in SAMPLES}
 
 
 @samples

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from omnimoe.ops import rms_norm
-from omnimoe.ops.rms_norm import reference, slices
+from omnimoe.ops.rms_norm import cpp, reference, slices
 
-IMPLEMENTATIONS = {"slices": slices.rms_norm, "reference": reference.rms_norm}
+IMPLEMENTATIONS = {"slices": slices.rms_norm, "reference": reference.rms_norm, "cpp": cpp.rms_norm}
+
+
+@pytest.fixture(autouse=True)
+def _compiled(request: pytest.FixtureRequest) -> None:
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("name") == "cpp":
+        request.getfixturevalue("compiled")
 
 
 def ends(*sizes: int) -> torch.Tensor:
@@ -33,23 +41,24 @@ def test_gradcheck_in_float64(name, groups, shape):
     count = 1 if groups is None else len(groups)
     weight = torch.randn(count, shape[-1], dtype=torch.float64, requires_grad=True)
     offsets = None if groups is None else ends(*groups)
-    assert torch.autograd.gradcheck(lambda *given: IMPLEMENTATIONS[name](*given, offsets, 1e-5), (x, weight))
+    assert torch.autograd.gradcheck(lambda *given_: IMPLEMENTATIONS[name](*given_, offsets, 1e-5), (x, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_slices_equal_the_reference_forward_and_backward(dtype):
+def test_all_are_equal_forward_and_backward(compiled, dtype):
     grad, results = torch.randn(9, 16).to(dtype), []
     x, weight = torch.randn(9, 16).to(dtype), torch.randn(4, 16)
     for implementation in IMPLEMENTATIONS.values():
-        given = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        y = implementation(*given, ends(3, 0, 5, 1), 1e-6)
+        given_ = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = implementation(*given_, ends(3, 0, 5, 1), 1e-6)
         y.backward(grad)
-        results.append((y.detach(), given[0].grad, given[1].grad))
+        results.append((y.detach(), given_[0].grad, given_[1].grad))
         assert y.dtype == dtype
-        assert given[1].grad.dtype == torch.float32
+        assert given_[1].grad.dtype == torch.float32
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
-    for found, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
+    for parts in zip(*results, strict=True):
+        for found in parts[1:]:
+            torch.testing.assert_close(found, parts[0], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -98,3 +107,48 @@ def test_wrong_widths_and_missing_offsets_are_refused():
 def test_bad_offsets_are_refused(offsets):
     with pytest.raises(ValueError, match="must not decrease nor pass"):
         rms_norm(torch.randn(3, 4), torch.randn(2, 4), torch.tensor(offsets, dtype=torch.int32))
+
+
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    heads=st.integers(0, 3),
+    width=st.integers(1, 90),
+    beyond=st.integers(0, 2),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_compiled_kernels_at_drawn_sizes(compiled, sizes, heads, width, beyond, dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = sum(sizes) + beyond
+    shape = (rows, heads, width) if heads else (rows, width)
+    x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.rand(len(sizes), width, generator=generator).to(dtype)
+    given_ = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    exact = x.double().requires_grad_(), weight.double().requires_grad_()
+    y, wanted = cpp.rms_norm(*given_, ends(*sizes), 1e-6), reference.rms_norm(*exact, ends(*sizes), 1e-6)
+    found = y, *torch.autograd.grad(y, given_, grad)
+    right = wanted, *torch.autograd.grad(wanted, exact, grad.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}[dtype]
+    for one, other in zip(found, right, strict=True):
+        # with one column the gradient is what eps leaves of it
+        assert (one.double() - other).norm() <= tolerance * (
+            other.norm() + (1 if width < 3 else 0) * grad.double().norm()
+        )
+
+
+def test_strided_rows_are_read_as_they_lie_and_threads_change_no_bit(compiled):
+    x = torch.randn(500, 3, 24)[:, :2, 4:20].requires_grad_()
+    weight, offsets = torch.rand(3, 16, requires_grad=True), ends(190, 0, 300)
+
+    def results(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            y = cpp.rms_norm(x, weight, offsets, 1e-5)
+            return [y, *torch.autograd.grad(y.square().sum(), (x, weight))]
+        finally:
+            torch.set_num_threads(before)
+
+    one, three = results(1), results(3)
+    assert all(torch.equal(*pair) for pair in zip(one, three, strict=True))
+    torch.testing.assert_close(one[0], reference.rms_norm(x, weight, offsets, 1e-5))

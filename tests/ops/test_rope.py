@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omnimoe.ops import rope
+from omnimoe.ops import BackendError, backend, rope
+from omnimoe.ops.rope import reference
+
+
+@pytest.fixture(params=["reference", "cpp"], autouse=True)
+def through(request):
+    """Runs every test within each backend."""
+    if request.param == "cpp":
+        request.getfixturevalue("compiled")
+    with backend(request.param):
+        yield request.param
 
 
 def angles(rows: int, half: int) -> torch.Tensor:
@@ -40,3 +50,32 @@ def test_the_dtype_of_the_rows_is_kept():
 def test_a_table_of_another_shape_is_refused(rows, half):
     with pytest.raises(ValueError, match="cos and sin must be \\(3, 2\\)"):
         rope(torch.randn(3, 1, 4), torch.ones(rows, half), torch.ones(rows, half))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("half", [1, 3, 20, 40])
+def test_values_and_gradients_are_the_definitions(dtype, half):
+    x = torch.randn(70, 3, 2 * half + 4)[:, 1:, 2:-2].to(dtype).requires_grad_()
+    cos, sin = (
+        part.to(torch.promote_types(dtype, torch.float32)) for part in (angles(70, half).cos(), angles(70, half).sin())
+    )
+    exact, grad = x.detach().double().requires_grad_(), torch.randn(70, 2, 2 * half).to(dtype)
+    y, wanted = rope(x, cos, sin), reference.rope(exact, cos.to(dtype).double(), sin.to(dtype).double())
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    found, right = torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(wanted, exact, grad.double())[0]
+    for one, other in ((y, wanted), (found, right)):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def test_a_table_may_have_a_gradient(through):
+    x, angle = torch.randn(3, 2, 4, dtype=torch.float64), angles(3, 2).double()
+    tables = angle.cos().requires_grad_(), angle.sin().requires_grad_()
+    if through == "cpp":
+        with pytest.raises(BackendError, match="a table needs a gradient"):
+            rope(x, *tables)
+    else:
+        assert torch.autograd.gradcheck(lambda *given: rope(x, *given), tables)
+
+
+def test_no_rows():
+    assert rope(torch.randn(0, 2, 4), torch.ones(0, 2), torch.zeros(0, 2)).shape == (0, 2, 4)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from omnimoe.ops.rms_norm import reference, slices
+from omnimoe.ops._backends import Implementation, choose, why_not_compiled
+from omnimoe.ops.rms_norm import cpp, reference, slices
 
 
 def rms_norm(x: Tensor, weight: Tensor, offsets: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -28,4 +29,15 @@ def rms_norm(x: Tensor, weight: Tensor, offsets: Tensor | None = None, eps: floa
         raise ValueError(f"weight must be (G, {x.shape[-1]}), got {tuple(weight.shape)}")
     if offsets is None and weight.shape[0] != 1:
         raise ValueError(f"{weight.shape[0]} groups need offsets, the end of each group's rows")
-    return (slices if x.device.type == "cpu" else reference).rms_norm(x, weight, offsets, eps)
+    return choose("rms_norm", IMPLEMENTATIONS, x, weight, offsets)(x, weight, offsets, eps)
+
+
+def _why_not_slices(x: Tensor, *rest: Tensor | None) -> str:
+    return "" if x.device.type == "cpu" else f"x is on {x.device}"
+
+
+IMPLEMENTATIONS = (
+    Implementation("cpp", cpp.rms_norm, why_not_compiled),
+    Implementation("torch", slices.rms_norm, _why_not_slices),
+    Implementation("reference", reference.rms_norm),
+)

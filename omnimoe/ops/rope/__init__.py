@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omnimoe.ops._backends import Implementation, choose, why_not_compiled
+from omnimoe.ops.rope import cpp, reference
+
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs ``(i, i + C/2)`` of every head by the row's angles.
@@ -26,6 +29,19 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(
             f"cos and sin must be ({x.shape[0]}, {x.shape[-1] // 2}), got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return choose("rope", IMPLEMENTATIONS, x, cos, sin)(x, cos, sin)
+
+
+def _why_not_kernel(x: Tensor, cos: Tensor, sin: Tensor) -> str:
+    if cos.requires_grad or sin.requires_grad:
+        return "a table needs a gradient"
+    if torch.compiler.is_compiling():
+        return "a traced graph makes one kernel of it by itself"
+    return why_not_compiled(x, cos, sin)
+
+
+IMPLEMENTATIONS = (
+    Implementation("cpp", cpp.rope, _why_not_kernel),
+    Implementation("torch", reference.rope),
+    Implementation("reference", reference.rope),
+)
