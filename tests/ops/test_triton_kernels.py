@@ -188,7 +188,7 @@ def test_bad_offsets_are_put_right_and_read_nothing_outside(offsets):
     assert OPS.gather_rows(x, -far, None).isfinite().all()
 
 
-SMALL, LARGE = ((5, 0, 7, 3), 19, 9), ((5, 0, 90), 70, 70)
+SMALL, LARGE = ((5, 0, 7, 3), 19, 9), ((5, 0, 40), 70, 40)
 CASES = [  # activation, gated, routed, interleaved, with biases, dtype, sizes with widths
     *((name, True, True, False, True, torch.float32, SMALL) for name in GATED),
     *((name, False, True, False, False, torch.float32, SMALL) for name in ACTIVATIONS),
@@ -328,8 +328,9 @@ def test_opcheck():
     given = operands((2, 0, 1), 3, 5, 4)
     _, z = OPS.experts_mlp(*given, True)
     plain = (given[0].clone(), z, *given[1:])
-    opcheck(OPS.experts_mlp_backward.default, (plain[0], *plain))
-    opcheck(OPS.route_plan.default, (given[4], 3))
+    without_gradient = {"test_utils": ("test_schema", "test_faketensor")}
+    opcheck(OPS.experts_mlp_backward.default, (plain[0], *plain), **without_gradient)
+    opcheck(OPS.route_plan.default, (given[4], 3), **without_gradient)
     opcheck(OPS.sum_rows.default, (normal(3, 4).requires_grad_(), ends(1, 2), index(3, 1), given[5]))
     opcheck(OPS.gather_rows.default, (normal(3, 4).requires_grad_(), index(3, 3), None))
     opcheck(OPS.grouped_wgrad.default, (normal(3, 4), normal(3, 5), ends(1, 2), None, None))
