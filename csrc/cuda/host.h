@@ -42,7 +42,11 @@ inline bool is_here(const Tensor& x) { return x.is_cpu(); }
 // One call of an op: its device and its stream.
 class Call {
  public:
-  explicit Call(const Tensor&) { emulator::forget_buffers(); }
+  explicit Call(const Tensor& x) {
+    STD_TORCH_CHECK(is_here(x), "the first operand must be on the device of the others");
+    emulator::forget_buffers();
+  }
+  bool has(const Tensor& x) const { return is_here(x); }
   Queue queue() const { return {nullptr, 3}; }
   bool is_hopper() const {
     const char* capability = std::getenv("OMNIMOE_EMULATED_CAPABILITY");
@@ -90,11 +94,12 @@ inline Device device_of(int index) {
 
 class Call {
  public:
-  explicit Call(const Tensor& x) : guard_(x.get_device_index()), device_(device_of(x.get_device_index())) {
+  explicit Call(const Tensor& x) : index_(index_of(x)), guard_(index_), device_(device_of(index_)) {
     void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0, "no current CUDA stream");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == 0, "no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(stream);
   }
+  bool has(const Tensor& x) const { return is_here(x) && x.get_device_index() == index_; }
   Queue queue() const { return {stream_, device_.multiprocessors}; }
   // OMNIMOE_CUDA_KERNELS=sm_80 takes the kernels for every device on Hopper too, to compare them.
   bool is_hopper() const {
@@ -103,6 +108,11 @@ class Call {
   }
 
  private:
+  static int index_of(const Tensor& x) {
+    STD_TORCH_CHECK(is_here(x), "the first operand must be on the device of the others");
+    return x.get_device_index();
+  }
+  int index_;
   torch::stable::accelerator::DeviceGuard guard_;
   Device device_;
   cudaStream_t stream_;

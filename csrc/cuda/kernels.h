@@ -2,8 +2,8 @@
 // compute capability 8.0 on.
 //
 // Pointers are device pointers, strides count elements. Nothing here reads device memory on the host, allocates, or
-// waits, so every call can be captured into a CUDA graph. Ends of groups are clamped on the device: to not decrease, and
-// to the rows there are. Rows past the last end come out as zeros. An index outside its tensor reads a row of zeros.
+// waits, so every call can be captured into a CUDA graph. Ends of groups are clamped on the device: to not decrease,
+// and to the rows there are. Rows past the last end come out as zeros. An index outside its tensor reads zeros.
 // Every sum is taken in one order, without atomics: the same inputs give the same bits.
 #pragma once
 

@@ -32,9 +32,9 @@ ScalarType wide_type_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-void check_like(const Tensor& x, const Tensor& like, const char* name) {
+void check_like(const Tensor& x, const Tensor& like, const char* name, const Call& call) {
   STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " must have the dtype of x");
-  STD_TORCH_CHECK(is_here(x) && x.get_device_index() == like.get_device_index(), name, " must be on the device of x");
+  STD_TORCH_CHECK(call.has(x), name, " must be on the device of x");
 }
 
 // Columns side by side; other tensors are copied.
@@ -48,17 +48,17 @@ Tensor with_lines(const Tensor& x) {
   return fits || !x.numel() ? x : torch::stable::contiguous(x);
 }
 
-Groups groups_of(const Tensor& offsets, int64_t groups, int64_t rows) {
-  STD_TORCH_CHECK(is_here(offsets) && offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 &&
+Groups groups_of(const Tensor& offsets, int64_t groups, int64_t rows, const Call& call) {
+  STD_TORCH_CHECK(call.has(offsets) && offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 &&
                       offsets.size(0) == groups && offsets.is_contiguous(),
                   "offsets must be (", groups, ",) int32 on the device of x, one end a group");
   STD_TORCH_CHECK(rows < (int64_t{1} << 31), "more than 2^31 rows");
   return {static_cast<const int32_t*>(read(offsets)), groups, rows};
 }
 
-const int64_t* index_of(const std::optional<Tensor>& index) {
+const int64_t* index_of(const std::optional<Tensor>& index, const Call& call) {
   if (!index) return nullptr;
-  STD_TORCH_CHECK(is_here(*index) && index->scalar_type() == ScalarType::Long && index->dim() == 1 &&
+  STD_TORCH_CHECK(call.has(*index) && index->scalar_type() == ScalarType::Long && index->dim() == 1 &&
                       index->is_contiguous(),
                   "an index must be (R,) int64 on the device of x, contiguous");
   return static_cast<const int64_t*>(read(*index));
@@ -101,7 +101,7 @@ Tensor gather(const Tensor& x_, const Tensor& index, const std::optional<Tensor>
   for (int64_t i = 1; i < x.dim(); ++i) per_row *= sizes[i] = x.size(i);
   Tensor out = torch::stable::new_empty(x, {sizes, size_t(x.dim())});
   if (!out.numel()) return out;
-  run(Gather{read(x), index_of(index), filled ? static_cast<const bool*>(read(*filled)) : nullptr, x.size(0),
+  run(Gather{read(x), index_of(index, call), filled ? static_cast<const bool*>(read(*filled)) : nullptr, x.size(0),
              index.size(0), per_row * int64_t(x.element_size()), written(out)},
       call.queue());
   return out;
@@ -109,8 +109,8 @@ Tensor gather(const Tensor& x_, const Tensor& index, const std::optional<Tensor>
 
 // Rows by index: gathered first for the kernels that cannot, if those serve the call otherwise. `kept` keeps the copy.
 template <class P>
-void go_gathered(P& p, Rows P::*operand, const Tensor& x, const std::optional<Tensor>& index, std::optional<Tensor>& kept,
-                 const Call& call) {
+void go_gathered(P& p, Rows P::*operand, const Tensor& x, const std::optional<Tensor>& index,
+                 std::optional<Tensor>& kept, const Call& call) {
   if (!index) return;
   if (!kept && call.is_hopper() && !takes_hopper(p, call)) {
     P trial = p;
@@ -131,17 +131,17 @@ Tensor grouped_mm(const Tensor& x_, const Tensor& weight_, const Tensor& offsets
   const Tensor x = with_rows(x_), weight = with_lines(weight_);
   const int64_t depth = weight.size(is_transposed ? 1 : 2), columns = weight.size(is_transposed ? 2 : 1);
   STD_TORCH_CHECK(x.size(1) == depth, "x has ", x.size(1), " columns, the matrices are of ", depth);
-  check_like(weight, x, "weight");
+  check_like(weight, x, "weight", call);
   const int64_t rows = rows_of(x, row_index);
-  const Groups groups = groups_of(offsets, weight.size(0), rows);
+  const Groups groups = groups_of(offsets, weight.size(0), rows, call);
   std::optional<Tensor> bias;
   if (bias_) {
     bias = torch::stable::contiguous(*bias_);
-    check_like(*bias, x, "bias");
+    check_like(*bias, x, "bias", call);
     STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == weight.size(0) && bias->size(1) == columns, "bias must be (",
                     weight.size(0), ", ", columns, ")");
   }
-  const int64_t* index = index_of(row_index);
+  const int64_t* index = index_of(row_index, call);
   if (!depth || !columns || !rows) return zeros(x, {rows, columns});
   Tensor out = fresh(x, {rows, columns});
   const Bank bank = as_bank(weight);
@@ -158,11 +158,11 @@ Tensor grouped_wgrad(const Tensor& grad_, const Tensor& x_, const Tensor& offset
   STD_TORCH_CHECK(grad_.dim() == 2 && x_.dim() == 2, "grad must be (R, F) and x (R, D)");
   const Call call(x_);
   const Tensor grad = with_rows(grad_), x = with_rows(x_);
-  check_like(grad, x, "grad");
+  check_like(grad, x, "grad", call);
   const int64_t rows = rows_of(x, x_index);
   STD_TORCH_CHECK(rows_of(grad, grad_index) == rows, "grad and x must have as many rows");
-  const Groups groups = groups_of(offsets, offsets.size(0), rows);
-  const int64_t *of_grad = index_of(grad_index), *of_x = index_of(x_index);
+  const Groups groups = groups_of(offsets, offsets.size(0), rows, call);
+  const int64_t *of_grad = index_of(grad_index, call), *of_x = index_of(x_index, call);
   if (!groups.count || !grad.size(1) || !x.size(1) || !rows) return zeros(x, {groups.count, grad.size(1), x.size(1)});
   Tensor out = fresh(x, {groups.count, grad.size(1), x.size(1)});
   Wgrad wgrad{type_of(x), groups, grad.size(1), x.size(1), as_rows(grad, of_grad), as_rows(x, of_x), written(out)};
@@ -193,7 +193,7 @@ Planned plan(const Tensor& ids, int64_t groups, const Call& call) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> route_plan(const Tensor& ids_, int64_t groups) {
-  STD_TORCH_CHECK(is_here(ids_) && ids_.dim() == 1 && ids_.scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK(ids_.dim() == 1 && ids_.scalar_type() == ScalarType::Long,
                   "expert_ids must be (R,) int64");
   STD_TORCH_CHECK(groups >= 0 && groups < (int64_t{1} << 31) - 1, "num_groups must be from 0 to 2^31 - 2");
   STD_TORCH_CHECK(ids_.size(0) < (int64_t{1} << 31), "more than 2^31 rows");
@@ -204,12 +204,13 @@ std::tuple<Tensor, Tensor, Tensor> route_plan(const Tensor& ids_, int64_t groups
 
 Tensor gather_rows(const Tensor& x, const Tensor& index, const std::optional<Tensor>& filled) {
   const Call call(x);
-  STD_TORCH_CHECK(is_here(x) && x.dim() >= 1, "x must be (R, ...) on a CUDA device");
-  STD_TORCH_CHECK(is_here(index) && index.dim() == 1 && index.scalar_type() == ScalarType::Long, "index must be (S,) int64");
+  STD_TORCH_CHECK(x.dim() >= 1, "x must be (R, ...)");
+  STD_TORCH_CHECK(call.has(index) && index.dim() == 1 && index.scalar_type() == ScalarType::Long,
+                  "index must be (S,) int64 on the device of x");
   const Tensor by = torch::stable::contiguous(index);
   std::optional<Tensor> mask;
   if (filled) {
-    STD_TORCH_CHECK(is_here(*filled) && filled->dim() == 1 && filled->size(0) == index.size(0) &&
+    STD_TORCH_CHECK(call.has(*filled) && filled->dim() == 1 && filled->size(0) == index.size(0) &&
                         filled->scalar_type() == ScalarType::Bool,
                     "filled must be (", index.size(0), ",) bool");
     mask = torch::stable::contiguous(*filled);
@@ -227,22 +228,23 @@ Tensor sum_by(const Tensor& y, const Tensor& ends, const Tensor& order, const st
   return out;
 }
 
-std::optional<Tensor> checked_weights(const std::optional<Tensor>& weights, const Tensor& x, int64_t rows) {
+std::optional<Tensor> checked_weights(const std::optional<Tensor>& weights, const Tensor& x, int64_t rows,
+                                      const Call& call) {
   if (!weights) return std::nullopt;
-  STD_TORCH_CHECK(is_here(*weights) && weights->dim() == 1 && weights->size(0) == rows &&
+  STD_TORCH_CHECK(call.has(*weights) && weights->dim() == 1 && weights->size(0) == rows &&
                       weights->scalar_type() == wide_type_of(x),
                   "weights must be (", rows, ",) float32, or float64 where x is, on the device of x");
   return torch::stable::contiguous(*weights);
 }
 
 Tensor sum_rows(const Tensor& y_, const Tensor& offsets, const Tensor& order, const std::optional<Tensor>& weights) {
-  STD_TORCH_CHECK(y_.dim() == 2 && is_here(y_), "y must be (R, D) on a CUDA device");
+  STD_TORCH_CHECK(y_.dim() == 2, "y must be (R, D)");
   const Call call(y_);
   const Tensor y = torch::stable::contiguous(y_);
-  groups_of(offsets, offsets.size(0), y.size(0));
-  index_of(order);
+  groups_of(offsets, offsets.size(0), y.size(0), call);
+  index_of(order, call);
   STD_TORCH_CHECK(order.size(0) == y.size(0), "order must be (", y.size(0), ",)");
-  return sum_by(y, offsets, order, checked_weights(weights, y, y.size(0)), call);
+  return sum_by(y, offsets, order, checked_weights(weights, y, y.size(0), call), call);
 }
 
 // The operands of the experts' network; copies of what the kernels cannot read are kept here.
@@ -261,27 +263,29 @@ struct Experts {
 Experts experts_of(const Tensor& x, const Tensor& w_in, const Tensor& w_out, const Tensor& offsets,
                    const std::optional<Tensor>& token_index, const std::optional<Tensor>& weights,
                    const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out, int64_t activation,
-                   bool is_interleaved) {
+                   bool is_interleaved, const Call& call) {
   STD_TORCH_CHECK(x.dim() == 2 && w_in.dim() == 3 && w_out.dim() == 3,
                   "x must be (T, D), w_in (G, 2F, D) or (G, F, D), w_out (G, D, F)");
-  Experts e{with_rows(x), with_lines(w_in), with_lines(w_out), {}, {}, {}, index_of(token_index), {},
+  Experts e{with_rows(x), with_lines(w_in), with_lines(w_out), {}, {}, {}, index_of(token_index, call), {},
             rows_of(x, token_index), x.size(1), w_out.size(2), Activation(activation), false, is_interleaved};
-  check_like(e.w_in, e.x, "w_in");
-  check_like(e.w_out, e.x, "w_out");
+  check_like(e.w_in, e.x, "w_in", call);
+  check_like(e.w_out, e.x, "w_out", call);
   const int64_t wide = w_in.size(1);
   STD_TORCH_CHECK(w_in.size(2) == e.hidden && w_out.size(1) == e.hidden && w_in.size(0) == w_out.size(0) &&
                       (wide == e.width || wide == 2 * e.width),
                   "w_in must be (G, 2F, D) or (G, F, D) and w_out (G, D, F), with D = ", e.hidden);
   e.is_gated = wide == 2 * e.width;
-  STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::clamped_silu), "unknown activation ", activation);
+  STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::clamped_silu), "unknown activation ",
+                  activation);
   STD_TORCH_CHECK(e.is_gated || e.activation != Activation::clamped_silu, "clamped_silu needs a gate");
-  e.weights = checked_weights(weights, x, e.rows);
-  e.groups = groups_of(offsets, w_in.size(0), e.rows);
-  const auto bias = [&](const std::optional<Tensor>& given, int64_t columns, const char* name) -> std::optional<Tensor> {
+  e.weights = checked_weights(weights, x, e.rows, call);
+  e.groups = groups_of(offsets, w_in.size(0), e.rows, call);
+  using Bias = std::optional<Tensor>;
+  const auto bias = [&](const Bias& given, int64_t columns, const char* name) -> Bias {
     if (!given) return std::nullopt;
-    check_like(*given, x, name);
-    STD_TORCH_CHECK(given->dim() == 2 && given->size(0) == w_in.size(0) && given->size(1) == columns, name, " must be (",
-                    w_in.size(0), ", ", columns, ")");
+    check_like(*given, x, name, call);
+    STD_TORCH_CHECK(given->dim() == 2 && given->size(0) == w_in.size(0) && given->size(1) == columns, name,
+                    " must be (", w_in.size(0), ", ", columns, ")");
     return torch::stable::contiguous(*given);
   };
   e.b_in = bias(b_in, wide, "b_in");
@@ -295,7 +299,7 @@ std::tuple<Tensor, Tensor> experts_mlp(const Tensor& x, const Tensor& w_in, cons
                                        int64_t activation, bool is_interleaved, bool keep) {
   const Call call(x);
   const Experts e =
-      experts_of(x, w_in, w_out, offsets, token_index, weights, b_in, b_out, activation, is_interleaved);
+      experts_of(x, w_in, w_out, offsets, token_index, weights, b_in, b_out, activation, is_interleaved, call);
   const int64_t wide = w_in.size(1);
   if (!e.rows || !e.hidden || !e.width) return {zeros(x, {x.size(0), e.hidden}), zeros(x, {keep ? e.rows : 0, wide})};
   Tensor z = fresh(x, {keep ? e.rows : 0, wide}), h = fresh(x, {e.rows, e.width}), y = fresh(x, {e.rows, e.hidden});
@@ -320,12 +324,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_mlp_backward(
     const std::optional<Tensor>& b_in, const std::optional<Tensor>& b_out, int64_t activation, bool is_interleaved) {
   const Call call(x);
   const Experts e =
-      experts_of(x, w_in, w_out, offsets, token_index, weights, b_in, b_out, activation, is_interleaved);
+      experts_of(x, w_in, w_out, offsets, token_index, weights, b_in, b_out, activation, is_interleaved, call);
   const Tensor grad = with_rows(grad_), z = torch::stable::contiguous(z_);
   const int64_t count = w_in.size(0), wide = w_in.size(1), tokens = x.size(0);
-  check_like(grad, x, "grad");
-  check_like(z, x, "z");
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == tokens && grad.size(1) == e.hidden, "grad must have the shape of x");
+  check_like(grad, x, "grad", call);
+  check_like(z, x, "z", call);
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == tokens && grad.size(1) == e.hidden,
+                  "grad must have the shape of x");
   STD_TORCH_CHECK(z.dim() == 2 && z.size(0) == e.rows && z.size(1) == wide,
                   "z must be the pre-activations that experts_mlp kept");
   const auto wide_type = std::make_optional(wide_type_of(x));

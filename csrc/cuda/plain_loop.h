@@ -90,11 +90,13 @@ class PlainLoop {
 
     __device__ void keep(T* to) const {
       for (int i = 0; i < kCount; ++i) {
-        const int place = kIsFlipped ? int(threadIdx.x) + i * kThreads : int(threadIdx.x) / kStep + i * (kThreads / kStep);
-        if constexpr (kIsFlipped)
+        if constexpr (kIsFlipped) {
+          const int place = int(threadIdx.x) + i * kThreads;
           to[place / kExtent * kPitch<kExtent> + place % kExtent] = value_[i];
-        else
+        } else {
+          const int place = int(threadIdx.x) / kStep + i * (kThreads / kStep);
           to[int(threadIdx.x) % kStep * kPitch<kExtent> + place] = value_[i];
+        }
       }
     }
 

@@ -1,5 +1,5 @@
-// A stable counting sort of group ids: by digits of eight bits, the lowest first. A block counts its rows, one block adds
-// the counts up, and every row finds its place by counting the rows before it; nothing depends on who comes first.
+// A stable counting sort of group ids: by digits of eight bits, the lowest first. A block counts its rows, one block
+// adds the counts up, and every row finds its place by counting the rows before it; nothing depends on who comes first.
 #include "kernels.h"
 #include "schedule.h"
 

@@ -121,7 +121,8 @@ void gather_as(const Gather& p, const Queue& queue) {
 
 void run(const Gather& p, const Queue& queue) {
   const auto fits = [&](uintptr_t bytes) {
-    return (reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.out) | uintptr_t(p.row_bytes)) % bytes == 0;
+    const auto lies = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.out) | uintptr_t(p.row_bytes);
+    return lies % bytes == 0;
   };
   if (fits(16))
     gather_as<Sixteen>(p, queue);
@@ -136,7 +137,8 @@ void run(const Gather& p, const Queue& queue) {
 void run(const SumRows& p, const Queue& queue) {
   with_type(p.type, [&](auto zero) {
     using T = decltype(zero);
-    launch(sum_rows_kernel<T>, shape_for(queue, p.tokens * ceil_of(p.columns, 16 / int64_t(sizeof(T)))), queue.stream, p);
+    const int64_t threads = p.tokens * ceil_of(p.columns, 16 / int64_t(sizeof(T)));
+    launch(sum_rows_kernel<T>, shape_for(queue, threads), queue.stream, p);
   });
 }
 

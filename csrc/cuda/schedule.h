@@ -42,7 +42,12 @@ struct Tile {
 class Schedule {
  public:
   __device__ Schedule(const int32_t* ends, int64_t count, int64_t rows, int tile_rows, int64_t column_tiles)
-      : ends_(ends), count_(count), rows_(rows), tile_rows_(tile_rows), column_tiles_(column_tiles), next_(blockIdx.x) {}
+      : ends_(ends),
+        count_(count),
+        rows_(rows),
+        tile_rows_(tile_rows),
+        column_tiles_(column_tiles),
+        next_(blockIdx.x) {}
 
   // The same in every thread of the block; false when there is none left.
   __device__ bool next(Tile& tile) {

@@ -81,7 +81,10 @@ class TensorLoop {
 #pragma unroll
       for (int i = 0; i < kHigh; ++i)
 #pragma unroll
-        for (int j = 0; j < kWide; ++j) mma<T>(sums[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+        for (int j = 0; j < kWide; ++j) {
+          const uint32_t* pair = right[j / 2] + j % 2 * 2;
+          mma<T>(sums[i][j], left[i], pair[0], pair[1]);
+        }
     }
   }
 

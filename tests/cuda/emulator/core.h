@@ -1,5 +1,5 @@
-// A machine that runs CUDA kernels on a CPU, one fiber a CUDA thread: the blocks of a grid one after another, those of a
-// cluster at once. It knows fibers, groups of threads that meet, shared memory and copies that land later; the CUDA
+// A machine that runs CUDA kernels on a CPU, one fiber a CUDA thread: the blocks of a grid one after another, those of
+// a cluster at once. It knows fibers, groups of threads that meet, shared memory and copies that land later; the CUDA
 // names are in cuda.h, instructions in sm80.h and sm90*.h. It is slow and strict on purpose: what is undefined on a GPU
 // is an error here, with the place in the kernel.
 //
@@ -10,8 +10,8 @@
 //   hands in its In and gets its Out; compute(in, out) runs once, when the last one arrives, with arrays of pointers in
 //   thread order. Threads of one group that meet at different places or in different instructions are an error.
 // - That waits: `wait_until(predicate, what, where)`. Predicates are looked at when nobody else can run.
-// - That is asynchronous: `later(what, action)`. Actions happen when every thread waits, as late as can be, so what is
-//   read before it may be is still poison: call `poison(data, bytes)` on the destination when the copy is issued. An
+// - That is asynchronous: `later(what, action)`. Actions happen when every thread waits, as late as can be, so what
+//   is read before it may be is still poison: call `poison(data, bytes)` on the destination when the copy is issued. An
 //   action that is pending when the block ends is an error. For reads that must not be overwritten (wgmma operands),
 //   put the read itself into the action.
 // - Shared memory is dynamic only: `shared_memory()`; `shared_address` and `shared_pointer` convert to the 32-bit window

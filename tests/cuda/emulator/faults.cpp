@@ -12,7 +12,7 @@ enum class Mistake : int {
   misaligned_vector, misaligned_ldmatrix,
 };
 
-// Every thread brings 16 bytes into shared memory; out[i] = the sum of all of x, plus what ldmatrix gave the lane, times 0.
+// Every thread brings 16 bytes into shared memory; out[i] = the sum of all of x.
 void sum_kernel(const float* x, int count, Mistake mistake, float* out) {
   const auto is = [&](Mistake one) { return mistake == one; };
   auto* shared = reinterpret_cast<float*>(shared_memory());

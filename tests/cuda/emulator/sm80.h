@@ -36,7 +36,8 @@ struct AsyncCopies {
 // The destination is poison until the group has been waited for, so that neither a reader that comes too early nor one
 // of the former contents that comes too late can be right.
 inline void cp_async(void* to, const void* from, int bytes, Where where = Where::current()) {
-  if (emulator::shared_address(to, 16) % 16) emulator::fail("cp.async to a misaligned address at ", emulator::told(where));
+  if (emulator::shared_address(to, 16) % 16)
+    emulator::fail("cp.async to a misaligned address at ", emulator::told(where));
   if (bytes < 0 || bytes > 16) emulator::fail("cp.async of ", bytes, " bytes at ", emulator::told(where));
   if (bytes) emulator::check_global(from, size_t(bytes), false, where, 16);
   emulator::poison(to, 16);
