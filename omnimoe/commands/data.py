@@ -42,6 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error", choices=("raise", "skip"), default="raise", help="with --folder: stop at a bad file, or count it"
     )
     build.add_argument("--tokenize", action="store_true", help="also write the token ids that training reads")
+    build.add_argument(
+        "--versions",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --tokenize: encode N varied versions of the training pictures and clips too, another one for each "
+        "pass of a training",
+    )
     info = _action(actions, "info", "what a corpus holds")
     info.add_argument("data", nargs="?", default="p", help="a shipped corpus, or a folder")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -62,13 +70,15 @@ def _build(args: argparse.Namespace) -> int:
     from omnimoe.data import build_corpus, tokenize_corpus
     from omnimoe.data.own import build_own
 
+    if args.versions and not args.tokenize:
+        raise ValueError(f"--versions {args.versions} is of tokens; add --tokenize")
     if args.folder is None:
         folder = build_corpus(name=args.name, out=args.out, image_size=args.image_size)
     else:
         columns = _columns(args.column)
         folder = build_own(args.folder, args.out, image_size=args.image_size, columns=columns, on_error=args.on_error)
     if args.tokenize:
-        tokenize_corpus(folder, folder / "tokens")
+        tokenize_corpus(folder, folder / "tokens", versions=args.versions)
     page = folder / "LICENSES.md"
     print(f"corpus      {folder}\nlicences    {page}")
     if "may be done with weights" in page.read_text(encoding="utf-8"):

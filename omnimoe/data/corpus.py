@@ -6,6 +6,7 @@ form. A row joins a text with a picture and a clip where there are any; several 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import zipfile
@@ -54,6 +55,19 @@ class Ragged:
     def lengths(self) -> np.ndarray:
         """``(n,)`` int64."""
         return np.diff(self.offsets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """Tokens of varied pictures and clips, see :mod:`omnimoe.data.variation`, in the place of those they were made of.
+
+    Args:
+        images: ``(n, 64)`` local ids.
+        clips: local ids, none longer than what it was made of.
+    """
+
+    images: np.ndarray
+    clips: Ragged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +127,7 @@ class Corpus:
         documents: the same for running text.
         interleaved: documents whose spans have an order, if there are any.
         meta: names of splits, languages, sources and styles, vocabulary sizes, grid and rates.
+        versions: for training, which takes another one each pass: the pictures and clips of the train split, varied.
     """
 
     name: str
@@ -123,6 +138,7 @@ class Corpus:
     documents: dict[str, np.ndarray] = field(repr=False)
     meta: dict[str, Any] = field(repr=False)
     interleaved: Interleaved | None = field(default=None, repr=False)
+    versions: tuple[Version, ...] = field(default=(), repr=False)
 
     @classmethod
     def load(cls, name: str | os.PathLike[str] = "p") -> Self:
@@ -184,6 +200,7 @@ class Corpus:
                 documents={key: arrays[f"document_{key}"].astype(np.int32) for key in _DOCUMENT_COLUMNS},
                 meta=meta,
                 interleaved=_interleaved(arrays),
+                versions=_versions(arrays),
             )
         except KeyError as error:
             raise CorpusError(f"{folder} is damaged: {error} is missing; write it anew with tokenize_corpus") from None
@@ -192,6 +209,14 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.rows["text"])
+
+    def version(self, number: int) -> Self:
+        """The corpus with the tokens of a version; 0 is the corpus itself, and past the last one they begin anew."""
+        number %= 1 + len(self.versions)
+        if not number:
+            return self
+        held = self.versions[number - 1]
+        return dataclasses.replace(self, images=held.images, clips=held.clips, versions=())
 
     def interleaved_spans(self, index: int) -> list[tuple[str, np.ndarray]]:
         """Modality and local ids of the spans of an interleaved document."""
@@ -333,6 +358,11 @@ class Corpus:
                     f"{folder} has a {modality} id {int(values.max())}, its vocabulary has "
                     f"{sizes[modality]}; tokenize the corpus anew"
                 )
+        for version in self.versions:
+            same = version.images.shape == self.images.shape and len(version.clips) == len(self.clips)
+            if not same or (version.clips.lengths > self.clips.lengths).any():
+                raise CorpusError(f"{folder} has versions of other pictures and clips; tokenize the corpus anew")
+            dataclasses.replace(self, images=version.images, clips=version.clips, versions=())._check(folder)
         limits = {"text": len(self.texts), "image": len(self.images), "audio": len(self.clips), "split": len(SPLITS)}
         for key, limit in limits.items():
             if len(self) and not -1 <= int(self.rows[key].min()) <= int(self.rows[key].max()) < limit:
@@ -362,6 +392,15 @@ def shipped_corpora() -> list[str]:
     return (
         sorted(entry.name for entry in folder.iterdir() if (entry / "tokens.npz").is_file()) if folder.is_dir() else []
     )
+
+
+def _versions(arrays: dict[str, np.ndarray]) -> tuple[Version, ...]:
+    found: list[Version] = []
+    while f"image_{len(found) + 1}_values" in arrays:
+        number = len(found) + 1
+        images = arrays[f"image_{number}_values"].astype(np.int64)
+        found.append(Version(images=images, clips=_ragged(arrays, f"speech_{number}")))
+    return tuple(found)
 
 
 def _interleaved(arrays: dict[str, np.ndarray]) -> Interleaved | None:

@@ -104,15 +104,8 @@ class PackedSequences:
         self.split, self.seed, self.text_share, self.rank, self.world_size = split, seed, text_share, rank, world_size
         self._rows, self._orders = tellable(self.builder, split, languages, sequence_length)
         self._templates = None if templates is None else dict(templates)
-        if templates is not None:
-            self._teller = Teller(
-                self.builder,
-                self._rows[self._rows < len(corpus)],
-                templates,
-                seed=seed,
-                longest=sequence_length,
-                tokenizer=text_tokenizer,
-            )
+        self._told, self._text_tokenizer = self._rows[self._rows < len(corpus)], text_tokenizer
+        self._view = (0, *self._tellers(corpus))
         self._rows, self._orders = self._rows[rank::world_size], self._orders[rank::world_size]
         texts = (
             corpus.documents["text"][corpus.select_documents(split)] if "text" in modalities else np.zeros(0, np.int32)
@@ -193,7 +186,23 @@ class PackedSequences:
             "texts": len(self._texts),
             # Left out where there are none, so that states from before templates still load.
             **({} if self._templates is None else {"templates": self._templates}),
+            **({"versions": len(self.corpus.versions)} if self.corpus.versions else {}),
         }
+
+    def _tellers(self, corpus: Corpus) -> tuple[DocumentBuilder, Teller | None]:
+        builder = DocumentBuilder(corpus, self.builder.ranges, self.builder.modalities)
+        if self._templates is None:
+            return builder, None
+        longest, tokenizer = self.sequence_length, self._text_tokenizer
+        teller = Teller(builder, self._told, self._templates, seed=self.seed, longest=longest, tokenizer=tokenizer)
+        return builder, teller
+
+    def _of_epoch(self, epoch: int) -> tuple[DocumentBuilder, Teller | None]:
+        """What tells rows in a pass: each one of the train split takes the next version of the corpus."""
+        number = epoch % (1 + len(self.corpus.versions)) if self.split == "train" else 0
+        if self._view[0] != number:
+            self._view = (number, *self._tellers(self.corpus.version(number)))
+        return self._view[1:]
 
     def _sequence(self) -> list[Piece]:
         pieces: list[Piece] = []
@@ -221,7 +230,8 @@ class PackedSequences:
             row = int(self._rows[item])
             # Interleaved documents tell themselves.
             own = row >= len(self.corpus)
-            piece = self.builder.piece(row, self._orders[item][0]) if own else self._teller.piece(row, epoch)
+            builder, teller = self._of_epoch(epoch)
+            piece = builder.piece(row, self._orders[item][0]) if own or teller is None else teller.piece(row, epoch)
             if piece is not None and len(piece) > room:
                 return None
             self._advance("row", len(self._rows), epoch)
@@ -239,10 +249,11 @@ class PackedSequences:
         orders = self._orders[item]
         order = orders[int(draws[at] * len(orders))]
         row = int(self._rows[item])
-        if self.builder.length(row, order) > room:
+        builder, _ = self._of_epoch(epoch)
+        if builder.length(row, order) > room:
             return None
         self._advance("row", len(self._rows), epoch)
-        return self.builder.piece(row, order)
+        return builder.piece(row, order)
 
     def _next_text(self, room: int) -> Piece | None:
         if not len(self._texts):

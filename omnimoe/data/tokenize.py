@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from omnimoe.data.corpus import FORMAT, MODALITIES, PARTS, CorpusError
 from omnimoe.data.splits import SPLITS, LeakError, check_leaks
+from omnimoe.data.variation import vary_clip, vary_picture
 from omnimoe.tokenizers.base import SHIPPED, Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def tokenize_corpus(
     tokenizers: Mapping[str, Tokenizer] | None = None,
     languages: Sequence[str] | None = (),
     name: str | None = None,
+    versions: int = 0,
 ) -> Path:
     """Encodes a folder of ``build_corpus``: ``tokens.npz``, ``corpus.json``, ``LICENSES.md`` and ``ATTRIBUTION``.
 
@@ -42,17 +44,21 @@ def tokenize_corpus(
         languages: languages of the rows to keep; None for all, empty for those that the folder's ``about.json`` names,
             :data:`LANGUAGES` where it names none.
         name: name of the corpus; None for that of ``about.json``.
+        versions: encode so many varied versions of the pictures and clips of the train split too, of which training
+            takes another one each pass; see :mod:`omnimoe.data.variation`.
 
     Returns:
         ``out``.
 
     Raises:
-        CorpusError: if the folder is not a built corpus.
+        CorpusError: if the folder is not a built corpus, or ``versions`` is negative.
         LeakError: if its splits overlap, or an entry of train defines a held-out concept.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     if not (folder / "rows.jsonl").is_file():
         raise CorpusError(f"{folder} is not a built corpus: rows.jsonl is missing; run build_corpus first")
+    if versions < 0:
+        raise CorpusError(f"versions must be 0 or more, got {versions}")
     if tokenizers is None:
         tokenizers = {modality: load_tokenizer(known) for modality, known in TOKENIZERS.items()}
     about = _about(folder)
@@ -72,8 +78,20 @@ def tokenize_corpus(
     clips, clip_index = _used(rows, parts, "audio")
     images = np.load(folder / "images.npy", mmap_mode="r")
     audio, offsets = np.load(folder / "audio.npy", mmap_mode="r"), np.load(folder / "audio_offsets.npy")
+    sounds = [np.asarray(audio[offsets[i] : offsets[i + 1]]) for i in clips]
     codes = _encode(tokenizers["image"], [images[i] for i in pictures], "pictures")
-    units = _encode(tokenizers["speech"], [np.asarray(audio[offsets[i] : offsets[i + 1]]) for i in clips], "speech")
+    units = _encode(tokenizers["speech"], sounds, "speech")
+    shown = sorted({picture_index[row["image"]] for row in rows if row["split"] == "train" and row["image"] >= 0})
+    heard = sorted({clip_index[row["audio"]] for row in rows if row["split"] == "train" and row["audio"] >= 0})
+    varied: dict[str, np.ndarray] = {}
+    for number in range(1, versions + 1):
+        drawn = [vary_picture(images[pictures[i]], np.random.default_rng([number, 0, i])) for i in shown]
+        seen = dict(zip(shown, _encode(tokenizers["image"], drawn, f"pictures, version {number}"), strict=True))
+        other = [seen.get(i, held) for i, held in enumerate(codes)]
+        varied[f"image_{number}_values"] = _codes(other, tokenizers["image"])
+        faster = [vary_clip(sounds[i], np.random.default_rng([number, 1, i])) for i in heard]
+        said = dict(zip(heard, _encode(tokenizers["speech"], faster, f"speech, version {number}"), strict=True))
+        varied |= _ragged(f"speech_{number}", [said.get(i, held) for i, held in enumerate(units)])
 
     names = {
         "languages": _names(rows, "lang"),
@@ -99,6 +117,7 @@ def tokenize_corpus(
         "document_text": _column(text_index[document["text"]] for document in documents),
         "document_split": _column(SPLITS.index(document["split"]) for document in documents),
         "document_source": _column(place["sources"][document["source"]] for document in documents),
+        **varied,
     }
     if interleaved:
         index = {"text": text_index, "image": picture_index, "audio": clip_index}
