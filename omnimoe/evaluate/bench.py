@@ -35,6 +35,8 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "text": {"temperature": 0.0},
 }
 """How each modality is sampled where the caller says nothing."""
+_UNCUT: dict[str, Any] = {"top_p": 1.0, "min_p": 0.0, "guidance": 1.0}
+"""Beside it, said outright, so that models which bring choices of their own are sampled like the others."""
 
 
 @dataclass(kw_only=True)
@@ -180,7 +182,7 @@ class Bench:
         self, model: OmniMoeForCausalLM, documents: Sequence[Any], to: str, *, what: str = "", **options: Any
     ) -> list[Generated]:
         """:func:`omnimoe.generate.generate` in batches, with the sampling of the bench; one output a document."""
-        wanted = {**SAMPLING.get(to, {}), **self.sampling.get(to, {}), **options}
+        wanted = {**_UNCUT, **SAMPLING.get(to, {}), **self.sampling.get(to, {}), **options}
         given = {name: self.tokenizer(name) for name in self.modalities(model)}
         made: list[Generated] = []
         for start in self.progress(range(0, len(documents), self.batch_size), what or f"generating {to}"):
