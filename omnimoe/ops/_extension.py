@@ -52,7 +52,7 @@ SUFFIXES = {"cpu": (".cpp", ".h"), "cuda": (".cu", ".h")}
 """Kind of library to what its sources end with."""
 ENTRIES = {"cpu": "omnimoe_cpu_kernels", "cuda": "omnimoe_cuda_kernels"}
 """Kind of library to the function that says what is in it."""
-DURATIONS = {"cpu": "about half a minute", "cuda": "a minute on 16 cores, a quarter of an hour on two"}
+DURATIONS = {"cpu": "about half a minute", "cuda": "a minute or two"}
 
 
 class BuildError(RuntimeError):
