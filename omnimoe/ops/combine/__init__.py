@@ -26,6 +26,7 @@ def combine(y: Tensor, token_index: Tensor, weights: Tensor, num_rows: int) -> T
         ValueError: if there is not one token and one weight for each row.
 
     Example:
+        >>> import torch
         >>> y = torch.tensor([[1.0], [2.0], [4.0]])
         >>> combine(y, torch.tensor([1, 0, 1]), torch.tensor([1.0, 1.0, 0.5]), 2).tolist()
         [[2.0], [3.0]]

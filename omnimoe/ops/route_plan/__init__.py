@@ -43,6 +43,7 @@ def route_plan(expert_ids: Tensor, num_groups: int) -> RoutePlan:
         ValueError: if ``expert_ids`` is of another shape or dtype, or ``num_groups`` is below 1.
 
     Example:
+        >>> import torch
         >>> plan = route_plan(torch.tensor([[2, 0], [0, 7]]), 3)
         >>> plan.offsets.tolist(), plan.order.tolist(), plan.token_index.tolist()
         ([2, 2, 3], [1, 2, 0, 3], [0, 1, 0, 1])
