@@ -91,7 +91,8 @@ struct Pair {
 
 // Gate and up of a panel's columns; past them zeros. Where they take turns, they lie side by side.
 template <class T>
-Pair<Accumulator<T>> load_pair(const T* row, const Columns& at, bool is_interleaved) {
+inline __attribute__((always_inline)) Pair<Accumulator<T>> load_pair(
+    const T* row, const Columns& at, bool is_interleaved) {
   constexpr int lanes = kLanes<T>;
   if (!is_interleaved) return {load_some(row + at.low, at.low_count), load_some(row + at.high, at.high_count)};
   T gate[lanes] = {}, up[lanes] = {};
@@ -103,7 +104,8 @@ Pair<Accumulator<T>> load_pair(const T* row, const Columns& at, bool is_interlea
 }
 
 template <class T>
-void store_pair(T* row, const Columns& at, bool is_interleaved, const Pair<Accumulator<T>>& pair) {
+inline __attribute__((always_inline)) void store_pair(
+    T* row, const Columns& at, bool is_interleaved, const Pair<Accumulator<T>>& pair) {
   if (!is_interleaved) {
     store_some(row + at.low, pair.gate, at.low_count);
     store_some(row + at.high, pair.up, at.high_count);
