@@ -18,6 +18,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from omnimoe.data.arrays import (
+    CorpusError,
+    Interleaved,
+    Ragged,
+    Version,
+    read_interleaved,
+    read_ragged,
+    read_versions,
+)
 from omnimoe.data.splits import SPLITS
 
 if TYPE_CHECKING:
@@ -28,64 +37,6 @@ FORMAT = 1
 _ROW_COLUMNS = ("text", "image", "audio", "split", "group", "lang", "source", "style")
 _OPTIONAL_COLUMNS = ("topic",)
 _DOCUMENT_COLUMNS = ("text", "split", "source")
-
-
-PARTS = ("text", "image", "audio")
-"""Kinds of spans of an interleaved document, numbered as they are stored."""
-
-
-class CorpusError(ValueError):
-    """A corpus that is missing, damaged, or has no rows of the kind asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ragged:
-    """Sequences of different lengths end to end: ``values (total,)`` and ``offsets (n + 1,)``."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """``(n,)`` int64."""
-        return np.diff(self.offsets)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Version:
-    """Tokens of varied pictures and clips, see :mod:`omnimoe.data.variation`, in the place of those they were made of.
-
-    Args:
-        images: ``(n, 64)`` local ids.
-        clips: local ids, none longer than what it was made of.
-    """
-
-    images: np.ndarray
-    clips: Ragged
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interleaved:
-    """Documents whose spans have an order: texts with pictures and clips in their places.
-
-    Args:
-        kinds: a number into :data:`PARTS` for each span.
-        items: index of each span into the corpus' texts, images or clips.
-        splits: ``(n,)`` number of each document's split.
-    """
-
-    kinds: Ragged
-    items: Ragged
-    splits: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.splits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,17 +141,17 @@ class Corpus:
         try:
             corpus = cls(
                 name=meta["name"],
-                texts=_ragged(arrays, "text"),
+                texts=read_ragged(arrays, "text"),
                 images=arrays["image_values"].astype(np.int64),
-                clips=_ragged(arrays, "speech"),
+                clips=read_ragged(arrays, "speech"),
                 rows={
                     key: arrays[f"row_{key}"].astype(np.int32)
                     for key in (*_ROW_COLUMNS, *(key for key in _OPTIONAL_COLUMNS if f"row_{key}" in arrays))
                 },
                 documents={key: arrays[f"document_{key}"].astype(np.int32) for key in _DOCUMENT_COLUMNS},
                 meta=meta,
-                interleaved=_interleaved(arrays),
-                versions=_versions(arrays),
+                interleaved=read_interleaved(arrays),
+                versions=read_versions(arrays),
             )
         except KeyError as error:
             raise CorpusError(f"{folder} is damaged: {error} is missing; write it anew with tokenize_corpus") from None
@@ -392,37 +343,6 @@ def shipped_corpora() -> list[str]:
     return (
         sorted(entry.name for entry in folder.iterdir() if (entry / "tokens.npz").is_file()) if folder.is_dir() else []
     )
-
-
-def _versions(arrays: dict[str, np.ndarray]) -> tuple[Version, ...]:
-    found: list[Version] = []
-    while f"image_{len(found) + 1}_values" in arrays:
-        number = len(found) + 1
-        images = arrays[f"image_{number}_values"].astype(np.int64)
-        found.append(Version(images=images, clips=_ragged(arrays, f"speech_{number}")))
-    return tuple(found)
-
-
-def _interleaved(arrays: dict[str, np.ndarray]) -> Interleaved | None:
-    if "interleaved_kind" not in arrays:
-        return None
-    offsets = np.concatenate([[0], np.cumsum(arrays["interleaved_lengths"], dtype=np.int64)])
-    return Interleaved(
-        kinds=Ragged(values=arrays["interleaved_kind"], offsets=offsets),
-        items=Ragged(values=arrays["interleaved_item"], offsets=offsets),
-        splits=arrays["interleaved_split"],
-    )
-
-
-def _ragged(arrays: dict[str, np.ndarray], name: str) -> Ragged:
-    offsets = np.concatenate([[0], np.cumsum(arrays[f"{name}_lengths"], dtype=np.int64)])
-    values = arrays[f"{name}_values"].astype(np.int64)
-    if offsets[-1] != len(values):
-        raise CorpusError(
-            f"{name} has {len(values)} ids, its lengths add to {offsets[-1]}; "
-            "write the corpus anew with tokenize_corpus"
-        )
-    return Ragged(values=values, offsets=offsets)
 
 
 def _index(names: Sequence[str], name: str, kind: str) -> int:

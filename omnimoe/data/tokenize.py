@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from omnimoe.data.corpus import FORMAT, MODALITIES, PARTS, CorpusError
+from omnimoe.data.arrays import PARTS, CorpusError
+from omnimoe.data.corpus import FORMAT, MODALITIES
 from omnimoe.data.splits import SPLITS, LeakError, check_leaks
 from omnimoe.data.variation import vary_clip, vary_picture
 from omnimoe.tokenizers.base import SHIPPED, Tokenizer, load_tokenizer
