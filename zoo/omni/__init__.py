@@ -1,4 +1,4 @@
-"""Models meant to ship with weights: Mixture-of-Transformers over text, pictures and speech, and their dense twins."""
+"""Models that ship with weights, or are meant to: Mixture-of-Transformers over text, pictures and speech, and their dense twins."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ CARD = Card(
     family="omni",
     title="Mixture-of-Transformers over text, pictures and speech, with the package's own tokenizers",
     paper="https://arxiv.org/abs/2411.04996",
+    weights={"omni_nano": "weights/omni_nano", "omni_nano_dense": "weights/omni_nano_dense"},
     papers=dict.fromkeys(("omni_nano_dense", "omni_micro_dense"), "https://arxiv.org/abs/2405.09818"),
 )
 
