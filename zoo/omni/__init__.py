@@ -1,4 +1,4 @@
-"""Models that ship with weights, or are meant to: Mixture-of-Transformers over text, pictures and speech, and their dense twins."""
+"""Mixture-of-Transformers over text, pictures and speech that ship with weights or are meant to, and their twins."""
 
 from __future__ import annotations
 
