@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             known(info.active_params),
             known(info.flops_per_token),
             ", ".join(info.modalities),
-            info.pretrained or "none",
+            "ships" if (info.pretrained or "").startswith("local-dir:") else info.pretrained or "none",
             info.paper.rsplit("/", 1)[-1],
             info.license,
         )
