@@ -1,0 +1,11 @@
+"""What is checked of a checkpoint before and after it is read.
+
+A checkpoint is untrusted input: safetensors only, no path outside of its folder, no code, and every key must fit.
+"""
+
+from omnimoe.checkpoint.errors import CheckpointError, read_json
+from omnimoe.checkpoint.fetch import folder_of
+from omnimoe.checkpoint.folder import check_folder
+from omnimoe.checkpoint.report import complaint
+
+__all__ = ["CheckpointError", "check_folder", "complaint", "folder_of", "read_json"]
