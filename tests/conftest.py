@@ -27,6 +27,8 @@ from hypothesis import settings
 from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch.utils._device import _device_constructors
 
+from tests.hazard_rows import COLLECTED, collected
+
 torch.set_num_threads(1)
 
 # A shared machine misses deadlines, and a run that fails must fail again.
@@ -42,7 +44,10 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.
 _INTEGER = (torch.int16, torch.int32, torch.int64)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # before -m takes any away: slow cases count too
+    config.stash[COLLECTED] = collected(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
