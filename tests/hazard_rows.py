@@ -14,9 +14,38 @@ from pathlib import Path
 import pytest
 
 CASES = {
-    **{1: 45, 3: 10, 4: 4, 5: 16, 6: 10, 7: 8, 8: 14, 9: 12, 10: 8, 11: 4},
-    **{12: 20, 13: 12, 14: 5, 15: 5, 16: 10, 17: 28, 18: 9, 19: 12, 20: 8, 21: 8},
-    **{22: 10, 23: 3, 24: 5, 25: 4, 26: 6, 27: 10, 28: 3, 29: 8, 30: 12, 31: 12, 32: 8, 33: 6},
+    1: 45,  # malformed safetensors file
+    3: 10,  # pickle
+    4: 4,  # pickle by another name
+    5: 16,  # path in an index out of the folder
+    6: 10,  # malformed index
+    7: 8,  # missing, empty or cut shard
+    8: 14,  # missing or unexpected key
+    9: 12,  # wrong shape or number of experts
+    10: 8,  # wrong dtype
+    11: 4,  # weights that are not finite
+    12: 20,  # config that is broken, absent or absurd
+    13: 12,  # interrupted save
+    14: 5,  # disk full
+    15: 5,  # bit rot
+    16: 10,  # router that is not finite
+    17: 28,  # modality that is absent from a batch
+    18: 9,  # all tokens to one expert
+    19: 12,  # no tokens
+    20: 8,  # ties of a router, and permutations
+    21: 8,  # ids that are huge or negative
+    22: 10,  # wrong modality ids
+    23: 3,  # every label ignored
+    24: 5,  # out of memory
+    25: 4,  # stuck or lost worker
+    26: 6,  # killed worker, and a restart
+    27: 10,  # corrupt checkpoint of a run
+    28: 3,  # distributed checkpoint, which can run code
+    29: 8,  # code in a checkpoint
+    30: 12,  # names that are taken, malformed or of a broken plugin
+    31: 12,  # names on the Hub, and no network
+    32: 8,  # tied weights and shared storage
+    33: 6,  # packages that do not fit each other
 }
 """Cases of each row, 335 in all."""
 
