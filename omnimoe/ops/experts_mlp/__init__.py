@@ -10,8 +10,9 @@ from torch import Tensor
 
 from omnimoe.ops._backends import Implementation, choose, kernels_first, why_not_compiled, why_not_cuda
 from omnimoe.ops.adapters import liger, megablocks
-from omnimoe.ops.experts_mlp import composed, cpp, cuda, pools, triton
+from omnimoe.ops.experts_mlp import composed, pools
 from omnimoe.ops.experts_mlp.activations import ACTIVATIONS, GATED
+from omnimoe.ops.experts_mlp.fused import fused
 from omnimoe.ops.experts_mlp.layouts import KEPT, plain_alone
 from omnimoe.ops.triton import why_not_triton
 
@@ -120,9 +121,9 @@ def _why_not_composed(*operands: Any) -> str:
 
 IMPLEMENTATIONS = (
     Implementation("torch", composed.experts_mlp, _why_not_composed),
-    Implementation("cpp", cpp.experts_mlp, why_not_compiled),
-    Implementation("cuda", cuda.experts_mlp, why_not_cuda),
-    Implementation("triton", triton.experts_mlp, why_not_triton),
+    Implementation("cpp", fused("omnimoe", checks_offsets=True), why_not_compiled),
+    Implementation("cuda", fused("omnimoe"), why_not_cuda),
+    Implementation("triton", fused("omnimoe_triton"), why_not_triton),
     Implementation("reference", composed.experts_mlp),
     Implementation("liger", plain_alone("liger", liger.experts_mlp), liger.why_not, is_foreign=True),
     Implementation(
