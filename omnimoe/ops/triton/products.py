@@ -75,6 +75,26 @@ def load_matrix(pointers, n, N, left, BLOCK_K: tl.constexpr, ALONG_COLUMNS: tl.c
     return block
 
 
+@jit
+def product(
+    x_pointers, w_pointers, n, N, depth, ld,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALONG_COLUMNS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows times columns ``n`` of a matrix, over a depth that may be zero."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        if EVEN:
+            a = tl.load(x_pointers)
+        else:
+            a = tl.load(x_pointers, mask=(tl.arange(0, BLOCK_K) < depth - k)[None, :], other=0.0)
+        b = load_matrix(w_pointers, n, N, depth - k, BLOCK_K, ALONG_COLUMNS, EVEN)
+        total = times(a, b, total, PRECISION)
+        x_pointers += BLOCK_K
+        w_pointers += BLOCK_K * ld if ALONG_COLUMNS else BLOCK_K
+    return total
+
+
 @jit(do_not_specialize=VARYING)
 def multiply_kernel(
     x, weight, y, tiles, row_index, bias, scale,
@@ -93,17 +113,8 @@ def multiply_kernel(
     source = find_rows(row_index, tl.minimum(rows, end - 1), num_source_rows)
     x_pointers = x + source[:, None] * stride_x + tl.arange(0, BLOCK_K)[None, :]
     w_pointers = matrix_columns(weight + group.to(tl.int64) * stride_g, n, N, ld, BLOCK_K, ALONG_COLUMNS)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     depth = tl.where(group < num_groups, K, 0)
-    for k in range(0, depth, BLOCK_K):
-        if EVEN:
-            a = tl.load(x_pointers)
-        else:
-            a = tl.load(x_pointers, mask=(tl.arange(0, BLOCK_K) < K - k)[None, :], other=0.0)
-        b = load_matrix(w_pointers, n, N, K - k, BLOCK_K, ALONG_COLUMNS, EVEN)
-        total = times(a, b, total, PRECISION)
-        x_pointers += BLOCK_K
-        w_pointers += BLOCK_K * ld if ALONG_COLUMNS else BLOCK_K
+    total = product(x_pointers, w_pointers, n, N, depth, ld, BLOCK_M, BLOCK_N, BLOCK_K, ALONG_COLUMNS, EVEN, PRECISION)
     is_real = (rows < end) & (group < num_groups)
     if bias is not None:
         bias_at = bias + group.to(tl.int64) * N + n
@@ -215,17 +226,8 @@ def grad_hidden_kernel(
     source = find_rows(row_index, tl.minimum(rows, end - 1), num_source_rows)
     x_pointers = grad + source[:, None] * stride_x + tl.arange(0, BLOCK_K)[None, :]
     w_pointers = matrix_columns(weight + group.to(tl.int64) * stride_g, f, F, ld, BLOCK_K, ALONG_COLUMNS)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     depth = tl.where(group < num_groups, K, 0)
-    for k in range(0, depth, BLOCK_K):
-        if EVEN:
-            a = tl.load(x_pointers)
-        else:
-            a = tl.load(x_pointers, mask=(tl.arange(0, BLOCK_K) < K - k)[None, :], other=0.0)
-        b = load_matrix(w_pointers, f, F, K - k, BLOCK_K, ALONG_COLUMNS, EVEN)
-        total = times(a, b, total, PRECISION)
-        x_pointers += BLOCK_K
-        w_pointers += BLOCK_K * ld if ALONG_COLUMNS else BLOCK_K
+    total = product(x_pointers, w_pointers, f, F, depth, ld, BLOCK_M, BLOCK_N, BLOCK_K, ALONG_COLUMNS, EVEN, PRECISION)
     is_stored = (rows < end)[:, None] & (f < F)[None, :]
     is_real = is_stored & (group < num_groups)  # what stands past the last group's rows is not read
     one, other = pair_of(f, F, GATED, INTERLEAVED)
