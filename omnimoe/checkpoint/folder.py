@@ -15,6 +15,11 @@ def check_folder(folder: Path) -> None:
     kind = read_json(folder / "config.json", CheckpointError).get("model_type")
     if kind != "omnimoe":
         raise CheckpointError(f"{folder} holds a model of type {kind!r}, not 'omnimoe'; convert it first")
+    check_weights(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Refuses a folder whose weights are missing, or would be looked for outside of it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = read_json(index, CheckpointError).get("weight_map")
