@@ -49,7 +49,7 @@ class FeedForward(Experts):
 
     def forward(self, x: Tensor, rows: RowLayout) -> tuple[Tensor, Routing | None]:
         """``(N, D)`` rows to ``(N, D)``, and no routing, since none was learned."""
-        if self.experts.num_copies == 1:
+        if num_copies(self.towers) == 1:  # an adapter may stand in the place of the bank
             return self.experts(x, torch.full((1,), len(x), dtype=torch.int32, device=x.device)), None
         ends, copies = rows.segments(self.towers)
         return self.experts(x, ends, copies), None
