@@ -46,10 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     if settings.report:
         settings.report.write_text(json.dumps(outcomes, indent=1), encoding="utf-8")
     wrong = compare(settings.job, outcomes, is_whole=not settings.select and not settings.stop)
-    count = {
-        kind: sum(held["outcome"] == kind for held in outcomes.values()) for kind in ("passed", "skipped", "failed")
-    }
-    print(f"\ntransformers {installed_version()}, {settings.job} mixins: {count}")
+    count = Counter(held["outcome"] for held in outcomes.values())
+    print(f"\ntransformers {installed_version()}, {settings.job} mixins: {dict(count)}")
     for line in wrong:
         print(line)
     return 1 if wrong else 0
