@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from omnimoe.backbone import Backbone
 from omnimoe.config import Config
 from omnimoe.layers import Attention
-from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.model_config import OmniMoeConfig
 from omnimoe.ops import missing_kernels
+
+if TYPE_CHECKING:
+    from omnimoe.model import OmniMoeForCausalLM
 
 KINDS = ("attention_projections", "attention_scores", "experts", "router", "head", "adapters")
 """What :attr:`Flops.by_kind` is split into; ``adapters`` are the linear maps of continuous modalities, in and out."""
@@ -145,8 +149,12 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
 
 def total_params(config: OmniMoeConfig) -> int:
     """Weights of the model, tied ones once; counted on the meta device, without memory."""
+    sizes = {"hidden_size": config.hidden_size, "num_modalities": config.num_keys}
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in OmniMoeForCausalLM(config).parameters())
+        parts = [Backbone(config.blocks, **sizes), config.final_norm.build(**sizes)]
+        parts += [held.build(hidden_size=config.hidden_size) for held in config.modalities if not held.is_discrete]
+    tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return tables + sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 
 @dataclass(frozen=True)
