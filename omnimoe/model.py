@@ -20,7 +20,6 @@ from transformers import (
     DynamicCache,
     GenerationMixin,
     LogitsProcessorList,
-    PreTrainedModel,
     SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
@@ -30,6 +29,7 @@ from transformers.utils import ModelOutput
 import omnimoe.experts_interface  # noqa: F401 - registers a name with transformers
 from omnimoe.attend import attention_function, xformers_attention
 from omnimoe.backbone import Backbone, Block
+from omnimoe.guarded import GuardedFiles
 from omnimoe.inputs import (
     InputError,
     check_arguments,
@@ -110,7 +110,7 @@ class OmniMoeOutput(ModelOutput):
     rows: RowLayout | None = None
 
 
-class OmniMoePreTrainedModel(PreTrainedModel):
+class OmniMoePreTrainedModel(GuardedFiles):
     """Loading, saving and initialisation, from transformers."""
 
     config: OmniMoeConfig
