@@ -1,13 +1,12 @@
 """Checkpoints of a run: a model folder that ``from_pretrained`` reads, and beside it what resuming needs.
 
-A checkpoint is written into a sibling folder and renamed when it is whole, so that an interrupted save leaves the last
-good one: in place, or, if the break came between two renames, beside it, from where it is put back.
+It is published whole: an interrupted save leaves the last good one or, if all its files were there, is ended by whoever
+reads the folder next.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.publish import publish, settle
 from omnimoe.train.settings import TrainSettings
 
 STATE_FILE = "training_state.pt"
@@ -41,20 +41,12 @@ def save_checkpoint(
     Returns:
         ``folder``.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = _siblings(folder)
-    restore(folder)
-    for left in (fresh, old):
-        shutil.rmtree(left, ignore_errors=True)
-    with quiet():
-        model.save_pretrained(fresh)
-    (fresh / SETTINGS_FILE).write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
-    if state is not None:
-        torch.save(state, fresh / STATE_FILE)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with publish(folder, replaces=(STATE_FILE, SETTINGS_FILE)) as fresh:
+        with quiet():
+            model.save_pretrained(fresh)
+        (fresh / SETTINGS_FILE).write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
+        if state is not None:
+            torch.save(state, fresh / STATE_FILE)
     return folder
 
 
@@ -71,20 +63,13 @@ def quiet() -> Iterator[None]:
 
 
 def restore(folder: Path) -> bool:
-    """Puts back the last good checkpoint if a save was broken off between its two renames.
+    """Ends a save that was broken off when its files were whole.
 
     Returns:
         Whether there is a checkpoint now.
     """
-    fresh, old = _siblings(folder)
-    if not folder.exists() and old.exists():
-        # the new one is whole before the old one is moved away
-        (fresh if fresh.exists() else old).rename(folder)
-    return folder.exists()
-
-
-def _siblings(folder: Path) -> tuple[Path, Path]:
-    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    settle(folder)
+    return (folder / SETTINGS_FILE).exists()
 
 
 def load_state(folder: Path) -> dict[str, Any]:
