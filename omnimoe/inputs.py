@@ -1,7 +1,8 @@
 """What a caller passes to the model: checks that name the value and the remedy, and what is derived from it.
 
 Shapes and dtypes are checked everywhere. Values are read only on the CPU, where reading costs nothing; on an
-accelerator a wrong id would cost a synchronisation to find, so check batches before they are moved.
+accelerator a wrong id would cost a synchronisation to find, so check batches before they are moved. A graph that is
+being traced reads none.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ class InputError(ValueError):
 
 _PASSED_BY_TRANSFORMERS = frozenset({"cache_position", "return_dict", "num_items_in_batch"})
 """What generation, the Trainer and PEFT pass to any model; nothing here depends on it."""
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether values may be read: on the CPU, and not while a graph is traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_tensor(name: str, given: object, form: str) -> None:
@@ -80,7 +86,7 @@ def check_ids(name: str, ids: Tensor | None, shape: tuple[int, int], low: int, h
         raise InputError(f"{name} must have shape {shape}, as input_ids, got {tuple(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"{name} must be int64, got {ids.dtype}; convert it with .long()")
-    if ids.device.type == "cpu" and ids.numel():
+    if is_readable(ids) and ids.numel():
         least, most = (int(found) for found in ids.aminmax())
         if least < low or most >= high:
             wrong = least if least < low else most
@@ -185,7 +191,7 @@ def valid_positions(
     attention_mask: Tensor | None,
     segment_ids: Tensor | None,
     batch_size: int,
-    past: int,
+    past: int | Tensor,
     length: int,
     *,
     is_cached: bool = True,
@@ -194,15 +200,24 @@ def valid_positions(
 
     With a cache of fixed size a mask may be as long as the cache; without any it has the length of the input.
     """
-    valid = None if segment_ids is None or past else segment_ids >= 0
+    valid = None if segment_ids is None or isinstance(past, Tensor) or past else segment_ids >= 0
     if attention_mask is not None:
         valid = _checked(attention_mask, batch_size, past, length, is_cached) & (True if valid is None else valid)
-    if valid is None or (valid.device.type == "cpu" and bool(valid.all())):
+    if valid is None or (is_readable(valid) and bool(valid.all())):
         return None
     return valid
 
 
-def _checked(attention_mask: Tensor, batch_size: int, past: int, length: int, is_cached: bool) -> Tensor:
+def newest(valid: Tensor, past: int | Tensor, length: int) -> Tensor:
+    """``(B, T)``, the entries of the new positions of ``(B, past + T)``."""
+    if isinstance(past, int):
+        return valid[:, past:]
+    return valid.index_select(1, past + torch.arange(length, device=valid.device))
+
+
+def _checked(attention_mask: Tensor, batch_size: int, past: int | Tensor, length: int, is_cached: bool) -> Tensor:
+    if isinstance(past, Tensor):
+        return attention_mask.bool()
     check_tensor("attention_mask", attention_mask, f"({batch_size}, {past + length})")
     fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
     if not fits or attention_mask.shape[1] < past + length or (attention_mask.shape[1] > length and not is_cached):
@@ -217,7 +232,7 @@ def rotary_positions(
     position_ids: Tensor | None,
     segment_ids: Tensor | None,
     batch_size: int,
-    past: int,
+    past: int | Tensor,
     length: int,
     device: torch.device,
 ) -> Tensor:
@@ -226,7 +241,7 @@ def rotary_positions(
         _check_positions(position_ids, batch_size, length)
         position_ids = position_ids if position_ids.ndim == 3 else position_ids.unsqueeze(-1)
         return position_ids.expand(batch_size, -1, -1)
-    time = torch.arange(past, past + length, device=device).expand(batch_size, -1)
+    time = (past + torch.arange(length, device=device)).expand(batch_size, -1)
     if segment_ids is not None:
         starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
         time = time - torch.where(starts, time, 0).cummax(dim=1).values
@@ -241,7 +256,7 @@ def _check_positions(position_ids: Tensor, batch_size: int, length: int) -> None
         raise InputError(f"position_ids must be {form}, got {shape}")
     if position_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"position_ids must be int64, got {position_ids.dtype}; convert it with .long()")
-    if position_ids.device.type == "cpu" and position_ids.numel() and int(position_ids.min()) < 0:
+    if is_readable(position_ids) and position_ids.numel() and int(position_ids.min()) < 0:
         raise InputError(f"position_ids holds {int(position_ids.min())}; positions count from 0, padding may have any")
 
 

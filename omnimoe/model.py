@@ -39,6 +39,7 @@ from omnimoe.inputs import (
     check_ids,
     check_prompt,
     check_rows,
+    newest,
     rotary_positions,
     runs,
     valid_positions,
@@ -160,6 +161,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         self.modalities = nn.ModuleDict({held.name: held.build(hidden_size=config.hidden_size) for held in continuous})
         self.backbone = Backbone(config.blocks, hidden_size=config.hidden_size, num_modalities=config.num_keys)
         self.norm = config.final_norm.build(hidden_size=config.hidden_size, num_modalities=config.num_keys)
+        self._needs_key_order = config.needs_key_order
         self.gradient_checkpointing = False
         self._tables: dict[torch.device, Tensor] = {}
         self.post_init()
@@ -233,7 +235,10 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             raise InputError("layers that are recomputed in backward would fill a cache twice; pass use_cache=False")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(past, Tensor):
+            # a cache of fixed size counts on in place, and a traced graph cannot read what it counts
+            past = past.clone() if torch.compiler.is_compiling() else int(past)
 
         if modality_ids is None:
             if input_ids is None and len(config.modalities) > 1:
@@ -251,8 +256,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             key_ids,
             num_keys=config.num_keys,
             modality_ids=modality_ids,
-            valid=None if valid is None else valid[:, past:],
-            sort=config.needs_key_order,
+            valid=None if valid is None else newest(valid, past, length),
+            sort=self._needs_key_order,
             routes_causally=is_cached,
         )
         mask = self._mask(past_key_values, past, length, valid, segment_ids, key_ids, modality_ids, block_ids, device)
@@ -295,19 +300,20 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             raise InputError(f"timesteps for {unused} without features; pass their rows as features[{unused[0]!r}]")
         untouched = set(self.modalities)
         for name, given in (features or {}).items():
-            index = rows.where(self._modality_id(name))
-            times = (timesteps or {}).get(name)
+            modality_id, times = self._modality_id(name), (timesteps or {}).get(name)
             is_free = name in self.config.input_only
-            if not is_free:
+            index = None if is_free else rows.where(modality_id, len(given) if given.ndim else 0)
+            if index is not None:
                 check_features(self.config, name, given, len(index), times)
             embedded = self.modalities[name].embed(given, times)
-            if is_free:
+            if index is None:
+                index = rows.where(modality_id, len(embedded))
                 check_embedded(name, embedded, len(index))
             x = x.index_copy(0, index, embedded.to(x.dtype))
             untouched.discard(name)
         for name in sorted(untouched):
             if name in self.config.input_only and input_ids is not None and input_ids.device.type == "cpu":
-                check_embedded(name, x[:0], len(rows.where(self._modality_id(name))))
+                check_embedded(name, x[:0], len(rows.where(self._modality_id(name), 0)))
             # an absent modality takes part with no rows: its gradients are zero, not missing
             x = x + 0 * sum(parameter.sum() for parameter in self.modalities[name].parameters()).to(x.dtype)
         return x
@@ -320,7 +326,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
     def _mask(
         self,
         cache: Any,
-        past: int,
+        past: int | Tensor,
         length: int,
         valid: Tensor | None,
         segment_ids: Tensor | None,
@@ -330,9 +336,10 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         device: torch.device,
     ) -> AttentionMask:
         config = self.config
-        if past and segment_ids is not None:
+        has_past = isinstance(past, Tensor) or past > 0
+        if has_past and segment_ids is not None:
             raise InputError("segment_ids pack several documents into a row, which a cache cannot hold; drop one")
-        missing = uncached_facts(config.mask) if past else ()
+        missing = uncached_facts(config.mask) if has_past else ()
         if missing:
             raise InputError(
                 f"the mask rule {config.mask!r} has no cached decoding, since it reads {' and '.join(missing)} of "
@@ -340,7 +347,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             )
         if block_ids is None and config.bidirectional_modalities:
             block_ids = runs(modality_ids, [self._modality_id(name) for name in config.bidirectional_modalities])
-        key_length = past + length
+        key_length = length
         if cache is not None and config.num_layers:
             key_length = cache.get_mask_sizes(length, 0)[0]
             if valid is not None and valid.shape[1] < key_length:
@@ -443,11 +450,11 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         hidden, rows = out.last_hidden_state, out.rows
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
-        predictions = {
-            name: self.model.modalities[name].head(rows.to_rows(hidden)[rows.where(self.model._modality_id(name))])
-            for name in features or {}
-            if name not in self.config.input_only
-        }
+        predictions = {}
+        for name, given in (features or {}).items():
+            if name not in self.config.input_only:
+                index = rows.where(self.model._modality_id(name), len(given))
+                predictions[name] = self.model.modalities[name].head(rows.to_rows(hidden)[index])
         aux_loss = aux_loss_of(out.routings)
         scores = Scores(self.config, self.model.modality_ids_of)
         if labels is not None:

@@ -1,17 +1,23 @@
-"""A mixture of experts: a router, a bank over the rows it sorted, a weighted sum, shared experts beside it."""
+"""A mixture of experts: a router, a bank over the rows it sorted, a weighted sum, shared and free experts beside it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from omnimoe.config import ConfigError
 from omnimoe.experts.base import Experts, check_network, register_experts
+from omnimoe.experts.free import FreeExperts
 from omnimoe.layers import BankMLP, RowLayout
-from omnimoe.ops import route_plan
-from omnimoe.routers import Router, Routing, TopKRouter
+from omnimoe.ops import combine, route_plan
+from omnimoe.routers import Router, Routing, Scorer, TopKRouter
+
+SHARED_GATES = ("none", "sigmoid", "softmax")
+WEIGHTS_ON = ("output", "input")
 
 
 @register_experts("routed")
@@ -32,16 +38,66 @@ class RoutedExperts(Experts):
         """Multiply by the activated gate."""
         router: Router.Config = field(default_factory=TopKRouter.Config)
         """Which expert takes which row."""
+        weights_on: str = "output"
+        """Whether a weight multiplies what an expert gives, ``"output"``, or what it gets, ``"input"`` (Llama 4)."""
         num_shared_experts: int = 0
-        """Experts that every row meets with weight one, kept as one network that many times as wide."""
+        """Experts that every row meets, kept as one network that many times as wide."""
+        shared_intermediate_size: int | None = None
+        """Width of a shared expert; that of the others where None."""
+        shared_gate: str = "none"
+        """Weight of the shared experts: one, ``"none"``; a ``"sigmoid"`` of their own (Qwen2-MoE); or a part of the
+        ``"softmax"`` over what the router chose, each expert its own (Uni-MoE-2.0)."""
+        num_zero_experts: int = 0
+        """Experts that give zero: a row that chooses one takes fewer of the others."""
+        num_identity_experts: int = 0
+        """Experts that give back what they get."""
+        num_constant_experts: int = 0
+        """Experts that mix what they get with a learned vector."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
             check_network(self.intermediate_size, self.activation)
-            if self.num_shared_experts < 0:
-                raise ConfigError(f"num_shared_experts must be at least 0, got {self.num_shared_experts}")
+            for name in (
+                "num_shared_experts",
+                "num_zero_experts",
+                "num_identity_experts",
+                "num_constant_experts",
+            ):
+                if getattr(self, name) < 0:
+                    raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
             if self.num_experts < 1:
                 raise ConfigError(f"num_experts must be at least 1, got {self.num_experts}")
+            if self.shared_intermediate_size is not None:
+                check_network(self.shared_intermediate_size, self.activation)
+            for name, known in (("shared_gate", SHARED_GATES), ("weights_on", WEIGHTS_ON)):
+                if getattr(self, name) not in known:
+                    raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+            if self.shared_gate != "none" and not self.num_shared_experts:
+                raise ConfigError(f"shared_gate {self.shared_gate!r} gates nothing; set num_shared_experts")
+            if (self.free_experts or self.num_gated_experts) and not self.router.takes_free_experts:
+                raise ConfigError(
+                    f"{type(self.router).__qualname__} chooses among the experts of the bank alone; drop zero, identity "
+                    "and constant experts and shared_gate='softmax', or take TopKRouter"
+                )
+
+        @property
+        def free_experts(self) -> tuple[str, ...]:
+            """The kind of each expert behind the bank's."""
+            return (
+                ("zero",) * self.num_zero_experts
+                + ("identity",) * self.num_identity_experts
+                + ("constant",) * self.num_constant_experts
+            )
+
+        @property
+        def num_gated_experts(self) -> int:
+            """Shared experts that the router gives weights to."""
+            return self.num_shared_experts if self.shared_gate == "softmax" else 0
+
+        @property
+        def num_scored_experts(self) -> int:
+            """Experts that the router has a score for."""
+            return self.num_experts + len(self.free_experts) + self.num_gated_experts
 
         @property
         def needs_key_order(self) -> bool:
@@ -52,29 +108,59 @@ class RoutedExperts(Experts):
             return self.router.is_causal
 
         def active_params(self, hidden_size: int, modality: int) -> float:
-            expert = (3 if self.gated else 2) * hidden_size * self.intermediate_size
-            chosen = self.router.experts_per_token(self.num_experts, modality)
-            router = self.router.router_params(hidden_size, self.num_experts, modality)
-            return expert * (chosen + self.num_shared_experts) + router
+            """As many choices fall to free experts as would if all experts were chosen alike."""
+            matrices, free = (3 if self.gated else 2) * hidden_size, len(self.free_experts)
+            chosen = self.router.experts_per_token(self.num_experts + free, modality)
+            chosen *= self.num_experts / (self.num_experts + free)
+            shared = self.num_shared_experts * (self.shared_intermediate_size or self.intermediate_size)
+            own = 2 * hidden_size * self.num_constant_experts + hidden_size * (self.shared_gate == "sigmoid")
+            router = self.router.router_params(hidden_size, self.num_scored_experts, modality)
+            return matrices * (chosen * self.intermediate_size + shared) + own + router
 
     def __init__(self, config: RoutedExperts.Config, *, hidden_size: int, num_modalities: int, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         self.num_experts = config.num_experts
+        given: dict[str, Any] = {}
+        if config.free_experts or config.num_gated_experts:
+            given = {"free_experts": config.free_experts, "num_gated_experts": config.num_gated_experts}
         self.router = config.router.build(
-            hidden_size=hidden_size, num_experts=config.num_experts, num_modalities=num_modalities
+            hidden_size=hidden_size, num_experts=config.num_experts, num_modalities=num_modalities, **given
         )
-        width, shared = config.intermediate_size, config.num_shared_experts
-        self.experts = BankMLP(config.num_experts, hidden_size, width, config.activation, config.gated)
-        self.shared_experts = None
-        if shared:
-            self.shared_experts = BankMLP(1, hidden_size, shared * width, config.activation, config.gated)
+        network = config.activation, config.gated
+        self.experts = BankMLP(config.num_experts, hidden_size, config.intermediate_size, *network)
+        self.free_experts = FreeExperts(hidden_size, config.free_experts) if config.free_experts else None
+        width, shared = config.shared_intermediate_size or config.intermediate_size, config.num_shared_experts
+        copies, width = (shared, width) if config.shared_gate == "softmax" else (1, shared * width)
+        self.shared_experts = BankMLP(copies, hidden_size, width, *network) if shared else None
+        self.shared_gate = Scorer(hidden_size, 1) if config.shared_gate == "sigmoid" else None
 
     def forward(self, x: Tensor, rows: RowLayout) -> tuple[Tensor, Routing]:
         """``(N, D)`` rows to ``(N, D)``; a row that no expert takes gets the shared experts alone, or zeros."""
         routing = self.router(x, rows)
-        plan = route_plan(routing.expert_ids, self.num_experts)
+        expert_ids = routing.expert_ids
+        if rows.counted is not None:
+            expert_ids = torch.where(rows.counted[routing.token_index], expert_ids, -1)
+        plan = route_plan(expert_ids, self.num_experts)
         token_index, weights = routing.token_index[plan.order], routing.expert_weights[plan.order]
-        y = self.experts(x, plan.offsets, token_index=token_index, weights=weights)
+        if self.config.weights_on == "input":
+            y = self.experts(x[token_index] * weights.unsqueeze(1), plan.offsets)
+            y = combine(y, token_index, torch.ones_like(weights), len(x))
+        else:
+            y = self.experts(x, plan.offsets, token_index=token_index, weights=weights)
+        if self.free_experts is not None:
+            y = y + self.free_experts(x, routing, self.num_experts)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(x, torch.full((1,), len(x), dtype=torch.int32, device=x.device))
+            y = y + self._shared(x, routing.shared_weights)
         return y, routing
+
+    def _shared(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """``(N, D)`` rows to ``(N, D)``, the shared experts alone."""
+        assert self.shared_experts is not None
+        ends = torch.arange(1, self.shared_experts.num_copies + 1, device=x.device, dtype=torch.int32) * len(x)
+        if self.shared_gate is not None:
+            return self.shared_experts(x, ends) * torch.sigmoid(self.shared_gate(x)).to(x.dtype)
+        if weights is None:
+            return self.shared_experts(x, ends)
+        token_index = torch.arange(len(x), device=x.device).repeat(weights.shape[1])
+        return self.shared_experts(x, ends, token_index=token_index, weights=weights.t().reshape(-1))

@@ -24,7 +24,8 @@ class Positions:
     Args:
         order: int64, place in the sequence, counted through the cache.
         key_ids: int64, the key that picks the tower.
-        block_ids: int64, the block a position belongs to, -1 for none.
+        block_ids: int64, the block a position belongs to, -1 for none, -2 and below for blocks that only
+            :func:`block_causal` knows.
     """
 
     order: Tensor
@@ -140,8 +141,13 @@ def bidirectional(query: Positions, key: Positions) -> Tensor:
 
 @register_mask_rule("block_causal", blocks_only_add=True)
 def block_causal(query: Positions, key: Positions) -> Tensor:
-    """Causal, but bidirectional inside a block: Transfusion's rule, with a block a picture."""
-    return (query.order >= key.order) | ((query.block_ids == key.block_ids) & (key.block_ids >= 0))
+    """Causal, but bidirectional inside a block: Transfusion's rule, with a block a picture.
+
+    Nothing outside of a private block, one whose id is below -1, sees it: BAGEL's rule for pictures that are being drawn.
+    A cache keeps no blocks, so a private one must not be left in it.
+    """
+    inside = (query.block_ids == key.block_ids) & (key.block_ids != -1)
+    return ((query.order >= key.order) & (key.block_ids >= -1)) | inside
 
 
 @register_mask_rule("prefix", blocks_only_add=True)
@@ -164,7 +170,7 @@ class AttentionMask:
         rule: name of the rule.
         query_length: Q.
         key_length: K, with what a cache holds before the queries.
-        past_length: positions in the cache before the first query.
+        past_length: positions in the cache before the first query; a scalar tensor in a traced graph.
         device: where masks are made.
         valid: ``(B, K)`` bool, False at padding; None without padding.
         segment_ids: ``(B, K)`` int64, the document of each position in a packed row; None without packing.
@@ -177,7 +183,7 @@ class AttentionMask:
     rule: str
     query_length: int
     key_length: int
-    past_length: int
+    past_length: int | Tensor
     device: torch.device
     valid: Tensor | None = None
     segment_ids: Tensor | None = None
@@ -194,10 +200,15 @@ class AttentionMask:
     @property
     def needs_no_mask(self) -> bool:
         """Every query may see every key: a step of plain causal decoding, or a plain encoder."""
-        if self.key_length > self.past_length + self.query_length:
-            return False  # a cache of fixed size has places that nothing has been written to
+        if self._has_unwritten:
+            return False
         whole = self.rule == "bidirectional" and self.valid is None and self.segment_ids is None
         return whole or (self.is_plain_causal and self.query_length == 1)
+
+    @property
+    def _has_unwritten(self) -> bool:
+        """Whether keys stand for places of a cache of fixed size that nothing may have been written to."""
+        return isinstance(self.past_length, Tensor) or self.key_length > self.past_length + self.query_length
 
     def allowed(self, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Whether queries may attend to keys, by index; arguments broadcast, as FlexAttention's ``mask_mod`` has it.
@@ -215,6 +226,8 @@ class AttentionMask:
         seen = MASK_RULES.get(self.rule)(asking, asked)
         if self.segment_ids is not None:
             seen = seen & (self.segment_ids[batch, order] == self.segment_ids[batch, key])
+        if self._has_unwritten:
+            seen = seen & (key < self.past_length + self.query_length)
         if self.valid is not None:
             seen = (seen & self.valid[batch, key]) | (order == key)
         return seen

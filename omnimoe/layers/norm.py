@@ -71,7 +71,8 @@ class BankHeadLayerNorm(Bank):
             return torch.addcmul(self.bias.to(x.dtype), normal, self.weight.to(x.dtype))
         ends = rows.segments(self.towers)[0]
         run = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=torch.int32), right=True)
-        copy = torch.tensor(rows.segments(self.towers)[1], device=x.device)[run]
+        copies = torch.tensor(rows.segments(self.towers)[1], device=x.device)
+        copy = copies[run.clamp(max=len(copies) - 1)]  # a traced graph keeps rows past the last run
         return torch.addcmul(self.bias.to(x.dtype)[copy], normal, self.weight.to(x.dtype)[copy])
 
     def extra_repr(self) -> str:

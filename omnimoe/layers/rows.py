@@ -2,6 +2,9 @@
 
 The residual stream stays in this order through all layers, so that the copy a bank applies to a tower's rows sees one
 contiguous slice. Only attention sees time order, through :meth:`RowLayout.to_time` and :meth:`RowLayout.to_rows`.
+
+While a graph is traced no shape may depend on a value, so padding stays, behind the rows of every key, and what does
+not count is marked instead of dropped.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ class RowLayout:
         cos: ``(N, C/2)`` float32, rotary cosines of each row; set by the backbone.
         sin: ``(N, C/2)`` float32.
         routes_causally: a router may look at nothing but the row itself; set while a cache is in use.
+        token_ids: ``(N,)`` int64, what stands at each row's position, for routers that look it up; None elsewhere.
+        counted: ``(N,)`` bool, False at rows that nothing may depend on: padding, or rows of another group; None where
+            all count. Only in a traced graph.
     """
 
     batch_size: int
@@ -45,6 +51,8 @@ class RowLayout:
     cos: Tensor | None = None
     sin: Tensor | None = None
     routes_causally: bool = False
+    counted: Tensor | None = None
+    token_ids: Tensor | None = None
     _per_towers: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -60,7 +68,8 @@ class RowLayout:
     ) -> RowLayout:
         """Drops padding and, if asked, sorts by key; equal keys keep their order in time.
 
-        Without padding nothing is read back to the host. With it, the number of rows is, once.
+        Without padding nothing is read back to the host. With it, the number of rows is, once; in a traced graph
+        padding stays instead.
 
         Args:
             key_ids: ``(B, T)`` int64 in ``[0, num_keys)``.
@@ -73,15 +82,19 @@ class RowLayout:
         batch_size, sequence_length = key_ids.shape
         keys = key_ids.reshape(-1)
         modalities = keys if modality_ids is None else modality_ids.reshape(-1)
-        kept = None if valid is None else valid.reshape(-1).nonzero().squeeze(1)
-        if kept is not None:
+        counted = kept = None
+        if valid is not None and torch.compiler.is_compiling():
+            counted = valid.reshape(-1)
+        elif valid is not None:
+            kept = valid.reshape(-1).nonzero().squeeze(1)
             keys, modalities = keys[kept], modalities[kept]
         time_index = row_index = None
         is_sorted = sort or num_keys == 1
         if sort and num_keys > 1:
-            plan = route_plan(keys, num_keys)
+            plan = route_plan(keys if counted is None else torch.where(counted, keys, num_keys), num_keys)
             keys, modalities, offsets = keys[plan.order], modalities[plan.order], plan.offsets
             time_index, row_index = plan.order, plan.inverse
+            counted = None if counted is None else counted[plan.order]
         else:
             ends = torch.arange(num_keys, device=keys.device)
             offsets = torch.searchsorted(keys, ends, right=True) if is_sorted else ends
@@ -100,6 +113,7 @@ class RowLayout:
             row_index=row_index,
             valid=None if valid is None else valid.reshape(-1),
             routes_causally=routes_causally,
+            counted=counted,
         )
 
     def __len__(self) -> int:
@@ -107,8 +121,10 @@ class RowLayout:
 
     def to_time(self, x: Tensor) -> Tensor:
         """``(N, ...)`` in row order to ``(B, T, ...)`` in time order; padding comes out as zeros."""
+        if self.counted is not None:
+            x = torch.where(self.counted.view(-1, *(1,) * (x.ndim - 1)), x, 0)
         if self.time_index is not None and self.row_index is not None:
-            x = permute(x, self.row_index, self.time_index, self.valid)
+            x = permute(x, self.row_index, self.time_index, self._filled)
         return x.view(self.batch_size, self.sequence_length, *x.shape[1:])
 
     def to_rows(self, x: Tensor) -> Tensor:
@@ -116,7 +132,11 @@ class RowLayout:
         x = x.reshape(self.batch_size * self.sequence_length, *x.shape[2:])
         if self.time_index is None or self.row_index is None:
             return x
-        return permute(x, self.time_index, self.row_index, self.valid)
+        return permute(x, self.time_index, self.row_index, self._filled)
+
+    @property
+    def _filled(self) -> Tensor | None:
+        return self.valid if self.counted is None else None  # both sides are equally long: nothing is missing
 
     def segments(self, towers: tuple[int, ...]) -> tuple[Tensor, list[int]]:
         """Runs of rows that meet the same copy, for a tower map.
@@ -135,9 +155,22 @@ class RowLayout:
             self._per_towers[towers] = ends, [towers[key] for key in last]
         return self._per_towers[towers]
 
-    def where(self, modality_id: int) -> Tensor:
-        """``(n,)`` int64, the rows of one modality, in order of time."""
-        found = (self.modality_ids == modality_id).nonzero().squeeze(1)
+    def where(self, modality_id: int, count: int | None = None) -> Tensor:
+        """The rows of one modality, in order of time.
+
+        Args:
+            modality_id: which.
+            count: how many a traced graph takes for granted; otherwise as many as there are come back.
+
+        Returns:
+            ``(n,)`` int64.
+        """
+        held = self.modality_ids == modality_id
+        if torch.compiler.is_compiling():
+            held = held if self.counted is None else held & self.counted
+            place = torch.arange(len(self), device=held.device) if self.time_index is None else self.time_index
+            return torch.where(held, place, len(self)).argsort(stable=True)[:count]
+        found = held.nonzero().squeeze(1)
         if self.time_index is None or not self.is_sorted:
             return found
         # a modality whose rows have several keys lies in several places
@@ -162,10 +195,24 @@ class RowLayout:
             cos=None if self.cos is None else self.cos[start:stop],
             sin=None if self.sin is None else self.sin[start:stop],
             time_index=None if self.time_index is None else self.time_index[start:stop],
+            token_ids=None if self.token_ids is None else self.token_ids[start:stop],
             row_index=None,
             is_sorted=False,
             _per_towers={},
         )
+
+    def sequence_ids(self) -> Tensor:
+        """``(N,)`` int64, the sequence of the batch that each row is of."""
+        place = self.time_index
+        if place is None:
+            place = torch.arange(len(self), device=self.key_ids.device)
+        return place // self.sequence_length
+
+    def only(self, key: int) -> RowLayout:
+        """The same rows, of which those of one key count: what :meth:`span` is outside of a traced graph."""
+        held = self.key_ids == key
+        counted = held if self.counted is None else held & self.counted
+        return dataclasses.replace(self, counted=counted, _per_towers={})
 
     def with_rotary(self, cos: Tensor, sin: Tensor) -> RowLayout:
         """A copy that carries the rotary table of its rows."""

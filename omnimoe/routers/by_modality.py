@@ -71,6 +71,8 @@ class ByModalityRouter(Router):
 
     def forward(self, x: Tensor, rows: RowLayout) -> Routing:
         """``(N, D)`` rows in key order; entries come modality by modality."""
+        if torch.compiler.is_compiling():
+            return self._traced(x, rows)
         logits = x.new_full((len(x), self.num_experts), float("-inf"), dtype=torch.float32)
         losses: dict[str, Tensor] = {}
         parts, cutoffs, first = [], [], 0
@@ -99,10 +101,42 @@ class ByModalityRouter(Router):
         spans = tuple(rows.key_spans())
         return Routing(token_index, expert_ids, weights, logits, losses, torch.cat(cutoffs), spans)
 
+    def _traced(self, x: Tensor, rows: RowLayout) -> Routing:
+        """The same with shapes that depend on no value: each router sees all rows, of which those of its group count,
+        and another group's row is sent to no expert."""
+        columns, parts, cutoffs, first = [], [], [], 0
+        losses: dict[str, Tensor] = {}
+        total = len(x) if rows.counted is None else rows.counted.sum().clamp_min(1)
+        for modality, (router, count) in enumerate(zip(self.routers, self.config.experts, strict=True)):
+            group = rows.only(modality)
+            assert group.counted is not None
+            if router is None:
+                every = torch.arange(len(x), device=x.device)
+                inner = Routing(every, torch.zeros_like(every), x.new_ones(len(x)))
+            else:
+                inner = router(x, group)
+            taken = group.counted[inner.token_index] & (inner.expert_ids >= 0)
+            expert_ids = torch.where(taken, inner.expert_ids + first, -1)
+            parts.append((inner.token_index, expert_ids, inner.expert_weights))
+            column = x.new_full((len(x), count), float("-inf"), dtype=torch.float32)
+            if inner.router_logits is not None:
+                column = torch.where(group.counted.unsqueeze(1), inner.router_logits, column)
+            columns.append(column)
+            cutoffs.append(column.new_full((count,), float("nan")) if inner.cutoff is None else inner.cutoff)
+            for name, loss in inner.losses.items():
+                losses[name] = losses.get(name, 0) + loss * (group.counted.sum() / total)
+            first += count
+        token_index, expert_ids, weights = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Routing(token_index, expert_ids, weights, torch.cat(columns, 1), losses, torch.cat(cutoffs))
+
     def update(self, routing: Routing) -> None:
-        """Hands each group's router its own part, in rows and experts counted inside the group."""
+        """Hands each group's router its own part, in rows and experts counted inside the group.
+
+        Where the routing came from a traced graph, rows are counted in the batch.
+        """
         first = 0
-        for router, count, span in zip(self.routers, self.config.experts, routing.spans, strict=True):
+        spans = routing.spans or ((0, len(routing.router_logits)),) * len(self.routers)
+        for router, count, span in zip(self.routers, self.config.experts, spans, strict=True):
             if router is not None:
                 router.update(_part(routing, span, slice(first, first + count)))
             first += count

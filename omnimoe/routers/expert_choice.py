@@ -83,6 +83,8 @@ class ExpertChoiceRouter(Router):
         """``(N, D)`` rows; entries come expert by expert."""
         logits = self.scorer(x)
         scores = SCORES[self.config.score](logits)
+        if torch.compiler.is_compiling():
+            return self._traced(logits, scores, rows, x.dtype)
         if rows.routes_causally:
             expert_ids, token_index = (scores >= self.cutoff).t().nonzero().unbind(1)
             return Routing(token_index, expert_ids, scores[token_index, expert_ids].to(x.dtype), logits)
@@ -91,6 +93,27 @@ class ExpertChoiceRouter(Router):
         expert_ids = torch.arange(self.num_experts, device=x.device).repeat_interleave(capacity)
         cutoff = weights[:, -1].detach() if capacity else None
         return Routing(token_index.reshape(-1), expert_ids, weights.reshape(-1).to(x.dtype), logits, {}, cutoff)
+
+    def _traced(self, logits: Tensor, scores: Tensor, rows: RowLayout, dtype: torch.dtype) -> Routing:
+        """The same with shapes that depend on no value: entries that are not taken go to no expert."""
+        counted = torch.ones_like(scores[:, 0], dtype=torch.bool) if rows.counted is None else rows.counted
+        experts = torch.arange(self.num_experts, device=scores.device).unsqueeze(1)
+        if rows.routes_causally:
+            taken = ((scores >= self.cutoff) & counted.unsqueeze(1)).t()  # (E, N)
+            weights, cutoff = scores.t(), None
+            token_index = torch.arange(len(scores), device=scores.device).expand(self.num_experts, -1)
+        else:
+            most = min(len(scores), math.ceil(self.config.capacity_factor * len(scores) / self.num_experts))
+            number = counted.sum()
+            capacity = (self.config.capacity_factor * number.double() / self.num_experts).ceil().long()
+            capacity = torch.minimum(capacity, number)
+            weights, token_index = scores.masked_fill(~counted.unsqueeze(1), float("-inf")).t().topk(most, dim=-1)
+            taken = (torch.arange(most, device=scores.device) < capacity).expand(self.num_experts, -1)
+            last = weights.detach().gather(1, (capacity - 1).clamp_min(0).expand(self.num_experts, 1)).squeeze(1)
+            cutoff = torch.where(capacity > 0, last, float("nan"))
+            weights = torch.where(taken, weights, 0)
+        expert_ids = torch.where(taken, experts, -1).reshape(-1)
+        return Routing(token_index.reshape(-1), expert_ids, weights.reshape(-1).to(dtype), logits, {}, cutoff)
 
     @torch.no_grad()
     def update(self, routing: Routing) -> None:
