@@ -135,7 +135,8 @@ class ByModalityRouter(Router):
         Where the routing came from a traced graph, rows are counted in the batch.
         """
         first = 0
-        spans = routing.spans or ((0, len(routing.router_logits)),) * len(self.routers)
+        num_rows = 0 if routing.router_logits is None else len(routing.router_logits)
+        spans = routing.spans or ((0, num_rows),) * len(self.routers)
         for router, count, span in zip(self.routers, self.config.experts, spans, strict=True):
             if router is not None:
                 router.update(_part(routing, span, slice(first, first + count)))
