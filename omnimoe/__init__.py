@@ -42,6 +42,7 @@ _HOMES = {
     ),
     "omnimoe.flops": ("active_params", "flops", "total_params"),
     "omnimoe.shrink": ("shrink",),
+    "omnimoe.lora": ("add_lora", "confine_lora", "lora_targets"),
     "omnimoe.spans": ("SpanProcessor", "read_spans"),
     "omnimoe.generate": ("Generated", "generate", "interleave"),
     "omnimoe.denoise": ("denoise",),

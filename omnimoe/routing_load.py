@@ -53,7 +53,7 @@ def routing_load(model: OmniMoeForCausalLM, batches: Iterable[dict[str, Tensor]]
 def _copies(part: Experts) -> int:
     """Copies of a layer's bank; 1 for a part that neither routes nor has towers."""
     if isinstance(part, FeedForward):
-        return part.experts.num_copies
+        return max(part.towers) + 1
     return int(getattr(part, "num_experts", 1))
 
 
