@@ -11,7 +11,10 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "omnimoe.train.data": ("DataMismatchError", "held_out_batches", "training_batches"),
-        "omnimoe.train.loop": ("History", "Training", "TrainingError"),
+        "omnimoe.train.errors": ("OutOfMemoryError", "RouterError", "TrainingError"),
+        "omnimoe.train.loop": ("History", "Training"),
+        "omnimoe.train.memory": ("MemoryEstimate", "estimate_memory"),
+        "omnimoe.train.processes": ("joined",),
         "omnimoe.train.checkpoint": ("ResumeError", "load_settings", "save_checkpoint"),
         "omnimoe.train.settings": ("TrainSettings",),
         "omnimoe.train.evaluation": ("evaluate",),

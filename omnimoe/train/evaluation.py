@@ -8,11 +8,17 @@ import torch
 
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.train.data import Batch
+from omnimoe.train.processes import Processes
 
 
 @torch.no_grad()
 def evaluate(
-    model: OmniMoeForCausalLM, batches: Iterable[Batch], *, precision: str = "fp32", device: torch.device | None = None
+    model: OmniMoeForCausalLM,
+    batches: Iterable[Batch],
+    *,
+    precision: str = "fp32",
+    device: torch.device | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, float]:
     """Mean next-token loss of each modality and over all tokens.
 
@@ -21,23 +27,27 @@ def evaluate(
         batches: as the corpus gives them, with labels.
         precision: ``"bf16"`` for autocast.
         device: where the model is; read off it where None.
+        processes: that share the rows of each batch; this one alone where None.
 
     Returns:
         Modality to nats a predicted token, and ``"all"``; a modality that was not predicted is left out.
     """
-    device = device or next(model.parameters()).device
+    device, processes = device or next(model.parameters()).device, processes or Processes()
     was_training = model.training
     model.eval()
     totals: dict[str, float] = {}
     counts: dict[str, float] = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in batches:
-            out = model(**{name: value.to(device) for name, value in batch.items()})
+            out = model(**{name: value.to(device) for name, value in processes.share(batch).items()})
             for name, loss in out.losses.items():
                 count = float(out.counts[name])
                 totals[name] = totals.get(name, 0.0) + float(loss) * count
                 counts[name] = counts.get(name, 0.0) + count
     model.train(was_training)
+    sums = torch.tensor([*totals.values(), *counts.values()], dtype=torch.float64, device=device)
+    found = processes.sum(sums).tolist()
+    totals, counts = (dict(zip(totals, part, strict=True)) for part in (found[: len(totals)], found[len(totals) :]))
     losses = {name: totals[name] / counts[name] for name in totals if counts[name]}
     if losses:
         losses["all"] = sum(totals.values()) / sum(counts.values())

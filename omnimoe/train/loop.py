@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,24 +15,22 @@ import torch
 from tqdm import tqdm
 
 from omnimoe.data import Corpus
-from omnimoe.hub import from_pretrained
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
-from omnimoe.train.checkpoint import ResumeError, load_state, quiet, save_checkpoint
-from omnimoe.train.data import Batch, add_noise, held_out_batches, training_batches
+from omnimoe.train.checkpoint import ResumeError, load_checkpoint, save_checkpoint
+from omnimoe.train.data import Batch, held_out_batches, training_batches
 from omnimoe.train.evaluation import evaluate
 from omnimoe.train.log import RunLog
-from omnimoe.train.optim import learning_rate, make_optimizer
+from omnimoe.train.memory import explain_out_of_memory
+from omnimoe.train.optim import make_optimizer
+from omnimoe.train.processes import Processes
 from omnimoe.train.settings import TrainSettings
+from omnimoe.train.step import Stepper
 
 logger = logging.getLogger(__name__)
 
 
-REPORTING = frozenset({"log_every", "save_every", "evaluate_every", "evaluate_batches"})
+REPORTING = frozenset({"log_every", "save_every", "evaluate_every", "evaluate_batches", "keep", "router_nan"})
 """Settings that a resumed run may change: they decide what is told of it and not what is learned."""
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on."""
 
 
 @dataclass(kw_only=True)
@@ -98,6 +95,8 @@ class Training:
         self.batches = training_batches(model.config, settings, self.corpus)
         self.held_out = held_out_batches(model.config, settings, self.corpus)
         self.optimizer = make_optimizer(model, settings)
+        self.processes = Processes.current()
+        self.processes.check(settings.batch_size)
         self.step = 0
         self.history = History()
         self._stop_requested = False
@@ -107,6 +106,7 @@ class Training:
             # transformers' name for it changed on the way to version 6
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        self._stepper = Stepper(model, self.optimizer, settings, self.processes)
 
     @property
     def checkpoint_folder(self) -> Path | None:
@@ -114,22 +114,21 @@ class Training:
         return None if self.out is None else self.out / "checkpoint"
 
     def resume(self) -> None:
-        """Takes up the run where its checkpoint left it.
+        """Takes up the run where its newest checkpoint left it; one that is damaged is passed by, with a warning.
 
         Raises:
-            ResumeError: if there is no checkpoint, or it is of another model or of a run with other settings.
+            ResumeError: if there is no checkpoint, all are damaged, or it is of another model or of a run with other
+                settings.
         """
         folder = self.checkpoint_folder
         if folder is None:
             raise ResumeError("a run without a folder keeps no checkpoint to resume; give it out=")
-        state = load_state(folder)
+        saved, state = load_checkpoint(folder)
         was, now = state["settings"], self.settings.to_dict()
         changed = [key for key in now if key not in REPORTING and was.get(key) != now[key]]
         if changed:
             told = ", ".join(f"{key} was {was.get(key)!r} and is {now[key]!r}" for key in changed)
             raise ResumeError(f"{folder} is of a run with other settings: {told}; give the same ones, or another out=")
-        with quiet():
-            saved = from_pretrained(folder)
         if _declaration(saved.config) != _declaration(self.model.config):
             raise ResumeError(
                 f"{folder} holds a model that is declared otherwise; resume with that one, or another out="
@@ -140,9 +139,23 @@ class Training:
         self.step = state["step"]
         self.history = History(**state["history"])
         self._sums, self._counts = state["running"]
-        torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available() and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self._resume_random(state["rng"])
+
+    def _resume_random(self, states: list[dict[str, Any]]) -> None:
+        rank, world_size = self.processes.rank, self.processes.world_size
+        if len(states) != world_size:
+            # there is no going on where another number of processes was: each draws anew, and differently at each step
+            torch.manual_seed(self.settings.seed + (self.step + 1) * world_size + rank)
+            logger.warning(
+                "the checkpoint is of %d processes and goes on with %d: the order of data is the same, what parts draw "
+                "is not",
+                len(states),
+                world_size,
+            )
+            return
+        torch.set_rng_state(states[rank]["cpu"])
+        if torch.cuda.is_available() and states[rank]["cuda"]:
+            torch.cuda.set_rng_state_all(states[rank]["cuda"])
 
     def save(self) -> None:
         """Writes the checkpoint, if the run has a folder."""
@@ -155,13 +168,14 @@ class Training:
             "settings": self.settings.to_dict(),
             "history": self.history.to_dict(),
             "running": (self._sums, self._counts),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "rng": self.processes.gather(_random_state()),
         }
-        save_checkpoint(self.checkpoint_folder, self.model, self.settings, state)
+        if self.processes.is_first:
+            save_checkpoint(self.checkpoint_folder, self.model, self.settings, state)
+        self.processes.wait()
 
     def run(self, *, until: int | None = None, on_step: Callable[[Training], None] | None = None) -> History:
-        """Trains to the end. Ctrl-C ends the step, saves and returns; a second one breaks off at once.
+        """Trains to the end. Ctrl-C or SIGTERM ends the step, saves and returns; a second Ctrl-C breaks off at once.
 
         A fresh run seeds PyTorch's global generators, for parts that draw in their forward.
 
@@ -173,29 +187,33 @@ class Training:
             What was measured.
 
         Raises:
-            TrainingError: if the loss or its gradient is not finite; the message names the step and the modality. The
-                weights are those before the step, and the last checkpoint stays as it was.
+            RouterError: if a router's answer is not finite and the settings' ``router_nan`` says to raise.
+            OutOfMemoryError: if there is too little memory for a step; the message says what it needs and what helps.
+            TrainingError: if the loss or its gradient is not finite; the message names the step and the modality. In
+                all three cases weights and place in the data are those before the step, no gradients are left, and the
+                last checkpoint stays as it was.
         """
         settings = self.settings
         last = settings.steps if until is None else min(until, settings.steps)
-        log = RunLog(self.out, resume_from=self.step if self.history.steps or self.step else None)
+        is_first = self.processes.is_first
+        log = RunLog(self.out if is_first else None, resume_from=self.step if self.history.steps or self.step else None)
         bar = tqdm(
             total=settings.steps,
             initial=self.step,
             desc=self.name or "train",
             unit="step",
             dynamic_ncols=True,
-            disable=None if self.show_progress else True,
+            disable=None if self.show_progress and is_first else True,
         )
         self.model.train()
         if self.step == 0:
-            torch.manual_seed(settings.seed)
+            torch.manual_seed(settings.seed + self.processes.rank)
         with closing(log), self._interruptible(), bar:
             if self.step == 0 and self.held_out and not self.history.steps:
                 self._evaluate(log)
             while self.step < last and not self._stop_requested:
                 started = time.perf_counter()
-                values = self._train_step()
+                values = self._take_step()
                 self.step += 1
                 self.history.seconds += time.perf_counter() - started
                 self.history.tokens += settings.tokens_per_step
@@ -211,52 +229,37 @@ class Training:
                     self.save()
                 if on_step is not None:
                     on_step(self)
-        if self._stop_requested:
+        if self._stop_requested and is_first:
             logger.warning("stopped at step %d of %d; run again with resume to go on", self.step, settings.steps)
         self.save()
         return self.history
 
     @property
     def was_interrupted(self) -> bool:
-        """Whether Ctrl-C ended the run."""
+        """Whether Ctrl-C or SIGTERM ended the run."""
         return self._stop_requested
 
-    def _train_step(self) -> dict[str, float]:
-        settings = self.settings
-        rate = learning_rate(self.step, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        total, bad, routed = 0.0, set(), []
-        for _ in range(settings.accumulate):
-            batch = add_noise(next(self.batches), self.model.config, settings.noise_shares)
-            batch = {name: value.to(self.device) for name, value in batch.items()}
-            out = self._forward(batch)
-            (out.loss / settings.accumulate).backward()
-            routed.append(out.routings)
-            total += float(out.loss.detach()) / settings.accumulate
-            for name, loss in out.losses.items():
-                value, count = float(loss.detach()), float(out.counts[name])
-                self._sums[name] = self._sums.get(name, 0.0) + value * count
-                self._counts[name] = self._counts.get(name, 0.0) + count
-                bad |= set() if math.isfinite(value) else {name}
-        parameters = list(self.model.parameters())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            told = f"the loss is {total}" if not math.isfinite(total) else f"the norm of the gradient is {norm}"
-            where = ", ".join(sorted(bad)) or ("balance losses" if not math.isfinite(total) else f"loss {total:.3f}")
-            raise TrainingError(
-                f"{told} at step {self.step + 1} ({where}); lower the learning rate {rate:.2g}, lengthen the "
-                "warm-up or clip harder"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for routings in routed:
-            self.model.update_routers(routings)
-        return {"loss": total, "learning_rate": rate, "gradient_norm": norm}
+    def _take_step(self) -> dict[str, float]:
+        place = self.batches.state_dict()
+        told = f"at step {self.step + 1}"
+        try:
+            with explain_out_of_memory(self.model, self.settings, self._own_batch, where=told):
+                taken = self._stepper.take(self.batches, self.step, stop=self._stop_requested)
+        except Exception:
+            # the step was not taken, so its batches are still to come
+            self.batches.load_state_dict(place)
+            raise
+        self._stop_requested |= taken.is_last
+        for name, count in taken.counts.items():
+            self._sums[name] = self._sums.get(name, 0.0) + taken.sums[name]
+            self._counts[name] = self._counts.get(name, 0.0) + count
+        return taken.numbers()
 
-    def _forward(self, batch: Batch):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            return self.model(**batch)
+    def _own_batch(self) -> Batch:
+        place = self.batches.state_dict()
+        batch = self.processes.share(next(self.batches))
+        self.batches.load_state_dict(place)
+        return batch
 
     def _log_training(self, log: RunLog, values: dict[str, float]) -> None:
         means = {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}
@@ -267,7 +270,14 @@ class Training:
         log.write(self.step, "train", {**values, **means})
 
     def _evaluate(self, log: RunLog) -> None:
-        losses = evaluate(self.model, self.held_out, precision=self.settings.precision, device=self.device)
+        with explain_out_of_memory(self.model, self.settings, self._own_batch, where=f"in evaluation {self.step}"):
+            losses = evaluate(
+                self.model,
+                self.held_out,
+                precision=self.settings.precision,
+                device=self.device,
+                processes=self.processes,
+            )
         self.history.steps.append(self.step)
         for name, loss in losses.items():
             self.history.held_out.setdefault(name, []).append(loss)
@@ -276,21 +286,31 @@ class Training:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C asks the loop to stop after the step; a second one is an ordinary interrupt."""
+        """The first Ctrl-C or SIGTERM asks the loop to stop after the step; a second Ctrl-C breaks off at once."""
 
         def ask(number: int, frame: Any) -> None:
+            # a launcher passes on to its processes what the terminal has sent them already
+            if number == signal.SIGINT and self.processes.world_size == 1:
+                signal.signal(number, before[signal.SIGINT])
             self._stop_requested = True
-            signal.signal(signal.SIGINT, before)
 
+        before: dict[int, Any] = {}
         try:
-            before = signal.signal(signal.SIGINT, ask)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, ask)
         except ValueError:  # outside the main thread signals are not ours to handle
             yield
             return
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def _declaration(config: OmniMoeConfig) -> dict[str, Any]:

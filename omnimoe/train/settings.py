@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from omnimoe.config import Config, ConfigError
 
 PRECISIONS = ("fp32", "bf16")
+ROUTER_NAN = ("raise", "warn", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class TrainSettings(Config):
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 8
-    """Sequences in a forward."""
+    """Sequences in a forward, of all processes together."""
     sequence_length: int = 256
     """Tokens in a sequence."""
     accumulate: int = 1
@@ -60,12 +61,17 @@ class TrainSettings(Config):
     """Held-out batches in an evaluation, as large as those of training; 0 for no evaluations."""
     save_every: int = 0
     """Steps between checkpoints; 0 for the end alone."""
+    keep: int = 2
+    """Checkpoints to keep: the newest, and those before it in case it is damaged."""
+    router_nan: str = "raise"
+    """What to do when a router's answer is NaN or infinite: ``"raise"`` stops the run and names layer and modality,
+    ``"warn"`` says it and goes on, ``"off"`` does not look."""
     log_every: int = 10
     """Steps between lines of the log."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "batch_size", "sequence_length", "accumulate", "log_every"):
+        for name in ("steps", "batch_size", "sequence_length", "accumulate", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "clip", "weight_decay", "evaluate_every", "save_every", "evaluate_batches", "seed"):
@@ -84,8 +90,9 @@ class TrainSettings(Config):
         for name, share in self.noise_shares.items():
             if share >= 1:
                 raise ConfigError(f"noise is a share of tokens and must lie below 1, got {name}={share:g}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
+        for name, known in (("precision", PRECISIONS), ("router_nan", ROUTER_NAN)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
 
     @property
     def mixture(self) -> dict[str, float] | None:

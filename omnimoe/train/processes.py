@@ -1,0 +1,129 @@
+"""The processes of a run: those that torchrun started, or this one alone.
+
+Every process holds the whole model and takes its own rows of each batch, so that a run is the same run on one process
+and on several, up to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from omnimoe.config import ConfigError
+from omnimoe.train.data import Batch
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined(device: torch.device | str = "cpu", *, timeout: float = 600.0) -> Iterator[torch.device]:
+    """Joins the other processes of a run that ``torchrun`` started; without it there is nothing to join.
+
+    Args:
+        device: where to train; ``"cuda"`` becomes the process's own one.
+        timeout: seconds that a process waits for the others before it gives up.
+
+    Yields:
+        The device of this process.
+
+    Example:
+        >>> with joined("cpu") as device:
+        ...     device
+        device(type='cpu')
+    """
+    device = torch.device(device)
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        yield device
+        return
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    yield device
+    # not after an error: the others may never come, and the process ends anyway
+    dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Args:
+        rank: its number.
+        world_size: how many there are.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def current(cls) -> Processes:
+        """Those that were joined, or this one alone."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one speaks and writes for all."""
+        return self.rank == 0
+
+    def check(self, batch_size: int) -> None:
+        """Refuses a batch that cannot be shared out evenly.
+
+        Raises:
+            ConfigError: with both numbers.
+        """
+        if batch_size % self.world_size:
+            raise ConfigError(
+                f"batch_size {batch_size} cannot be shared out among {self.world_size} processes; "
+                f"make it a multiple of {self.world_size}"
+            )
+
+    def share(self, batch: Batch) -> Batch:
+        """The rows of a batch that are this process's."""
+        if self.world_size == 1:
+            return batch
+        rows = len(next(iter(batch.values()))) // self.world_size
+        return {name: value[self.rank * rows : (self.rank + 1) * rows] for name, value in batch.items()}
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model to call in training: its gradients are averaged over the processes in backward."""
+        if self.world_size == 1:
+            return model
+        # what routers adapt is averaged after each step, so there is nothing to send before a forward
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes, in the place of ``values``."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    @torch.no_grad()
+    def average(self, buffers: Iterable[Tensor]) -> None:
+        """Makes each buffer the mean over the processes."""
+        if self.world_size > 1:
+            for buffer in buffers:
+                self.sum(buffer).div_(self.world_size)
+
+    def gather(self, value: T) -> list[T]:
+        """What each process holds, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Returns when all processes are here."""
+        if self.world_size > 1:
+            dist.barrier()
