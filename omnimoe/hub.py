@@ -27,7 +27,16 @@ import torch
 from safetensors import SafetensorError
 
 import omnimoe
-from omnimoe.checkpoint import CheckpointError, check_folder, complaint, folder_of, read_json
+from omnimoe.checkpoint import (
+    CheckpointError,
+    Hub,
+    Source,
+    check_folder,
+    complaint,
+    read_index,
+    read_json,
+    weight_files,
+)
 from omnimoe.config import ConfigError
 from omnimoe.flops import UnknownCostError, active_params, flops, total_params
 from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
@@ -156,9 +165,9 @@ def from_pretrained(
     Raises:
         CheckpointError: if the checkpoint is missing, malformed, unsafe, or does not fit.
     """
-    MODELS.names()  # a plugin may bring the parts that the config names
-    folder = folder_of(fspath(source), revision=revision, local_files_only=local_files_only, token=token)
-    check_folder(folder)
+    place = _source(source, hub=Hub(revision=revision, local_files_only=local_files_only, token=token))
+    folder = place.fetch()
+    check_folder(place.fetch(weight_files(read_index(folder)), at=folder))
     if device is not None and device_map is not None:
         raise ValueError("device and device_map say the same thing twice; pass one of them")
     try:
@@ -338,6 +347,15 @@ def _weights_of(name: str) -> str | None:
         return source
     beside = Path(fspath(sys.modules[MODELS.get(name).__module__].__file__ or "")).parent / source
     return f"local-dir:{beside}"
+
+
+def _source(source: str | PathLike[str], *, subfolder: str = "", hub: Hub) -> Source:
+    """Where a checkpoint lies; a registered name is no place."""
+    # plugins are loaded by the look-up: they may bring the parts that the config names
+    if isinstance(source, str) and source in MODELS and not Path(source).is_dir():
+        raise CheckpointError(f"{source!r} is a registered model, not a checkpoint; call load({source!r})")
+    hint = "" if "/" in fspath(source) else f", and no registered model has that name{MODELS.hint(fspath(source))}"
+    return Source.find(source, subfolder=subfolder, hub=hub, hint=hint)
 
 
 def _matches(name: str, pattern: str) -> bool:

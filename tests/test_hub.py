@@ -221,7 +221,7 @@ class TestFromPretrained:
     @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 64])
     def test_unreadable_weights(self, saved, content):
         (saved / "model.safetensors").write_bytes(content)
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match="model.safetensors (has|would have)"):
             from_pretrained(saved)
 
     def test_pickles_are_not_opened(self, saved):
@@ -254,7 +254,8 @@ class TestFromPretrained:
     def test_a_missing_shard(self, saved):
         index = {"weight_map": {"model.norm.weight": "model-00002.safetensors"}}
         (saved / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(CheckpointError, match=r"is missing; it holds 1 weights, model\.norm\.weight"):
+        (saved / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"model-00002.safetensors is missing; it holds 1 weight: norm"):
             from_pretrained(saved)
 
     def test_a_registered_name_is_no_address(self):
@@ -272,7 +273,7 @@ class TestFromPretrained:
     @pytest.mark.parametrize("source", ["no-such-org/no-such-model", "hf-hub:no-such-org/no-such-model"])
     def test_the_hub_without_network(self, source, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-        with pytest.raises(CheckpointError, match="'no-such-org/no-such-model' could not be fetched"):
+        with pytest.raises(CheckpointError, match="'no-such-org/no-such-model' is not in the cache"):
             from_pretrained(source, local_files_only=True)
 
     def test_no_code_of_a_checkpoint_runs(self, saved):

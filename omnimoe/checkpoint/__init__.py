@@ -4,8 +4,18 @@ A checkpoint is untrusted input: safetensors only, no path outside of its folder
 """
 
 from omnimoe.checkpoint.errors import CheckpointError, read_json
-from omnimoe.checkpoint.fetch import folder_of
-from omnimoe.checkpoint.folder import check_folder, check_weights
+from omnimoe.checkpoint.fetch import Hub, Source, weight_files
+from omnimoe.checkpoint.folder import check_folder, check_weights, read_index
 from omnimoe.checkpoint.report import complaint
 
-__all__ = ["CheckpointError", "check_folder", "check_weights", "complaint", "folder_of", "read_json"]
+__all__ = [
+    "CheckpointError",
+    "Hub",
+    "Source",
+    "check_folder",
+    "check_weights",
+    "complaint",
+    "read_index",
+    "read_json",
+    "weight_files",
+]

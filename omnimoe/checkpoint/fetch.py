@@ -1,53 +1,192 @@
-"""The folder of a checkpoint: a folder of the disk, or one fetched from the Hub."""
+"""Where a checkpoint lies, and the files of it that are needed: in a folder of the disk, or fetched from the Hub.
+
+Downloading, the cache and the rules for working offline are huggingface_hub's. What is added here: only files that will
+be read are fetched, all of one commit, and every failure says what to do.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from os import fspath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 
 from omnimoe.checkpoint.errors import CheckpointError
-from omnimoe.model import MODELS
+from omnimoe.checkpoint.refusals import hub_errors
+
+logger = logging.getLogger(__name__)
+
+TEXTS = ("*.json", "README.md")
+"""Files of a checkpoint beside its weights."""
+INDEX = "model.safetensors.index.json"
 
 
-def folder_of(source: str, *, revision: str | None, local_files_only: bool, token: str | None) -> Path:
-    """The folder of a checkpoint, fetched from the Hub where ``source`` is no folder.
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """How the Hub is asked: the arguments of the same names of ``huggingface_hub.snapshot_download``.
 
     Args:
-        source: an existing folder, ``local-dir:folder``, ``org/name`` or ``hf-hub:org/name``.
-        revision: branch, tag or commit, on the Hub.
-        local_files_only: look in the local cache alone.
-        token: for private repositories.
-
-    Raises:
-        CheckpointError: if there is no such folder or repository.
+        revision: branch, tag or commit.
+        cache_dir: of downloads; huggingface_hub's own where None.
+        token: for what is private or gated; that of ``hf auth login`` where None, none at all where False.
+        local_files_only: look in the cache alone.
     """
-    prefix, _, rest = source.partition(":")
-    if prefix == "local-dir" or (prefix != "hf-hub" and Path(source).is_dir()):
-        folder = Path(rest if prefix == "local-dir" else source)
-        if not folder.is_dir():
-            raise CheckpointError(f"there is no folder {fspath(folder)!r}; name the folder of a saved model")
-        return folder
-    name = rest if prefix == "hf-hub" else source
-    if prefix != "hf-hub" and name in MODELS:
-        raise CheckpointError(f"{name!r} is a registered model, not a checkpoint; call load({name!r})")
-    if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", name):
-        raise CheckpointError(
-            f"{source!r} is neither an existing folder nor an id on the Hub (org/name), "
-            f"and no registered model has that name{MODELS.hint(name)}"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                local_files_only=local_files_only,
-                allow_patterns=["*.json", "*.safetensors"],
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A place that holds a checkpoint.
+
+    Args:
+        name: the folder, or the id on the Hub.
+        is_folder: whether it is a folder of the disk.
+        subfolder: of the folder or the repository; empty for none.
+        hub: how the Hub is asked.
+        is_bare: whether it was named without ``hf-hub:`` or ``local-dir:``.
+    """
+
+    name: str
+    is_folder: bool
+    subfolder: str = ""
+    hub: Hub = Hub()
+    is_bare: bool = True
+
+    @classmethod
+    def find(cls, source: str | PathLike[str], *, subfolder: str = "", hub: Hub = Hub(), hint: str = "") -> Source:
+        """What ``source`` names: an existing folder wins over an id on the Hub.
+
+        Args:
+            source: an existing folder, ``local-dir:folder``, ``org/name`` or ``hf-hub:org/name``.
+            subfolder: where in it the checkpoint lies.
+            hub: how the Hub is asked.
+            hint: the tail of a message about a name that is neither.
+
+        Raises:
+            CheckpointError: if it names nothing, or a revision is asked of a folder.
+        """
+        given = fspath(source)
+        prefix, colon, rest = given.partition(":")
+        if not colon or prefix not in ("hf-hub", "local-dir"):
+            prefix, rest = "", given
+        _check_subfolder(subfolder)
+        folder = Path(rest).expanduser()
+        if prefix == "local-dir" or (prefix != "hf-hub" and (folder.is_dir() or isinstance(source, PathLike))):
+            if not folder.is_dir():
+                raise CheckpointError(f"there is no folder {fspath(folder)!r}; name the folder of a saved model")
+            if hub.revision is not None:
+                raise CheckpointError(
+                    f"{given!r} is a folder, which has no revision {hub.revision!r}; leave revision out, or write "
+                    f"'hf-hub:{rest}' for the repository of that name"
+                )
+            _say_which(rest, folder, hub)
+            return cls(name=fspath(folder), is_folder=True, subfolder=subfolder, hub=hub, is_bare=not prefix)
+        if not _is_id(rest):
+            raise CheckpointError(f"{given!r} is neither an existing folder nor an id on the Hub (org/name){hint}")
+        return cls(name=rest, is_folder=False, subfolder=subfolder, hub=hub, is_bare=not prefix)
+
+    def fetch(self, files: Sequence[str] = TEXTS, *, at: Path | None = None) -> Path:
+        """The folder with these files in it, fetched where they are not there.
+
+        Args:
+            files: names, or patterns with ``*`` that do not reach into folders.
+            at: the folder that another call returned, so that all files are of its commit.
+
+        Raises:
+            CheckpointError: if the checkpoint, or a file that is named in full, is missing or cannot be had.
+        """
+        root = Path(self.name) if self.is_folder else self._snapshot(files, at)
+        folder = root / self.subfolder
+        if not folder.is_dir():
+            raise CheckpointError(f"{self.name!r} has no folder {self.subfolder!r}; leave subfolder out or correct it")
+        missing = [name for name in files if not re.search(r"[*?\[]", name) and not (folder / name).is_file()]
+        if missing and not self.is_folder:
+            raise CheckpointError(
+                f"{self.name!r} has no {', '.join(missing)} {self._where()}: the upload is not whole, or its "
+                "weights are pickles, which are not read; ask its owner for safetensors, or pass another revision"
             )
+        return folder
+
+    def _snapshot(self, files: Sequence[str], at: Path | None) -> Path:
+        from huggingface_hub import snapshot_download
+
+        inside = f"{self.subfolder}/" if self.subfolder else ""
+        # with a commit nothing is asked of the Hub that is in the cache
+        revision = self.hub.revision if at is None else _root(at, self.subfolder).name
+        is_first = at is None and not self.is_in_cache()
+        meant = self.name if self.is_bare else ""
+        with hub_errors(self.name, self.hub.revision, token=self.hub.token, folder=meant):
+            folder = snapshot_download(
+                self.name,
+                revision=revision,
+                cache_dir=self.hub.cache_dir,
+                token=self.hub.token,
+                local_files_only=self.hub.local_files_only,
+                allow_patterns=[inside + name for name in files],
+                ignore_patterns=[f"{inside}*/*"],
+            )
+            if is_first:
+                self._say_if_renamed()
+        return Path(folder)
+
+    def is_in_cache(self) -> bool:
+        """Whether anything of the repository was fetched before."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        cache = Path(self.hub.cache_dir or constants.HF_HUB_CACHE).expanduser()
+        return (cache / repo_folder_name(repo_id=self.name, repo_type="model")).is_dir()
+
+    def _say_if_renamed(self) -> None:
+        from huggingface_hub import HfApi
+
+        now = HfApi(token=self.hub.token).model_info(self.name).id
+        if now != self.name:
+            logger.warning(
+                "%r is now called %r on the Hub; write that name, the old one may be given away", self.name, now
+            )
+
+    def _where(self) -> str:
+        within = f"in {self.subfolder!r} " if self.subfolder else ""
+        return f"{within}at revision {self.hub.revision or 'main'!r}"
+
+
+def weight_files(index: dict[str, str] | None) -> list[str]:
+    """The files that hold the weights.
+
+    Args:
+        index: the file of each key; None for a checkpoint of one file.
+    """
+    return ["model.safetensors"] if index is None else sorted(set(index.values()))
+
+
+def _is_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) is not None and not name.startswith(("./", "../"))
+
+
+def _check_subfolder(subfolder: str) -> None:
+    if subfolder and not all(re.fullmatch(r"(?!\.{1,2}$)[\w.\-]+", part) for part in subfolder.split("/")):
+        raise CheckpointError(f"subfolder {subfolder!r} must be a path inside, such as 'step-100' or 'a/b'")
+
+
+def _root(folder: Path, subfolder: str) -> Path:
+    return folder if not subfolder else folder.parents[len(Path(subfolder).parts) - 1]
+
+
+def _say_which(name: str, folder: Path, hub: Hub) -> None:
+    if not _is_id(name):
+        return
+    if Source(name=name, is_folder=False, hub=hub).is_in_cache():
+        logger.warning(
+            "%r is a folder here and a repository that was fetched before: the folder is read. Write 'hf-hub:%s' or "
+            "'local-dir:%s' to say which is meant",
+            *(name, name, name),
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{name!r} could not be fetched from the Hub: {error}") from error
+    else:
+        logger.info("%r is read from the folder %s, not from the Hub", name, folder.resolve())
