@@ -233,7 +233,10 @@ def _expert_weights(config: Any, hidden_size: int, modality: int) -> tuple[float
     if met is None:
         raise UnknownCostError(f"{type(config).__qualname__} does not say what it costs; give it active_params")
     router = getattr(config, "router", None)
-    routing = 0 if router is None else router.router_params(hidden_size, config.num_experts, modality)
+    if router is None:
+        return met, 0
+    scored = getattr(config, "num_scored_experts", config.num_experts)
+    routing = router.router_params(hidden_size, scored, modality)
     return met - routing, routing
 
 

@@ -4,7 +4,16 @@ from omnimoe.routers.base import ROUTERS, Router, Routing, register_router
 from omnimoe.routers.by_modality import ByModalityRouter
 from omnimoe.routers.expert_choice import ExpertChoiceRouter
 from omnimoe.routers.faults import router_faults
-from omnimoe.routers.losses import load_balance_loss, router_z_loss
+from omnimoe.routers.hash import HashRouter
+from omnimoe.routers.losses import (
+    entropy_losses,
+    importance_loss,
+    load_balance_loss,
+    load_loss,
+    mutual_information,
+    orthogonality_loss,
+    router_z_loss,
+)
 from omnimoe.routers.scores import SCORES, Scorer
 from omnimoe.routers.static import StaticRouter
 from omnimoe.routers.top_k import TopKRouter
@@ -14,12 +23,18 @@ __all__ = [
     "SCORES",
     "ByModalityRouter",
     "ExpertChoiceRouter",
+    "HashRouter",
     "Router",
     "Routing",
     "Scorer",
     "StaticRouter",
     "TopKRouter",
+    "entropy_losses",
+    "importance_loss",
     "load_balance_loss",
+    "load_loss",
+    "mutual_information",
+    "orthogonality_loss",
     "register_router",
     "router_faults",
     "router_z_loss",

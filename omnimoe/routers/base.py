@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from omnimoe.config import Config as ConfigBase
@@ -25,13 +27,17 @@ class Routing:
 
     Args:
         token_index: ``(R,)`` int64 into the N rows.
-        expert_ids: ``(R,)`` int64 into the E experts.
+        expert_ids: ``(R,)`` int64 into the E experts, then the free ones (see :class:`Router`); -1 for an entry without
+            an expert: a choice that was dropped, or one that the row did not need.
         expert_weights: ``(R,)`` floating point, what the expert's output is multiplied by.
-        router_logits: ``(N, E)`` float32 before the score function; minus infinity where an expert is out of reach.
-            None where nothing was computed.
+        router_logits: ``(N, E)`` float32 before the score function, free experts included; minus infinity where an
+            expert is out of reach. None where nothing was computed.
         losses: balance losses by name, scalars, already times their coefficient.
         cutoff: ``(E,)`` float32, the lowest score each expert took, where experts choose; see ``expert_choice``.
         spans: ``(start, stop)`` of each group's rows, where a router is made of one router a group of rows.
+        key_ids: ``(N,)`` int64, the key of each row, where :meth:`Router.update` asks for it.
+        shared_weights: ``(N, S)``, the weights of shared experts, where they take part in the router's softmax.
+        dropped: int64 scalar, choices that found no room; None where a router never drops.
     """
 
     token_index: Tensor
@@ -41,6 +47,9 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     cutoff: Tensor | None = None
     spans: tuple[tuple[int, int], ...] = ()
+    key_ids: Tensor | None = None
+    shared_weights: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 class Router(nn.Module, Configurable):
@@ -49,8 +58,12 @@ class Router(nn.Module, Configurable):
     Contract: ``__init__(config, *, hidden_size, num_experts, num_modalities)`` and ``forward(x (N, D), rows) ->
     Routing``. ``num_modalities`` is the number of keys a row may have: the modalities, unless the model is given other
     ``keys``. ``rows.key_ids`` and ``rows.modality_ids``, ``(N,)`` each, are there to be used. A router that
-    looks at other rows than the one it routes sets :attr:`is_causal` to False, and must route by the row alone where
-    ``rows.routes_causally`` asks for it.
+    looks at other rows than the one it routes sets :attr:`is_causal` to False; where ``rows.routes_causally`` asks for
+    it, it must route by the row alone, or say by :attr:`Config.has_causal_form` that it cannot.
+
+    A router whose config says :attr:`Config.takes_free_experts` is also given ``free_experts``, the kinds of experts
+    behind the bank's that cost nothing (``"zero"``, ``"identity"``, ``"constant"``), their ids E, E + 1, ..., and
+    ``num_gated_experts`` S, shared experts that it gives weights to; both only where there are some.
     """
 
     registry: ClassVar[Registry] = ROUTERS
@@ -70,6 +83,21 @@ class Router(nn.Module, Configurable):
             """Whether a row's routing depends on that row alone."""
             return bool(getattr(self.target, "is_causal", False))
 
+        @property
+        def has_causal_form(self) -> bool:
+            """Whether it can route a row by that row alone where that is asked for, as generation does."""
+            return self.is_causal
+
+        @property
+        def needs_token_ids(self) -> bool:
+            """Whether it reads ``rows.token_ids``."""
+            return False
+
+        @property
+        def takes_free_experts(self) -> bool:
+            """Whether it may be given free and gated experts beside the bank's."""
+            return False
+
         def experts_per_token(self, num_experts: int, modality: int) -> float:
             """Experts that a token of ``modality`` meets on average, for counting FLOPs."""
             return 1.0
@@ -81,6 +109,14 @@ class Router(nn.Module, Configurable):
     def initial_buffers(self) -> dict[str, Tensor]:
         """How each own buffer starts, by name, for a model that was built without memory."""
         return {}
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # a running mean or a bias of small steps stands still in low precision, so a cast of the model leaves them
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(self, name, buffer.to(torch.float32))
+        return self
 
     def update(self, routing: Routing) -> None:
         """Takes in what a training step routed, for routers that adapt outside of the gradient; by default nothing."""

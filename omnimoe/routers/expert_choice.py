@@ -8,7 +8,6 @@ lowest score it took in training (the rule of Expert Threshold routing, https://
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,12 +71,6 @@ class ExpertChoiceRouter(Router):
         """The cut-off starts where an untrained router's scores lie."""
         start = 0.5 if self.config.score == "sigmoid" else 1 / self.num_experts
         return {"cutoff": torch.full((self.num_experts,), start, dtype=torch.float32)}
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> ExpertChoiceRouter:
-        super()._apply(fn, recurse)
-        # a running mean stands still in low precision, so a cast of the model leaves the cut-off in float32
-        self.cutoff = self.cutoff.float()
-        return self
 
     def forward(self, x: Tensor, rows: RowLayout) -> Routing:
         """``(N, D)`` rows; entries come expert by expert."""

@@ -8,11 +8,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omnimoe.config import ConfigError
+
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits, dim=-1),
     "sigmoid": torch.sigmoid,
+    "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
 }
-"""Score functions, ``(N, E)`` float32 logits to ``(N, E)`` scores."""
+"""Score functions, ``(N, E)`` float32 logits to ``(N, E)`` scores; the last is DeepSeek-V4's."""
+
+
+def check_score(score: str) -> None:
+    """Refuses an unknown score function.
+
+    Raises:
+        ConfigError: with the name and those known.
+    """
+    if score not in SCORES:
+        raise ConfigError(f"unknown score {score!r}; known: {', '.join(SCORES)}")
+
+
+def shares(scores: Tensor, score: str) -> Tensor:
+    """Scores of a row made to sum to one, as the balance losses want them."""
+    if score == "softmax":
+        return scores
+    return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 class Scorer(nn.Module):
@@ -21,20 +41,25 @@ class Scorer(nn.Module):
     Args:
         hidden_size: D.
         num_experts: E.
+        bias: add a learned number to each expert's logit.
     """
 
-    initial = {"weight": "normal"}
+    initial = {"weight": "normal", "bias": 0.0}
 
-    def __init__(self, hidden_size: int, num_experts: int) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """A small normal start."""
+        """A small normal start; a bias starts at zero."""
         nn.init.normal_(self.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, D)`` to ``(N, E)`` float32."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(x.float(), self.weight.float(), bias)
