@@ -1,37 +1,196 @@
-"""What is checked of a folder before anything in it is used."""
+"""What is checked of a folder before anything in it is used: which files, where they lie, and what they declare."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from omnimoe.checkpoint.errors import CheckpointError, read_json
+from omnimoe.checkpoint.header import Entry, read_header
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp")
+_RANK_LOCAL = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a folder that is no checkpoint of ours, before anything in it is used."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json, so it is no saved model")
-    kind = read_json(folder / "config.json", CheckpointError).get("model_type")
+def check_folder(folder: Path, *, variant: str | None = None) -> dict[str, Entry]:
+    """Refuses a folder that is no checkpoint of ours, before anything in it is used.
+
+    Args:
+        folder: of a saved model.
+        variant: of the weights, ``model.<variant>.safetensors``.
+
+    Returns:
+        The weights by name, as their headers declare them.
+
+    Raises:
+        CheckpointError: if its config or its weights are missing, malformed or unsafe.
+    """
+    check_config(folder)
+    return check_weights(folder, variant=variant)
+
+
+def check_config(folder: Path) -> None:
+    """Refuses a folder whose config.json is missing, malformed, or of another kind of model."""
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json, so it is no saved model; write it with save_pretrained")
+    plain = read_json(inside(folder, "config.json"), CheckpointError)
+    kind = plain.get("model_type")
     if kind != "omnimoe":
         raise CheckpointError(f"{folder} holds a model of type {kind!r}, not 'omnimoe'; convert it first")
-    check_weights(folder)
+    if plain.get("transformers_weights") is not None:
+        raise CheckpointError(
+            f"{folder / 'config.json'} names its weights {plain['transformers_weights']!r}; only model.safetensors and "
+            "its shards are read, so remove transformers_weights"
+        )
+    for name in ("generation_config.json", "manifest.json"):
+        if (folder / name).exists():
+            inside(folder, name)
 
 
-def check_weights(folder: Path) -> None:
-    """Refuses a folder whose weights are missing, or would be looked for outside of it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = read_json(index, CheckpointError).get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-            raise CheckpointError(f"{index} has no weight_map from keys to file names")
-        for shard in sorted(set(shards.values())):
-            if not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", shard):
-                raise CheckpointError(f"{index} names {shard!r}; a shard is a .safetensors file in the same folder")
-            if not (folder / shard).is_file():
-                held = [key for key, value in shards.items() if value == shard]
-                raise CheckpointError(f"{folder / shard} is missing; it holds {len(held)} weights, {held[0]} for one")
-    elif not (folder / "model.safetensors").is_file():
-        other = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        found = f"only {', '.join(other)}, which can run code" if other else "no weights"
-        raise CheckpointError(f"{folder} has no model.safetensors, {found}; write it with save_pretrained")
+def check_weights(folder: Path, *, variant: str | None = None) -> dict[str, Entry]:
+    """Refuses a folder whose weights are missing or malformed, or would be looked for outside of it.
+
+    Returns:
+        The weights by name, as their headers declare them; of files that each rank of a run wrote, all parts of a
+        weight under one name.
+    """
+    index = read_index(folder, variant=variant)
+    own = _named("model.safetensors", variant)
+    local = sorted(path.name for path in folder.iterdir() if _RANK_LOCAL.fullmatch(path.name))
+    if (folder / ".metadata").exists():
+        raise CheckpointError(
+            f"{folder} is a distributed checkpoint of PyTorch, whose .metadata can run code; resume the run that wrote "
+            "it, and save its model with save_pretrained"
+        )
+    found: dict[str, Entry] = {}
+    if index is not None and (folder / own).exists():
+        raise CheckpointError(
+            f"{folder} holds both {own} and {_index_name(variant)}, of which one is left from an earlier save; "
+            "remove the older"
+        )
+    if index is not None:
+        for shard in sorted(set(index.values())):
+            keys = [key for key, file in index.items() if file == shard]
+            held = check_shard(folder, shard, keys)
+            twice = sorted(set(held) & set(found))
+            if twice:
+                raise CheckpointError(f"{folder / shard} holds {twice[0]}, and so does a shard before it; save again")
+            found |= held
+    elif (folder / own).exists():
+        found = read_header(inside(folder, own))
+    elif local:
+        for name in local:
+            found |= read_header(inside(folder, name))
+    else:
+        other = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+        what = f"only {', '.join(other)}, which can run code" if other else "no weights"
+        raise CheckpointError(f"{folder} has no {own}, {what}; write it with save_pretrained")
+    return found
+
+
+def check_shard(folder: Path, shard: str, keys: list[str]) -> dict[str, Entry]:
+    """Refuses a shard that is missing or malformed, or does not hold what the index says.
+
+    Args:
+        folder: of the checkpoint.
+        shard: name of the file.
+        keys: the weights that the index looks for in it.
+
+    Returns:
+        These weights.
+    """
+    if not (folder / shard).exists():
+        raise CheckpointError(f"{folder / shard} is missing; it holds {parts_of(keys)}. Fetch or copy it again")
+    try:
+        found = read_header(inside(folder, shard))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. It holds {parts_of(keys)}") from error
+    absent = sorted(set(keys) - set(found))
+    if absent:
+        raise CheckpointError(
+            f"{folder / shard} has no {absent[0]}, where the index looks for {parts_of(absent)}; the two are not of "
+            "one save: fetch or save the model again"
+        )
+    return found
+
+
+def read_index(folder: Path, *, variant: str | None = None) -> dict[str, str] | None:
+    """The file of each weight; None where the folder has no index.
+
+    Raises:
+        CheckpointError: if the index is malformed, or names a file that is not right in the folder.
+    """
+    path = folder / _index_name(variant)
+    if not path.exists():
+        return None
+    plain = read_json(inside(folder, path.name), CheckpointError)
+    shards = plain.get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{path} has no weight_map from keys to file names; save or fetch the model again")
+    if not isinstance(plain.get("metadata", {}), dict):
+        raise CheckpointError(
+            f"{path} has metadata {plain['metadata']!r}, not an object; save or fetch the model again"
+        )
+    for shard in sorted(set(shards.values())):
+        if not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", shard, re.ASCII):
+            raise CheckpointError(f"{path} names {shard!r}; a shard is a .safetensors file in the same folder")
+    return shards
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file of the folder, which must lie in it; the Hub's cache may keep it beside, where it keeps all of them.
+
+    Raises:
+        CheckpointError: if it is no file, or a link that leads out.
+    """
+    path = folder / name
+    try:
+        real, root = path.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is a link that leads nowhere: {error}") from error
+    repository = next((held.parent for held in (root, *root.parents) if held.name == "snapshots"), None)
+    is_cached = repository is not None and real.parent == repository / "blobs"
+    if not real.is_relative_to(root) and not is_cached:
+        raise CheckpointError(
+            f"{path} is a link out of its folder, to {real}, by which a checkpoint from somebody else would read your "
+            "files; if you made the link, put the file itself in its place"
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{path} is no regular file; put the file itself in its place")
+    return path
+
+
+def parts_of(keys: Iterable[str]) -> str:
+    """Weights in words: how many, and of which layers.
+
+    Example:
+        >>> parts_of(["model.backbone.layers.0.norm.weight", "model.backbone.layers.1.norm.weight", "lm_head.weight"])
+        '3 weights: layers 0 to 1, lm_head'
+    """
+    keys = list(keys)
+    layers = sorted({int(number) for key in keys for number in re.findall(r"\.layers\.(\d{1,9})\.", f".{key}")})
+    others = sorted({key.removeprefix("model.").partition(".")[0] for key in keys if not re.search(r"\blayers\.", key)})
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], layer]
+        else:
+            runs.append([layer])
+    named = ["layers " + ", ".join(" to ".join(map(str, run)) for run in runs)] if runs else []
+    counted = "1 weight" if len(keys) == 1 else f"{len(keys)} weights"
+    return f"{counted}: {', '.join([*named, *others[:10]])}"
+
+
+def _named(name: str, variant: str | None) -> str:
+    """transformers puts a variant before the last part of a name."""
+    if variant is None:
+        return name
+    if not re.fullmatch(r"\w[\w.\-]*", variant, re.ASCII):
+        raise CheckpointError(f"variant {variant!r} must be a part of a file name, such as 'bf16'")
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}"
+
+
+def _index_name(variant: str | None) -> str:
+    return _named("model.safetensors.index.json", variant)
