@@ -47,6 +47,11 @@ def num_copies(towers: tuple[int, ...]) -> int:
     return max(towers) + 1
 
 
+def plain(weight: Tensor) -> Tensor:
+    """A weight as operations read it: one that torchao keeps quantised, as the numbers it stands for."""
+    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else weight
+
+
 def select(weight: Tensor, towers: tuple[int, ...], rows: RowLayout) -> tuple[Tensor, Tensor]:
     """The weights and the run ends that put ``rows`` through their copies.
 
@@ -59,6 +64,7 @@ def select(weight: Tensor, towers: tuple[int, ...], rows: RowLayout) -> tuple[Te
         ``(S, ...)``, the copy of each run of rows, and ``(S,)`` int32, the end of each run.
     """
     ends, copies = rows.segments(towers)
+    weight = plain(weight)
     return (weight if copies == list(range(len(weight))) else weight[copies]), ends
 
 

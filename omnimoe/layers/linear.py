@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnimoe.layers.bank import Bank, select
+from omnimoe.layers.bank import Bank, plain, select
 from omnimoe.layers.rows import RowLayout
 from omnimoe.ops import grouped_mm
 
@@ -32,7 +32,7 @@ class BankLinear(Bank):
     def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
         """``(N, D)`` rows to ``(N, F)``, each through the copy of its key."""
         if self.num_copies == 1:
-            return F.linear(x, self.weight.squeeze(0), None if self.bias is None else self.bias.squeeze(0))
+            return F.linear(x, plain(self.weight).squeeze(0), None if self.bias is None else self.bias.squeeze(0))
         weight, ends = select(self.weight, self.towers, rows)
         bias = None if self.bias is None else select(self.bias, self.towers, rows)[0]
         return grouped_mm(x, weight, ends, bias)

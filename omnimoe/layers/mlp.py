@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from omnimoe.layers.bank import Bank
+from omnimoe.layers.bank import Bank, plain
 from omnimoe.ops import experts_mlp
 
 
@@ -52,7 +52,7 @@ class BankMLP(Bank):
         Returns:
             ``(R, D)``, or ``(T, D)``.
         """
-        gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+        gate_up_proj, down_proj = plain(self.gate_up_proj), plain(self.down_proj)
         if copies is not None and copies != list(range(self.num_copies)):
             gate_up_proj, down_proj = gate_up_proj[copies], down_proj[copies]
         return experts_mlp(x, gate_up_proj, down_proj, offsets, self.activation, token_index, weights)
