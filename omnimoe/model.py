@@ -47,6 +47,7 @@ from omnimoe.inputs import (
 from omnimoe.layers import AttentionMask, RowLayout
 from omnimoe.layers.masks import uncached_facts
 from omnimoe.model_config import OmniMoeConfig
+from omnimoe.parallel import ParallelMixin
 from omnimoe.registry import Registry
 from omnimoe.routers import Router, Routing
 from omnimoe.scoring import Scores, aux_loss_of
@@ -124,6 +125,7 @@ class OmniMoePreTrainedModel(GuardedFiles):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
@@ -397,6 +399,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         output_hidden_states: bool | None = None,
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> OmniMoeOutput:

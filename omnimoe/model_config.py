@@ -265,6 +265,40 @@ class OmniMoeConfig(PreTrainedConfig):
             values["vocab_size"] = 0
         for name, value in changes.items():
             values[self.attribute_map.get(name, name)] = value
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {
+        "embed_tokens": "free_full_weight",
+        "backbone.layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "backbone.layers": (["x", "rows", "mask", "cache"], ["x"]),
+        "norm": (["x", "rows"], ["x"]),
+    }
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the model: the plans of its attention and experts; see docs/scaling.md."""
+        return self._plan("tp_plan")
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """How expert parallelism does."""
+        return self._plan("ep_plan")
+
+    def _plan(self, kind: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for block in self.blocks:
+            for part, config in (("self_attn", block.attention), ("mlp", block.experts)):
+                for name, style in getattr(config, kind, {}).items():
+                    path = f"backbone.layers.*.{part}.{name}".rstrip(".")
+                    if found.setdefault(path, style) != style:
+                        raise ConfigError(
+                            f"the layers disagree on the {kind} of {path}: {found[path]!r} and {style!r}; give parts "
+                            "that are split in another way another name"
+                        )
+        return found
+
         return type(self)(**values)
 
     @classmethod

@@ -58,6 +58,16 @@ class Experts(nn.Module, Configurable):
             """Whether a row's output depends on that row alone."""
             return True
 
+        @property
+        def tp_plan(self) -> dict[str, str]:
+            """How tensor parallelism splits the parts inside, name to style; what is not named lies on every rank."""
+            return {}
+
+        @property
+        def ep_plan(self) -> dict[str, str]:
+            """How expert parallelism does; empty where no router chooses."""
+            return {}
+
         def active_params(self, hidden_size: int, modality: int) -> float | None:
             """Weights in matrix products that a token of ``modality`` meets on average; None where unknown."""
             return None

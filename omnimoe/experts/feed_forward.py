@@ -37,6 +37,10 @@ class FeedForward(Experts):
         def needs_key_order(self) -> bool:
             return self.towers != "shared"
 
+        @property
+        def tp_plan(self) -> dict[str, str]:
+            return {"experts": "bank_mlp"}
+
         def active_params(self, hidden_size: int, modality: int) -> float:
             return (3 if self.gated else 2) * hidden_size * self.intermediate_size
 

@@ -54,6 +54,11 @@ class BaseAttention(nn.Module, Configurable):
             """Whether rows must come in key order."""
             return True
 
+        @property
+        def tp_plan(self) -> dict[str, str]:
+            """How tensor parallelism splits the parts inside, name to style; what is not named lies on every rank."""
+            return {}
+
         def kv_shape(self) -> tuple[int, int]:
             """Heads and head dimension that a cache keeps; ``(0, 0)`` where none is kept."""
             return 0, 0
@@ -115,6 +120,12 @@ class Attention(BaseAttention):
         def needs_key_order(self) -> bool:
             return any(towers != "shared" for towers in (self.towers, *self.site_towers.values()))
 
+        @property
+        def tp_plan(self) -> dict[str, str]:
+            plan = {"": "bank_attention", "o_proj": "bank_rowwise"}
+            plan |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), "bank_colwise")
+            return plan | (dict.fromkeys(("q_norm", "k_norm"), "bank_head_norm") if self.qk_norm != "none" else {})
+
     def __init__(self, config: Attention.Config, *, hidden_size: int, num_modalities: int, layer_idx: int) -> None:
         super().__init__()
         self.config = config
@@ -164,9 +175,7 @@ class Attention(BaseAttention):
         Returns:
             ``(N, D)`` rows, and ``(B, H, Q, K)`` attention weights where the implementation gives them.
         """
-        query = self.q_proj(x, rows).view(len(x), self.num_heads, self.head_dim)
-        key = self.k_proj(x, rows).view(len(x), self.num_kv_heads, self.head_dim)
-        value = self.v_proj(x, rows).view(len(x), self.num_kv_heads, self.head_dim)
+        query, key, value = (self._heads(site(x, rows)) for site in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query, rows), self.k_norm(key, rows)
         if rows.cos is not None and rows.sin is not None and self.config.rope is not None:
@@ -175,8 +184,11 @@ class Attention(BaseAttention):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         mixed, weights = self._attend(query, key, value, mask)
-        mixed = mixed.reshape(rows.batch_size, rows.sequence_length, self.num_heads * self.head_dim)
-        return self.o_proj(rows.to_rows(mixed), rows), weights
+        return self.o_proj(rows.to_rows(mixed.flatten(2)), rows), weights
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """``(N, H·C)`` to ``(N, H, C)``, as many heads as there are here."""
+        return x.view(len(x), x.shape[1] // self.head_dim, self.head_dim)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor | None]:
         if mask.attend is not None:

@@ -1,0 +1,296 @@
+"""Tensor and expert parallelism of banks, for transformers' ``DistributedConfig``.
+
+transformers' own styles shard ``nn.Linear``; a bank has a copy axis in front, and products of ours that know nothing of
+DTensor. So each style here hands a bank its local part and puts the collectives around it. What a model's parts want is
+written in their configs (``tp_plan``, ``ep_plan``); nothing in the layers knows of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+from omnimoe.layers import BankMLP
+from omnimoe.ops import combine, route_plan
+
+EP_STYLES = ("ep_dispatch_experts", "grouped_gemm")
+"""transformers' styles of experts that lie on several ranks, each whole on one, and of their parameters."""
+
+
+class ParallelError(ValueError):
+    """A model that cannot be split as asked."""
+
+
+class _SumGradients(torch.autograd.Function):
+    """The same on every rank; its gradient is the sum over ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; its gradient is the same on every rank."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Any) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+@contextlib.contextmanager
+def _local_parameters(module: nn.Module) -> Iterator[None]:
+    """Within it, the module holds the local parts of its own sharded parameters."""
+    from torch.distributed.tensor import DTensor
+
+    sharded = {name: held for name, held in module._parameters.items() if isinstance(held, DTensor)}
+    for name, held in sharded.items():
+        module._parameters[name] = held.to_local()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module._parameters.update(sharded)
+
+
+class BankStyle(TensorParallelLayer):
+    """Base of the styles: shards parameters by :meth:`placement`, then calls the module with its local parts."""
+
+    def placement(self, module: nn.Module, name: str, size: int) -> Any:
+        """How a parameter is laid out over ``size`` ranks; None leaves it whole on each."""
+        return None
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        """Puts a DTensor in the place of a parameter, from what this rank has of it."""
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = module._parameters.get(param)
+        placement = None if whole is None else self.placement(module, param, mesh.size())
+        if whole is None or placement is None:
+            return
+        split = whole.shape[placement.dim]
+        pieces = mesh.size() * getattr(placement, "split_factor", 1)
+        if split % pieces:
+            raise ParallelError(
+                f"{type(module).__name__}.{param} {tuple(whole.shape)} cannot be split over {mesh.size()} ranks, since "
+                f"{split} is no multiple of {pieces}; take another tp_size"
+            )
+        sharded = distribute_tensor(whole, mesh, [placement], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(sharded, requires_grad=whole.requires_grad)
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        """Puts :meth:`run` in the place of the module's forward."""
+        module.forward = functools.partial(self.run, module, module.forward, mesh.get_group())
+        return module
+
+    def run(self, module: nn.Module, forward: Callable, group: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module's own forward; what comes in and goes out is as without ranks, or split by heads."""
+        with _local_parameters(module):
+            return forward(*args, **kwargs)
+
+
+class _Attention(BankStyle):
+    """Refuses heads that do not divide; the projections inside have styles of their own."""
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        heads, kv_heads = module.num_heads, module.num_kv_heads
+        if heads % mesh.size() or kv_heads % mesh.size():
+            raise ParallelError(
+                f"{heads} query heads and {kv_heads} key heads cannot be split over {mesh.size()} ranks; "
+                "take a tp_size that divides both"
+            )
+        return module
+
+
+class _Columns(BankStyle):
+    """A bank whose outputs are split: weight ``(G, out, in)`` and bias ``(G, out)`` on the output axis."""
+
+    def placement(self, module: nn.Module, name: str, size: int) -> Any:
+        from torch.distributed.tensor import Shard
+
+        return Shard(1)
+
+    def run(self, module: nn.Module, forward: Callable, group: Any, *args: Any, **kwargs: Any) -> Any:
+        with _local_parameters(module):
+            return forward(_SumGradients.apply(args[0], group), *args[1:], **kwargs)
+
+
+class _Rows(BankStyle):
+    """A bank whose inputs are split; each rank adds its share of the bias, ``(G, out)``, which lies whole on all."""
+
+    def placement(self, module: nn.Module, name: str, size: int) -> Any:
+        from torch.distributed.tensor import Shard
+
+        return Shard(2) if name == "weight" else None
+
+    def run(self, module: nn.Module, forward: Callable, group: Any, *args: Any, **kwargs: Any) -> Any:
+        bias = module._parameters.get("bias")
+        with _local_parameters(module):
+            if bias is not None:
+                share = _SumGradients.apply(bias, group) / dist.get_world_size(group)
+                module._parameters["bias"] = share  # type: ignore[assignment]
+            try:
+                return _Sum.apply(forward(*args, **kwargs), group)
+            finally:
+                if bias is not None:
+                    module._parameters["bias"] = bias
+
+
+class _HeadNorm(BankStyle):
+    """A q/k norm over local heads: one scale for all heads lies whole on each rank, one a head ``(G, H, C)`` is split."""
+
+    def placement(self, module: nn.Module, name: str, size: int) -> Any:
+        from torch.distributed.tensor import Shard
+
+        return Shard(1) if module._parameters[name].ndim == 3 else None  # type: ignore[union-attr]
+
+    def run(self, module: nn.Module, forward: Callable, group: Any, *args: Any, **kwargs: Any) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        whole = {name: held for name, held in module._parameters.items() if not isinstance(held, DTensor | None)}
+        for name, held in whole.items():
+            module._parameters[name] = _SumGradients.apply(held, group)
+        try:
+            with _local_parameters(module):
+                return forward(*args, **kwargs)
+        finally:
+            module._parameters.update(whole)
+
+
+class _Network(BankStyle):
+    """A bank of feed-forward networks, split on the inner width: gate and up alike, and down on its inputs."""
+
+    def placement(self, module: nn.Module, name: str, size: int) -> Any:
+        from torch.distributed.tensor import Shard
+        from torch.distributed.tensor.placement_types import _StridedShard
+
+        if name == "down_proj":
+            return Shard(2)
+        is_gated = module.gate_up_proj.shape[1] != module.down_proj.shape[2]
+        return _StridedShard(dim=1, split_factor=2) if is_gated else Shard(1)
+
+    def run(self, module: nn.Module, forward: Callable, group: Any, *args: Any, **kwargs: Any) -> Any:
+        def shared(given: Any) -> Any:
+            is_real = isinstance(given, Tensor) and given.is_floating_point()
+            return _SumGradients.apply(given, group) if is_real else given
+
+        kwargs = {name: shared(given) for name, given in kwargs.items()}
+        with _local_parameters(module):
+            return _Sum.apply(forward(*(shared(given) for given in args), **kwargs), group)
+
+
+for _name, _style in (
+    ("bank_attention", _Attention()),
+    ("bank_colwise", _Columns()),
+    ("bank_rowwise", _Rows()),
+    ("bank_head_norm", _HeadNorm()),
+    ("bank_mlp", _Network()),
+):
+    ALL_PARALLEL_STYLES.register(_name, _style)
+
+
+def as_experts(bank: BankMLP) -> None:
+    """Lets transformers call a bank as it calls experts: ``(hidden_states, top_k_index, top_k_weights)``, ids local.
+
+    Args:
+        bank: whose forward is replaced. :func:`by_runs` follows once transformers has put its dispatch around it.
+    """
+    bank.num_experts = bank.num_copies
+    own = bank.forward
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        plan = route_plan(top_k_index, bank.num_experts)
+        weights = top_k_weights.reshape(-1)[plan.order]
+        return own(hidden_states, plan.offsets, token_index=plan.token_index, weights=weights)
+
+    bank.forward = forward
+
+
+def by_runs(bank: BankMLP) -> None:
+    """Lets our layers call a bank that transformers dispatches to as they call any: rows in runs, see ``BankMLP``."""
+    dispatch = bank.forward
+
+    def forward(
+        x: Tensor,
+        offsets: Tensor,
+        copies: list[int] | None = None,
+        token_index: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        num_rows = len(x) if token_index is None else len(token_index)
+        run = torch.searchsorted(offsets, torch.arange(num_rows, device=x.device, dtype=offsets.dtype), right=True)
+        is_held = run < len(offsets)  # rows past the last run go to no expert, and count nothing
+        ids = run.clamp(max=len(offsets) - 1)
+        if copies is not None:
+            ids = torch.tensor(copies, device=x.device)[ids]
+        given = x.new_ones(num_rows) if weights is None else weights
+        rows = x if token_index is None else x.index_select(0, token_index)
+        y = dispatch(rows, ids.unsqueeze(1), torch.where(is_held, given, 0).unsqueeze(1))
+        return y if token_index is None else combine(y, token_index, torch.ones_like(given), len(x))
+
+    bank.forward = forward
+
+
+class ParallelMixin:
+    """What a model adds to transformers' own distribution of models."""
+
+    def _validate_parallel_plan(self, plan: dict, supported_styles: Any, plan_name: str, names: Any = None) -> None:
+        """Refuses a rule that names nothing, which transformers would only warn of."""
+        super()._validate_parallel_plan(plan, supported_styles, plan_name, names)  # type: ignore[misc]
+        known = {name for name, _ in (*self.named_modules(), *self.named_parameters())}  # type: ignore[attr-defined]
+        unmatched = sorted(set(plan) - {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in known})
+        if unmatched:
+            raise ParallelError(
+                f"{plan_name} has rules for {unmatched}, which {type(self).__name__} does not have; layers are called "
+                "model.backbone.layers.*"
+            )
+
+    def _expand_parallel_plan(self, plan: dict) -> dict:
+        """Leaves out banks that no router chooses from, which have the same name in layers that are of one kind each."""
+        expanded = super()._expand_parallel_plan(plan)  # type: ignore[misc]
+        blocks = self.config.blocks  # type: ignore[attr-defined]
+
+        def is_routed(name: str) -> bool:
+            layer = re.search(r"\.layers\.(\d+)\.", f".{name}")
+            return layer is None or bool(blocks[int(layer.group(1))].experts.ep_plan)
+
+        return {name: held for name, held in expanded.items() if held not in EP_STYLES or is_routed(name)}
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """Splits the model over ranks, before weights are read, where ``distributed_config`` asks for it."""
+        banks = []
+        if mesh_manager is not None and distributed_config.ep_size > 1:
+            plan = model._expand_parallel_plan(model.ep_plan | (distributed_config.ep_plan or {}))
+            banks = [model.get_submodule(name) for name, style in plan.items() if style == EP_STYLES[0]]
+        for bank in banks:
+            as_experts(bank)
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
+        for bank in banks:
+            by_runs(bank)
+        return model
+
+    def _get_static_cache_init_shape(self) -> Any:
+        """None under tensor parallelism: a cache takes the heads of this rank from the first keys it gets."""
+        if (getattr(self, "_tp_size", None) or 1) > 1:
+            return None
+        return super()._get_static_cache_init_shape()  # type: ignore[misc]
