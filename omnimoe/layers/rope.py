@@ -13,6 +13,7 @@ from torch import Tensor
 
 from omnimoe.config import Config as ConfigBase
 from omnimoe.config import ConfigError, Configurable
+from omnimoe.layers.rope_scaling import RopeScaling
 from omnimoe.ops import rope
 
 
@@ -30,6 +31,8 @@ class Rope(Configurable):
         """Base of the frequencies."""
         sections: tuple[int, ...] = ()
         """Frequencies of each axis, summing to half the head dimension; empty for a single axis."""
+        scaling: RopeScaling.Config | None = None
+        """What changes the frequencies for longer sequences."""
 
     def __init__(self, config: Rope.Config, *, head_dim: int) -> None:
         if head_dim % 2:
@@ -38,6 +41,7 @@ class Rope(Configurable):
             raise ConfigError(f"rope sections {config.sections} must sum to half of head_dim {head_dim}")
         self.config = config
         self.head_dim = head_dim
+        self.scaling = None if config.scaling is None else config.scaling.build()
 
     @property
     def num_axes(self) -> int:
@@ -59,14 +63,19 @@ class Rope(Configurable):
         if positions.shape[-1] not in (1, self.num_axes):
             raise ValueError(f"positions have {positions.shape[-1]} axes, rope has {self.num_axes}")
         pair = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device)
-        frequency = self.config.theta ** -(pair / self.head_dim)
+        # rounded as in the models that are converted: far positions multiply a difference
+        frequency = 1.0 / self.config.theta ** (pair / self.head_dim)
+        if self.scaling is not None:
+            frequency = self.scaling.frequencies(frequency, self.config.theta)
         if positions.shape[-1] == 1:
             turned = positions.float()
         else:
             axis = torch.arange(self.num_axes).repeat_interleave(torch.tensor(self.config.sections))
             turned = positions.float()[:, axis.to(positions.device)]
         angle = turned * frequency
-        return angle.cos(), angle.sin()
+        if self.scaling is None or self.scaling.factor == 1.0:
+            return angle.cos(), angle.sin()
+        return angle.cos() * self.scaling.factor, angle.sin() * self.scaling.factor
 
 
 __all__ = ["Rope", "rope"]
