@@ -112,7 +112,7 @@ class OmniMoeOutput(ModelOutput):
     rows: RowLayout | None = None
 
 
-class OmniMoePreTrainedModel(GuardedFiles):
+class OmniMoePreTrainedModel(ParallelMixin, GuardedFiles):
     """Loading, saving and initialisation, from transformers."""
 
     config: OmniMoeConfig

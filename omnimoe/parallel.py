@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-from omnimoe.layers import BankMLP
 from omnimoe.ops import combine, route_plan
 
 EP_STYLES = ("ep_dispatch_experts", "grouped_gemm")
@@ -65,7 +64,7 @@ def _local_parameters(module: nn.Module) -> Iterator[None]:
 
     sharded = {name: held for name, held in module._parameters.items() if isinstance(held, DTensor)}
     for name, held in sharded.items():
-        module._parameters[name] = held.to_local()  # type: ignore[assignment]
+        module._parameters[name] = held.to_local()
     try:
         yield
     finally:
@@ -147,7 +146,7 @@ class _Rows(BankStyle):
         with _local_parameters(module):
             if bias is not None:
                 share = _SumGradients.apply(bias, group) / dist.get_world_size(group)
-                module._parameters["bias"] = share  # type: ignore[assignment]
+                module._parameters["bias"] = share
             try:
                 return _Sum.apply(forward(*args, **kwargs), group)
             finally:
@@ -156,12 +155,12 @@ class _Rows(BankStyle):
 
 
 class _HeadNorm(BankStyle):
-    """A q/k norm over local heads: one scale for all heads lies whole on each rank, one a head ``(G, H, C)`` is split."""
+    """A q/k norm over local heads: a scale for all heads lies whole on each rank, one a head, ``(G, H, C)``, is split."""
 
     def placement(self, module: nn.Module, name: str, size: int) -> Any:
         from torch.distributed.tensor import Shard
 
-        return Shard(1) if module._parameters[name].ndim == 3 else None  # type: ignore[union-attr]
+        return Shard(1) if module._parameters[name].ndim == 3 else None
 
     def run(self, module: nn.Module, forward: Callable, group: Any, *args: Any, **kwargs: Any) -> Any:
         from torch.distributed.tensor import DTensor
@@ -208,11 +207,12 @@ for _name, _style in (
     ALL_PARALLEL_STYLES.register(_name, _style)
 
 
-def as_experts(bank: BankMLP) -> None:
+def as_experts(bank: Any) -> None:
     """Lets transformers call a bank as it calls experts: ``(hidden_states, top_k_index, top_k_weights)``, ids local.
 
     Args:
-        bank: whose forward is replaced. :func:`by_runs` follows once transformers has put its dispatch around it.
+        bank: a ``BankMLP``, whose forward is replaced; :func:`by_runs` follows once transformers has put its dispatch
+            around it.
     """
     bank.num_experts = bank.num_copies
     own = bank.forward
@@ -225,8 +225,8 @@ def as_experts(bank: BankMLP) -> None:
     bank.forward = forward
 
 
-def by_runs(bank: BankMLP) -> None:
-    """Lets our layers call a bank that transformers dispatches to as they call any: rows in runs, see ``BankMLP``."""
+def by_runs(bank: Any) -> None:
+    """Lets our layers call a bank that transformers dispatches to as they call any ``BankMLP``: with rows in runs."""
     dispatch = bank.forward
 
     def forward(
@@ -265,7 +265,7 @@ class ParallelMixin:
             )
 
     def _expand_parallel_plan(self, plan: dict) -> dict:
-        """Leaves out banks that no router chooses from, which have the same name in layers that are of one kind each."""
+        """Leaves out banks that no router chooses from, which are called alike in layers of another kind."""
         expanded = super()._expand_parallel_plan(plan)  # type: ignore[misc]
         blocks = self.config.blocks  # type: ignore[attr-defined]
 

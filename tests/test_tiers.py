@@ -35,7 +35,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "spans": ("model_config",),
     "scoring": ("inputs", "modalities", "routers"),
     "experts_interface": ("ops",),
-    "parallel": ("layers",),
+    "parallel": ("ops",),
     "flops": ("model_config",),
     "model_card": ("flops",),
     "publish": (),
