@@ -1,8 +1,9 @@
 """Tier 3: routers say which expert takes which row."""
 
+from omnimoe.routers.attributes import AttributeRouter
 from omnimoe.routers.base import ROUTERS, Router, Routing, register_router
 from omnimoe.routers.by_modality import ByModalityRouter
-from omnimoe.routers.expert_choice import ExpertChoiceRouter
+from omnimoe.routers.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
 from omnimoe.routers.faults import router_faults
 from omnimoe.routers.hash import HashRouter
 from omnimoe.routers.losses import (
@@ -21,8 +22,10 @@ from omnimoe.routers.top_k import TopKRouter
 __all__ = [
     "ROUTERS",
     "SCORES",
+    "AttributeRouter",
     "ByModalityRouter",
     "ExpertChoiceRouter",
+    "ExpertThresholdRouter",
     "HashRouter",
     "Router",
     "Routing",

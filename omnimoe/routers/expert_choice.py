@@ -1,23 +1,28 @@
 """Expert choice: every expert takes its best rows.
 
 The choice looks at all rows of the batch, later ones too, so it is for training and scoring. Where a cache is in use a
-row may not depend on others; then an expert takes every row whose score reaches its cut-off, a running mean of the
-lowest score it took in training (the rule of Expert Threshold routing, https://arxiv.org/abs/2603.11535).
+row may not depend on others; then one of two rules stands in. ``"cutoff"``: an expert takes every row whose score
+reaches a running mean of the lowest score it took in training. ``"auxiliary"``: a small network of its own, trained to
+foretell the choice, says which rows it takes (MoMa). Either way the weight is the score.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from omnimoe.config import ConfigError
 from omnimoe.layers import RowLayout
 from omnimoe.routers.base import Router, Routing, register_router
-from omnimoe.routers.scores import SCORES, Scorer
+from omnimoe.routers.scores import SCORES, Scorer, check_score
+
+CAUSAL_FORMS = ("cutoff", "auxiliary", "none")
 
 
 @register_router("expert_choice")
@@ -37,16 +42,29 @@ class ExpertChoiceRouter(Router):
         capacity_factor: float = 1.0
         """Experts that a row meets on average."""
         score: str = "sigmoid"
-        """``"sigmoid"`` (MoMa) or ``"softmax"`` over experts."""
+        """``"sigmoid"`` (MoMa), ``"softmax"`` or ``"sqrt_softplus"`` over experts."""
         cutoff_momentum: float = 0.99
         """Share of the old cut-off that a training step keeps."""
+        causal_form: str = "cutoff"
+        """How a row is routed where it may not look at others: by the running ``"cutoff"``, by an ``"auxiliary"``
+        router, or not at all, ``"none"``: then the model does not generate."""
+        auxiliary_coef: float = 1.0
+        """Coefficient of the auxiliary router's loss, the binary cross-entropy of each expert's choice. It moves the
+        auxiliary router alone."""
+        gumbel_noise: float = 0.0
+        """Training adds the difference of two Gumbel draws, times this, to logits: copies of an expert then part."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.score not in SCORES:
-                raise ConfigError(f"unknown score {self.score!r}; known: {', '.join(SCORES)}")
+            check_score(self.score)
             if self.capacity_factor <= 0:
                 raise ConfigError(f"capacity_factor must be positive, got {self.capacity_factor}")
+            if self.causal_form not in CAUSAL_FORMS:
+                raise ConfigError(f"unknown causal_form {self.causal_form!r}; known: {', '.join(CAUSAL_FORMS)}")
+
+        @property
+        def has_causal_form(self) -> bool:
+            return self.causal_form != "none"
 
         @property
         def needs_key_order(self) -> bool:
@@ -56,7 +74,12 @@ class ExpertChoiceRouter(Router):
             return min(self.capacity_factor, float(num_experts))
 
         def router_params(self, hidden_size: int, num_experts: int, modality: int | None = None) -> int:
-            return hidden_size * num_experts
+            own = hidden_size * num_experts
+            if self.causal_form == "auxiliary":
+                own += (hidden_size // 2) * (hidden_size + num_experts)
+            return own
+
+    config: ExpertChoiceRouter.Config
 
     def __init__(
         self, config: ExpertChoiceRouter.Config, *, hidden_size: int, num_experts: int, num_modalities: int
@@ -65,48 +88,77 @@ class ExpertChoiceRouter(Router):
         self.config = config
         self.num_experts = num_experts
         self.scorer = Scorer(hidden_size, num_experts)
+        self.auxiliary = AuxiliaryRouter(hidden_size, num_experts) if config.causal_form == "auxiliary" else None
         self.register_buffer("cutoff", self.initial_buffers()["cutoff"])
 
     def initial_buffers(self) -> dict[str, Tensor]:
         """The cut-off starts where an untrained router's scores lie."""
-        start = 0.5 if self.config.score == "sigmoid" else 1 / self.num_experts
-        return {"cutoff": torch.full((self.num_experts,), start, dtype=torch.float32)}
+        start = SCORES[self.config.score](torch.zeros(self.num_experts))
+        return {"cutoff": start.to(torch.float32)}
 
     def forward(self, x: Tensor, rows: RowLayout) -> Routing:
         """``(N, D)`` rows; entries come expert by expert."""
         logits = self.scorer(x)
-        scores = SCORES[self.config.score](logits)
-        if torch.compiler.is_compiling():
-            return self._traced(logits, scores, rows, x.dtype)
+        noise = _logistic_like(logits) * self.config.gumbel_noise if self.training and self.config.gumbel_noise else 0.0
+        scores = SCORES[self.config.score](logits + noise)
         if rows.routes_causally:
-            expert_ids, token_index = (scores >= self.cutoff).t().nonzero().unbind(1)
-            return Routing(token_index, expert_ids, scores[token_index, expert_ids].to(x.dtype), logits)
-        capacity = min(len(x), math.ceil(self.config.capacity_factor * len(x) / self.num_experts))
-        weights, token_index = scores.t().topk(capacity, dim=-1)
-        expert_ids = torch.arange(self.num_experts, device=x.device).repeat_interleave(capacity)
-        cutoff = weights[:, -1].detach() if capacity else None
-        return Routing(token_index.reshape(-1), expert_ids, weights.reshape(-1).to(x.dtype), logits, {}, cutoff)
+            return self._entries(scores, self._alone(x, scores), logits, rows, x.dtype)
+        weights, token_index, taken, cutoff = self._best(scores, rows)
+        experts = torch.arange(self.num_experts, device=x.device).unsqueeze(1).expand_as(token_index)
+        losses = {}
+        if self.auxiliary is not None:
+            chosen = torch.zeros_like(scores).index_put((token_index, experts), taken.to(scores.dtype), accumulate=True)
+            losses["auxiliary"] = self.config.auxiliary_coef * _foretold(self.auxiliary(x.detach()), chosen, rows)
+        return Routing(
+            token_index.reshape(-1),
+            experts.where(taken, -1).reshape(-1),
+            weights.reshape(-1).to(x.dtype),
+            logits,
+            losses,
+            cutoff,
+        )
 
-    def _traced(self, logits: Tensor, scores: Tensor, rows: RowLayout, dtype: torch.dtype) -> Routing:
-        """The same with shapes that depend on no value: entries that are not taken go to no expert."""
-        counted = torch.ones_like(scores[:, 0], dtype=torch.bool) if rows.counted is None else rows.counted
+    def _best(self, scores: Tensor, rows: RowLayout) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Scores and rows ``(E, C)`` of each expert's best, which of them it takes, and the lowest score it took.
+
+        All are taken where all rows count; in a traced graph there may be room for more than are taken.
+        """
+        factor, number = self.config.capacity_factor / self.num_experts, len(scores)
+        most = min(number, math.ceil(factor * number))
+        if rows.counted is None:
+            weights, token_index = scores.t().topk(most, dim=-1)
+            cutoff = weights[:, -1].detach() if most else None
+            return weights, token_index, torch.ones_like(token_index, dtype=torch.bool), cutoff
+        counted = rows.counted.sum()
+        capacity = torch.minimum((factor * counted.double()).ceil().long(), counted)
+        weights, token_index = scores.masked_fill(~rows.counted.unsqueeze(1), float("-inf")).t().topk(most, dim=-1)
+        taken = (torch.arange(most, device=scores.device) < capacity).expand(self.num_experts, -1)
+        last = weights.detach().gather(1, (capacity - 1).clamp_min(0).expand(self.num_experts, 1)).squeeze(1)
+        return torch.where(taken, weights, 0), token_index, taken, torch.where(capacity > 0, last, float("nan"))
+
+    def _alone(self, x: Tensor, scores: Tensor) -> Tensor:
+        """``(N, E)`` bool, which experts a row goes to where it may not look at others."""
+        if self.config.causal_form == "none":
+            raise ValueError(
+                "expert choice looks at all rows, which a cache does not allow, and this router has no other form; "
+                "set causal_form='cutoff' or causal_form='auxiliary' and train it"
+            )
+        if self.auxiliary is not None:
+            return self.auxiliary(x) > 0  # the logit of one half
+        return scores >= self.cutoff
+
+    def _entries(self, scores: Tensor, taken: Tensor, logits: Tensor, rows: RowLayout, dtype: torch.dtype) -> Routing:
+        """The routing of a choice ``(N, E)``, expert by expert."""
+        taken = taken if rows.counted is None else taken & rows.counted.unsqueeze(1)
+        if not torch.compiler.is_compiling():
+            expert_ids, token_index = taken.t().nonzero().unbind(1)
+            return Routing(token_index, expert_ids, scores[token_index, expert_ids].to(dtype), logits)
+        # in a traced graph no shape may depend on a value
         experts = torch.arange(self.num_experts, device=scores.device).unsqueeze(1)
-        if rows.routes_causally:
-            taken = ((scores >= self.cutoff) & counted.unsqueeze(1)).t()  # (E, N)
-            weights, cutoff = scores.t(), None
-            token_index = torch.arange(len(scores), device=scores.device).expand(self.num_experts, -1)
-        else:
-            most = min(len(scores), math.ceil(self.config.capacity_factor * len(scores) / self.num_experts))
-            number = counted.sum()
-            capacity = (self.config.capacity_factor * number.double() / self.num_experts).ceil().long()
-            capacity = torch.minimum(capacity, number)
-            weights, token_index = scores.masked_fill(~counted.unsqueeze(1), float("-inf")).t().topk(most, dim=-1)
-            taken = (torch.arange(most, device=scores.device) < capacity).expand(self.num_experts, -1)
-            last = weights.detach().gather(1, (capacity - 1).clamp_min(0).expand(self.num_experts, 1)).squeeze(1)
-            cutoff = torch.where(capacity > 0, last, float("nan"))
-            weights = torch.where(taken, weights, 0)
-        expert_ids = torch.where(taken, experts, -1).reshape(-1)
-        return Routing(token_index.reshape(-1), expert_ids, weights.reshape(-1).to(dtype), logits, {}, cutoff)
+        token_index = torch.arange(len(scores), device=scores.device).expand(self.num_experts, -1)
+        expert_ids = torch.where(taken.t(), experts, -1)
+        weights = torch.where(taken, scores, 0).t()
+        return Routing(token_index.reshape(-1), expert_ids.reshape(-1), weights.reshape(-1).to(dtype), logits)
 
     @torch.no_grad()
     def update(self, routing: Routing) -> None:
@@ -115,3 +167,90 @@ class ExpertChoiceRouter(Router):
             seen = routing.cutoff.isfinite()
             moved = torch.lerp(routing.cutoff.to(self.cutoff), self.cutoff, self.config.cutoff_momentum)
             self.cutoff.copy_(torch.where(seen, moved, self.cutoff))
+
+
+@register_router("expert_threshold")
+class ExpertThresholdRouter(ExpertChoiceRouter):
+    """An expert takes every row whose score reaches its cut-off, in training too, so that no row looks at others.
+
+    The cut-off follows expert choice: a running mean of the score that would give each expert its capacity.
+
+    Source: Expert Threshold routing, https://arxiv.org/abs/2603.11535; momentum and warm-up are ours.
+    """
+
+    is_causal: ClassVar[bool] = True
+    steps: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ExpertChoiceRouter.Config):
+        """Expert threshold."""
+
+        warmup_steps: int = 100
+        """Training steps at first in which the cut-off is that of the batch, as in expert choice."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.causal_form != "cutoff":
+                raise ConfigError(f"expert threshold routes by its cut-off; causal_form {self.causal_form!r} is none")
+
+    config: ExpertThresholdRouter.Config
+
+    def __init__(self, config: ExpertThresholdRouter.Config, **sizes: int) -> None:
+        super().__init__(config, **sizes)
+        self.register_buffer("steps", self.initial_buffers()["steps"])
+
+    def initial_buffers(self) -> dict[str, Tensor]:
+        """The cut-off, and the steps it has seen."""
+        return {**super().initial_buffers(), "steps": torch.zeros((), dtype=torch.int64)}
+
+    def forward(self, x: Tensor, rows: RowLayout) -> Routing:
+        """``(N, D)`` rows; entries come expert by expert."""
+        logits = self.scorer(x)
+        scores = SCORES[self.config.score](logits)
+        cutoff, reached = self.cutoff, None
+        if self.training and not rows.routes_causally:
+            reached = self._best(scores, rows)[3]
+            if reached is not None:
+                warm = (self.steps < self.config.warmup_steps) & reached.isfinite()
+                cutoff = torch.where(warm, reached, cutoff)
+        routing = self._entries(scores, scores >= cutoff, logits, rows, x.dtype)
+        return dataclasses.replace(routing, cutoff=reached)
+
+    @torch.no_grad()
+    def update(self, routing: Routing) -> None:
+        """Moves the cut-off, and counts the step."""
+        super().update(routing)
+        self.steps += int(routing.cutoff is not None)
+
+
+class AuxiliaryRouter(nn.Module):
+    """Foretells from a row alone which experts take it: two matrices and a SiLU, in float32.
+
+    Args:
+        hidden_size: D.
+        num_experts: E.
+
+    Source: MoMa, https://arxiv.org/abs/2407.21770, section 3.4.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.inner = Scorer(hidden_size, hidden_size // 2)
+        self.outer = Scorer(hidden_size // 2, num_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, D)`` to ``(N, E)`` float32, the logit of each expert's choice."""
+        return self.outer(F.silu(self.inner(x)))
+
+
+def _foretold(logits: Tensor, chosen: Tensor, rows: RowLayout) -> Tensor:
+    """Mean binary cross-entropy over rows that count."""
+    each = F.binary_cross_entropy_with_logits(logits, chosen, reduction="none").mean(-1)
+    present = torch.ones_like(each) if rows.counted is None else rows.counted.to(each.dtype)
+    return (each * present).sum() / present.sum().clamp_min(1)
+
+
+def _logistic_like(logits: Tensor) -> Tensor:
+    """The difference of two standard Gumbel draws, which is a standard logistic draw."""
+    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+    return uniform.log() - (-uniform).log1p()

@@ -72,12 +72,12 @@ class HashRouter(TopKRouter):
         config, count = self.config, self.num_experts + self.num_free
         generator = torch.Generator().manual_seed(config.seed)
         if config.table == "random":
-            drawn = torch.rand(config.num_ids, count, generator=generator).topk(config.top_k).indices
+            drawn = torch.rand(config.num_ids, count, generator=generator, device="cpu").topk(config.top_k).indices
         else:
-            first = torch.randperm(config.num_ids, generator=generator) % count
-            steps = torch.randperm(count, generator=generator)[: config.top_k]
+            first = torch.randperm(config.num_ids, generator=generator, device="cpu") % count
+            steps = torch.randperm(count, generator=generator, device="cpu")[: config.top_k]
             drawn = (first.unsqueeze(1) + steps) % count
-        return {**super().initial_buffers(), "table": drawn}
+        return {**super().initial_buffers(), "table": drawn.to(torch.get_default_device())}
 
     def forward(self, x: Tensor, rows: RowLayout) -> Routing:
         """``(N, D)`` rows to N·K entries, the K of a row side by side."""
