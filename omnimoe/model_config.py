@@ -101,6 +101,9 @@ class OmniMoeConfig(PreTrainedConfig):
     """Keep keys and values in generation."""
     output_router_logits: bool = False
     """Return each layer's raw router logits."""
+    published: dict[str, Any] = field(default_factory=dict)
+    """Of a converted checkpoint the family and the published config, from which it can be written back; a config that
+    is changed loses it."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, kind in _PARTS.items():
@@ -108,9 +111,6 @@ class OmniMoeConfig(PreTrainedConfig):
                 setattr(self, name, kind.from_dict(getattr(self, name)))
         # transformers keeps whatever it does not know as an attribute, which would hide a slip of the pen
         for name in filter(self._is_foreign, kwargs):
-    published: dict[str, Any] = field(default_factory=dict)
-    """Of a converted checkpoint the family and the published config, from which it can be written back; a config that
-    is changed loses it."""
             raise ConfigError(f"OmniMoeConfig has no field {name!r}{self._hint(name)}")
         for name, kind in _LISTS.items():
             if not isinstance(getattr(self, name), list | tuple):
@@ -266,6 +266,8 @@ class OmniMoeConfig(PreTrainedConfig):
         values = {name: getattr(self, name) for name in own}
         if "modalities" in changes:
             values["vocab_size"] = 0
+        if changes:
+            values["published"] = {}
         for name, value in changes.items():
             values[self.attribute_map.get(name, name)] = value
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {
@@ -299,25 +301,6 @@ class OmniMoeConfig(PreTrainedConfig):
                         raise ConfigError(
                             f"the layers disagree on the {kind} of {path}: {found[path]!r} and {style!r}; give parts "
                             "that are split in another way another name"
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; the vocabulary follows the modalities unless it is given.
-
-        Raises:
-            ConfigError: if a field does not exist; the message names the nearest one.
-        """
-        own = {spec.name for spec in dataclasses.fields(self)}
-        for name in changes:
-            if name not in own and name not in self.attribute_map:
-                near = difflib.get_close_matches(name, sorted(own), n=1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"OmniMoeConfig has no field {name!r}{meant}")
-        values = {name: getattr(self, name) for name in own}
-        if "modalities" in changes:
-            values["vocab_size"] = 0
-        if changes:
-            values["published"] = {}
-        for name, value in changes.items():
-            values[self.attribute_map.get(name, name)] = value
                         )
         return found
 
