@@ -1,0 +1,122 @@
+"""What a family declares of its published checkpoints, and which family a folder belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omnimoe.checkpoint import CheckpointError, read_json
+from omnimoe.config import ConfigError
+from omnimoe.convert.rules import Plan, Rule, make_plan
+from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.registry import Registry
+
+CONFIG = "config.json"
+JsonFiles = Mapping[str, dict[str, Any]]
+
+
+def _nothing_tied(config: OmniMoeConfig) -> dict[str, str]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converter:
+    """The way from published checkpoints of a family to ours, and back.
+
+    Args:
+        name: of the family, as it is registered.
+        config: our config, from the JSON files by name.
+        rules: the table for a config; see :mod:`omnimoe.convert.rules`.
+        model_types: the ``model_type`` of the ``config.json`` files that the family serves. Without any, a folder
+            belongs to the family where all its files are there.
+        json_files: JSON files that describe a checkpoint.
+        weight_files: for each prefix that published names are given, the safetensors file.
+        tied: published names that repeat another one, for a config: a file may hold them or not.
+        ignored: patterns of whole published names that have no place in our model on purpose, each with the reason.
+        optional: patterns of published names that a file may lack; what they give then keeps its start.
+        fresh: names of ours that no published tensor gives.
+        notice: what the licence of the weights restricts; logged when they are loaded.
+    """
+
+    name: str
+    config: Callable[[JsonFiles], OmniMoeConfig]
+    rules: Callable[[OmniMoeConfig], Iterable[Rule]]
+    model_types: tuple[str, ...] = ()
+    json_files: tuple[str, ...] = (CONFIG,)
+    weight_files: Mapping[str, str] = field(default_factory=lambda: {"": "model.safetensors"})
+    tied: Callable[[OmniMoeConfig], dict[str, str]] = _nothing_tied
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    fresh: Callable[[OmniMoeConfig], Iterable[str]] = _nothing_tied
+    notice: str = ""
+
+    def config_of(self, files: JsonFiles | dict[str, Any]) -> OmniMoeConfig:
+        """Our config, which remembers the published one, so that weights can be written back.
+
+        Args:
+            files: the JSON files by name, or the one file of a family that has one.
+
+        Raises:
+            CheckpointError: if a value is missing, malformed, or asks for what the parts here do not do.
+        """
+        held = dict(files) if set(files) == set(self.json_files) else {self.json_files[0]: dict(files)}
+        try:
+            config = self.config(held)
+        except ConfigError as error:
+            raise CheckpointError(f"the config of this {self.name} checkpoint does not fit: {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the config of this {self.name} checkpoint is malformed: {error!r}") from error
+        config.published = {"family": self.name, "files": held}
+        return config
+
+    def plan(self, model: OmniMoeForCausalLM) -> Plan:
+        """The table, expanded for a model of any device, the meta device too."""
+        twins = set(getattr(model, "all_tied_weights_keys", {}))
+        shapes = {name: tuple(held.shape) for name, held in model.state_dict().items() if name not in twins}
+        return make_plan(self.rules(model.config), shapes, fresh=self.fresh(model.config))
+
+    def reason_to_ignore(self, name: str) -> str | None:
+        """Why a published name has no place here, or None where it should have one."""
+        return next((why for pattern, why in self.ignored.items() if re.fullmatch(pattern, name)), None)
+
+    def is_optional(self, name: str) -> bool:
+        """Whether a file may lack a published name."""
+        return any(re.fullmatch(pattern, name) for pattern in self.optional)
+
+    def serves(self, folder: Path) -> bool:
+        """Whether a folder holds a checkpoint of the family."""
+        if self.model_types:
+            return _model_type(folder) in self.model_types
+        wanted = [*self.json_files, *self.weight_files.values()]
+        return all((folder / name).is_file() or (folder / f"{name}.index.json").is_file() for name in wanted)
+
+
+CONVERTERS: Registry[Converter] = Registry("converter")
+
+
+def register_converter(converter: Converter, *, exist_ok: bool = False) -> Converter:
+    """Files a converter under its name.
+
+    Raises:
+        RegistryError: if the name is malformed or taken.
+    """
+    return CONVERTERS.register(converter.name, exist_ok=exist_ok)(converter)
+
+
+def find_converter(folder: Path) -> Converter | None:
+    """The converter of a folder; None where it holds a model of omnimoe, or of no family that is known."""
+    if _model_type(folder) == "omnimoe":
+        return None
+    return next((held for held in (CONVERTERS.get(name) for name in CONVERTERS) if held.serves(folder)), None)
+
+
+def _model_type(folder: Path) -> str | None:
+    """None where ``config.json`` is missing or broken, which a family with files of its own does not mind."""
+    try:
+        kind = read_json(folder / CONFIG, CheckpointError).get("model_type")
+    except CheckpointError:
+        return None
+    return kind if isinstance(kind, str) else None

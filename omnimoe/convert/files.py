@@ -1,0 +1,193 @@
+"""Safetensors files read and written tensor by tensor, so that no more than one published tensor is held at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from omnimoe.checkpoint import CheckpointError, check_weights, read_json
+from omnimoe.convert.rules import Shape
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types of safetensors that are converted. Eight-bit floats are not: they mean nothing without their scales."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Weights:
+    """The tensors of a folder by name. Opening reads the headers, :meth:`read` the numbers that are asked for.
+
+    Args:
+        folder: of a checkpoint.
+        files: for each prefix that names are given, the file, or the file whose index is there.
+
+    Raises:
+        CheckpointError: if a file is missing or malformed, lies outside of the folder, or two files hold one name.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, str] | None = None) -> None:
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._opened: dict[str, tuple[Any, str]] = {}
+        self._closing = contextlib.ExitStack()
+        try:
+            for prefix, file in (files or {"": "model.safetensors"}).items():
+                for path in _shards(folder, file):
+                    self._open(path, prefix)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path, prefix: str) -> None:
+        try:
+            handle = self._closing.enter_context(safe_open(path, framework="pt"))
+            for stored in handle.keys():  # noqa: SIM118 - a handle is no mapping
+                part, name = handle.get_slice(stored), prefix + stored
+                if name in self._opened:
+                    raise CheckpointError(f"{path} holds {stored}, which another file of the folder holds too")
+                if part.get_dtype() not in DTYPES:
+                    raise CheckpointError(
+                        f"{path}: {stored} is {part.get_dtype()}, a quantised type, which is not converted; take a "
+                        "copy in bfloat16, or cast it first"
+                    )
+                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), DTYPES[part.get_dtype()]
+                self._opened[name] = handle, stored
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def read(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor, or a slice of it.
+
+        Raises:
+            CheckpointError: if the file ends too early.
+        """
+        handle, stored = self._opened[name]
+        try:
+            return handle.get_slice(stored)[region] if region else handle.get_tensor(stored)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{name} cannot be read: {error}") from error
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._closing.close()
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Held:
+    """The tensors of a model under the interface of :class:`Weights`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def read(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor, or a slice of it."""
+        return self.tensors[name].detach()[region] if region else self.tensors[name].detach()
+
+
+def main_dtype(dtypes: Mapping[str, torch.dtype], shapes: Mapping[str, Shape]) -> torch.dtype:
+    """The floating type that most numbers have."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, dtype in dtypes.items():
+        if dtype.is_floating_point:
+            counts[dtype] += prod(shapes[name])
+    return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
+
+
+def _shards(folder: Path, file: str) -> list[Path]:
+    if file == "model.safetensors":
+        check_weights(folder)
+    if (folder / file).is_file():
+        return [folder / file]
+    index = folder / f"{file}.index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has neither {file} nor {index.name}")
+    named = read_json(index, CheckpointError).get("weight_map")
+    shards = sorted(set(named.values())) if isinstance(named, dict) else []
+    inside = {path.name for path in folder.iterdir()}
+    missing = [shard for shard in shards if shard not in inside]
+    if missing or not shards:
+        raise CheckpointError(f"{index} names {missing[0] if missing else 'no file'!r}, which is no file of the folder")
+    return [folder / shard for shard in shards]
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, tuple[torch.dtype, Shape]],
+    read: Callable[[str], Iterable[Tensor]],
+    *,
+    file: str = "model.safetensors",
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes tensors into one file, or into several and an index.
+
+    Args:
+        folder: where to.
+        tensors: type and shape of each.
+        read: gives the parts of a tensor one by one, in the order of its memory.
+        file: name of the file.
+        max_shard_size: bytes of a file, or words such as ``"5GB"``.
+    """
+    stem, _, suffix = file.rpartition(".")
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda held: held[0].itemsize * prod(held[1]),
+        filename_pattern=f"{stem}{{suffix}}.{suffix}",
+        max_shard_size=max_shard_size,
+    )
+    for name, held in split.filename_to_tensors.items():
+        _write_file(folder / name, {key: tensors[key] for key in held}, read)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / f"{file}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]], read: Callable[[str], Iterable[Tensor]]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # wide types first, so that every tensor starts at a multiple of its width
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    for name in order:
+        dtype, shape = tensors[name]
+        start, end = end, end + dtype.itemsize * prod(shape)
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    told = json.dumps(header, separators=(",", ":")).encode()
+    told += b" " * (-len(told) % 8)
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(told)) + told)
+        for name in order:
+            for part in read(name):
+                data = part.to("cpu", tensors[name][0]).contiguous()
+                out.write(data.reshape(-1).view(torch.uint8).numpy().data)
+            written, wanted = out.tell() - 8 - len(told), header[name]["data_offsets"][1]
+            if written != wanted:
+                raise ValueError(f"{name} was to end at byte {wanted} of {path.name}, but its parts end at {written}")

@@ -1,0 +1,194 @@
+"""Whole folders, one way and the other, without ever holding a model: tensors stream from file to file."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from omnimoe.checkpoint import CheckpointError, read_json
+from omnimoe.convert.converter import CONFIG, CONVERTERS, Converter
+from omnimoe.convert.files import Held, Weights, main_dtype, write_weights
+from omnimoe.convert.published import Published
+from omnimoe.convert.rules import Piece, Plan, Shape
+from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.publish import publish
+
+BESIDE = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE",
+    "README.md",
+)
+"""Files that go along as they are, tokenizers among them."""
+
+_FREE = {"use_cache", "output_router_logits", "initializer_range", "published"}
+"""Fields of a config that weights do not depend on."""
+
+
+def to_omnimoe(
+    folder: Path, destination: Path, converter: Converter, *, strict: bool = True, max_shard_size: int | str = "5GB"
+) -> Plan:
+    """Writes a published checkpoint as one of ours; types stay as they are.
+
+    Args:
+        folder: the published checkpoint.
+        destination: where to.
+        converter: of its family.
+        strict: as for :class:`~omnimoe.convert.published.Published`; only a whole checkpoint can be written.
+        max_shard_size: bytes of a file.
+
+    Returns:
+        The plan that was followed.
+
+    Raises:
+        CheckpointError: if the weights do not fit; nothing is written then.
+    """
+    with Published(folder, converter, strict=strict) as held:
+        skipped = sorted(held.skipped)
+        if skipped:
+            raise CheckpointError(
+                f"{folder} lacks {len(skipped)} tensors, {skipped[0]} for one, so it cannot be converted file by file; "
+                "load it with from_pretrained and save the model"
+            )
+        by_ours, dtypes = held.plan.by_ours(), held.weights.dtypes
+        tensors = {name: (dtypes[by_ours[name][0].published], shape) for name, shape in held.plan.ours.items()}
+        config = held.config
+        config.architectures, config.dtype = [OmniMoeForCausalLM.__name__], held.dtype
+        with publish(destination, needed=_bytes(tensors.values())) as fresh:
+            config.save_pretrained(fresh)
+            write_weights(fresh, tensors, lambda name: held.parts(by_ours[name]), max_shard_size=max_shard_size)
+            _copy_beside(folder, fresh)
+        return held.plan
+
+
+def to_published(
+    source: Path | OmniMoeForCausalLM, destination: Path, *, max_shard_size: int | str = "5GB"
+) -> Converter:
+    """Writes a model that came from a published checkpoint in the layout it came in.
+
+    Args:
+        source: a folder of ours, or a model.
+        destination: where to.
+        max_shard_size: bytes of a file.
+
+    Returns:
+        The converter of its family.
+
+    Raises:
+        CheckpointError: if the model came from no published checkpoint, or is no longer of the shape it had then.
+    """
+    if isinstance(source, Path):
+        config = OmniMoeConfig.from_dict(read_json(source / CONFIG, CheckpointError))
+        converter = _family_of(config, str(source))
+        with torch.device("meta"):
+            plan = converter.plan(OmniMoeForCausalLM(config))
+        with Weights(source) as weights:
+            _export(weights, plan, converter, config, destination, max_shard_size, source)
+        return converter
+    converter = _family_of(source.config, "this model")
+    held = Held(source.state_dict())
+    _export(held, converter.plan(source), converter, source.config, destination, max_shard_size, None)
+    return converter
+
+
+def _export(
+    weights: Weights | Held,
+    plan: Plan,
+    converter: Converter,
+    config: OmniMoeConfig,
+    destination: Path,
+    max_shard_size: int | str,
+    beside: Path | None,
+) -> None:
+    missing = [name for name, shape in plan.ours.items() if weights.shapes.get(name) != shape]
+    if missing:
+        raise CheckpointError(
+            f"{missing[0]} is {weights.shapes.get(missing[0], 'missing')}, where the config wants "
+            f"{plan.ours[missing[0]]}"
+        )
+    by_published = plan.by_published()
+    tensors = {name: (weights.dtypes[by_published[name][0].ours], shape) for name, shape in plan.published.items()}
+    twins = converter.tied(config)
+    for name in config.published.get("repeated", ()):
+        if name not in twins:
+            raise CheckpointError(
+                f"the config says that {name} is repeated, but {converter.name} repeats no such tensor"
+            )
+        tensors[name], by_published[name] = tensors[twins[name]], by_published[twins[name]]
+
+    def parts(pieces: list[Piece]) -> Iterator[Tensor]:
+        for piece in pieces:
+            tensor = weights.read(piece.ours, piece.region)
+            yield piece.change.back(tensor.squeeze(0) if len(piece.region) == 2 else tensor)
+
+    files = config.published["files"]
+    with publish(destination, needed=_bytes(tensors.values())) as fresh:
+        dtype = str(main_dtype(weights.dtypes, weights.shapes)).removeprefix("torch.")
+        for name, plain in files.items():
+            kind = next((key for key in ("dtype", "torch_dtype") if key in plain), None)
+            written = plain if kind is None else {**plain, kind: dtype}
+            (fresh / name).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        for prefix, file in converter.weight_files.items():
+            mine = {name: held for name, held in tensors.items() if _prefix_of(name, converter) == prefix}
+            stored = {name.removeprefix(prefix): held for name, held in mine.items()}
+            read = _reader(by_published, prefix, parts)
+            write_weights(fresh, stored, read, file=file, max_shard_size=max_shard_size)
+        if beside is not None:
+            _copy_beside(beside, fresh)
+
+
+def _reader(
+    by_published: dict[str, list[Piece]], prefix: str, parts: Callable[[list[Piece]], Iterator[Tensor]]
+) -> Callable[[str], Iterator[Tensor]]:
+    return lambda name: parts(by_published[prefix + name])
+
+
+def _prefix_of(name: str, converter: Converter) -> str:
+    return max((prefix for prefix in converter.weight_files if name.startswith(prefix)), key=len)
+
+
+def _family_of(config: OmniMoeConfig, what: str) -> Converter:
+    """The converter that a config remembers, where the config is still the one that was made of the published one."""
+    if not config.published:
+        raise CheckpointError(
+            f"{what} came from no published checkpoint, so there is no layout to write it in; keep it as it is"
+        )
+    converter = CONVERTERS.get(config.published["family"])
+    made = converter.config_of(config.published["files"]).to_dict()
+    now = config.to_dict()
+    changed = [
+        name for name in inspect.get_annotations(OmniMoeConfig) if name not in _FREE and made.get(name) != now.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{what} was a {converter.name} checkpoint, but {', '.join(changed)} of its config changed since, and "
+            f"{converter.name} has no form for that; keep it as a model of omnimoe"
+        )
+    return converter
+
+
+def _bytes(tensors: Iterable[tuple[torch.dtype, Shape]]) -> int:
+    return sum(dtype.itemsize * prod(shape) for dtype, shape in tensors)
+
+
+def _copy_beside(folder: Path, destination: Path) -> None:
+    for name in BESIDE:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, destination / name)

@@ -1,0 +1,211 @@
+"""A published checkpoint, opened: held against its plan before a number is read, then read into a model or a folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.initialization import no_init_weights
+
+from omnimoe.checkpoint import CheckpointError, complaint, read_json
+from omnimoe.convert.converter import Converter
+from omnimoe.convert.files import Weights, main_dtype
+from omnimoe.convert.rules import Piece, Plan, Shape
+from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+
+logger = logging.getLogger(__name__)
+
+ROWS = 4096
+"""Rows that are compared at a time where a file repeats a tensor."""
+
+
+class Published:
+    """A folder with a published checkpoint. Use it in a ``with`` statement.
+
+    Args:
+        folder: of the checkpoint.
+        converter: of its family.
+        strict: refuse missing, unexpected and misshapen tensors; otherwise log them, and what is missing is fresh.
+
+    Raises:
+        CheckpointError: if a file is missing or malformed, or the weights do not fit the config.
+    """
+
+    def __init__(self, folder: Path, converter: Converter, *, strict: bool = True) -> None:
+        self.folder, self.converter = folder, converter
+        files = {name: read_json(folder / name, CheckpointError) for name in converter.json_files}
+        self.config: OmniMoeConfig = converter.config_of(files)
+        self.weights = Weights(folder, converter.weight_files)
+        try:
+            self._check(strict)
+        except BaseException:
+            self.weights.close()
+            raise
+        if converter.notice:
+            logger.warning("%s: %s", folder.name, converter.notice)
+
+    def __enter__(self) -> Published:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.weights.close()
+
+    @cached_property
+    def meta(self) -> OmniMoeForCausalLM:
+        """The model without memory."""
+        with torch.device("meta"):
+            return OmniMoeForCausalLM(self.config)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Where everything goes."""
+        return self.converter.plan(self.meta)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of most of the file."""
+        return main_dtype(self.weights.dtypes, self.weights.shapes)
+
+    def _check(self, strict: bool) -> None:
+        held, wanted = self.weights.shapes, self.plan.published
+        repeated = {name: of for name, of in self.converter.tied(self.config).items() if name in held}
+        missing = {name for name in wanted if name not in held}
+        left_out = {name for name in missing if self.converter.is_optional(name)}
+        unknown = [name for name in held if name not in wanted and name not in repeated]
+        ignored = {name: why for name in unknown if (why := self.converter.reason_to_ignore(name))}
+        report: dict[str, Any] = {
+            "missing_keys": missing - left_out,
+            "unexpected_keys": set(unknown) - set(ignored),
+            "mismatched_keys": [
+                (name, held[name], wanted[name]) for name in wanted if name in held and held[name] != wanted[name]
+            ],
+            "error_msgs": self._mixed_types(),
+        }
+        self.skipped = missing | {name for name, _, _ in report["mismatched_keys"]}
+        misfit = complaint(report)
+        if misfit:
+            told = f"the weights in {self.folder} do not fit its config as a {self.converter.name} model.\n{misfit}"
+            told += likely_cause(report, wanted)
+            if strict:
+                raise CheckpointError(f"{told}\nstrict=False loads the rest")
+            logger.warning("%s\nWhat is missing is fresh.", told)
+        if left_out:
+            logger.warning("%s lacks %d tensors that it may lack; what they give is fresh", self.folder, len(left_out))
+        for why in sorted(set(ignored.values())):
+            count = sum(held == why for held in ignored.values())
+            logger.info("%d tensors of %s have no place here: %s", count, self.folder, why)
+        for name, of in repeated.items():
+            self._check_twin(name, of)
+        if repeated:
+            self.config.published["repeated"] = sorted(repeated)
+
+    def _mixed_types(self) -> list[str]:
+        """Banks whose copies are of several types, of which none could keep its bits."""
+        found = []
+        for name, pieces in self.plan.by_ours().items():
+            kinds = {
+                str(self.weights.dtypes[piece.published]) for piece in pieces if piece.published in self.weights.dtypes
+            }
+            if len(kinds) > 1:
+                found.append(f"the copies of {name} are of several types: {', '.join(sorted(kinds))}")
+        return found
+
+    def _check_twin(self, name: str, of: str) -> None:
+        """Refuses a repeated tensor that differs from the one it repeats, since only one of them would be kept."""
+        shape = self.weights.shapes[name]
+        same = of in self.weights.shapes and shape == self.weights.shapes[of]
+        for start in range(0, shape[0], ROWS) if same else ():
+            rows = (slice(start, start + ROWS),)
+            same = same and torch.equal(self.weights.read(name, rows), self.weights.read(of, rows))
+        if not same:
+            raise CheckpointError(
+                f"the config of {self.folder} ties {name} to {of}, and the file holds two that differ; set "
+                "tie_word_embeddings to false in its config to keep both"
+            )
+
+    def parts(self, pieces: list[Piece]) -> Iterator[Tensor]:
+        """The numbers of one of our tensors, in the order of its memory."""
+        for piece in pieces:
+            yield self.read(piece)
+
+    def read(self, piece: Piece) -> Tensor:
+        """What a piece holds, in our form."""
+        rows = () if piece.rows is None else (slice(*piece.rows),)
+        return piece.change.into(self.weights.read(piece.published, rows))
+
+    def load(
+        self,
+        *,
+        dtype: torch.dtype | str | None = "auto",
+        device: torch.device | str | None = None,
+        attn_implementation: str | None = None,
+    ) -> OmniMoeForCausalLM:
+        """The model, in evaluation mode, its weights written into place one published tensor at a time.
+
+        Args:
+            dtype: of the weights; ``"auto"`` takes that of the file.
+            device: where to.
+            attn_implementation: as for ``from_pretrained``.
+        """
+        config = self.config
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
+        place = torch.device(device) if device is not None else torch.get_default_device()
+        kind = self.dtype if dtype == "auto" else dtype or torch.get_default_dtype()
+        with nullcontext() if self.skipped else no_init_weights(), place:
+            model = OmniMoeForCausalLM._from_config(config, dtype=kind)
+        model.tie_weights()
+        if place.type != "meta":
+            held = model.state_dict(keep_vars=True)
+            with torch.no_grad():
+                for piece in self.plan.pieces:
+                    if piece.published not in self.skipped:
+                        piece.place(held[piece.ours]).copy_(self.read(piece))
+        if (self.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        return model.eval()
+
+
+def likely_cause(report: dict[str, Any], wanted: dict[str, Shape]) -> str:
+    """A line on what went wrong, where the keys tell it; else nothing.
+
+    Args:
+        report: missing, unexpected and mismatched keys.
+        wanted: every name that the plan reads.
+    """
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    cause = ""
+    if any("weight_scale" in name or name.endswith((".qweight", ".absmax", "_blocks")) for name in unexpected):
+        cause = "the weights are quantised; take a copy in bfloat16"
+    elif any("lora_" in name for name in unexpected):
+        cause = "the file holds an adapter; merge it into its model first"
+    elif missing and (added := _affix(unexpected, missing)):
+        cause = f"its names carry the prefix {added!r}, as a wrapped model saves them"
+    elif missing and (lacking := _affix(missing, unexpected)):
+        cause = f"its names lack the prefix {lacking!r}, as a part of a model saves them"
+    elif report["mismatched_keys"]:
+        cause = "config and weights are of models of different sizes"
+    elif unexpected and not missing:
+        cause = "the config is of a smaller model, or says less than the weights hold"
+    elif missing and not unexpected and len(missing) * 4 < len(wanted):
+        cause = "a file of the checkpoint is missing, or it was saved without these parts"
+    return f"\nLikely cause: {cause}." if cause else ""
+
+
+def _affix(longer: list[str], shorter: list[str]) -> str:
+    """What names of the one list carry in front of names of the other."""
+    known = set(shorter)
+    for name in longer:
+        _, dot, rest = name.partition(".")
+        while dot:
+            if rest in known:
+                return name.removesuffix(rest)
+            _, dot, rest = rest.partition(".")
+    return ""
