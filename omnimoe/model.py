@@ -373,6 +373,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
     """The model with its heads: one over the vocabulary, one for each continuous modality."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: OmniMoeConfig) -> None:
         super().__init__(config)
@@ -399,8 +401,6 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         output_hidden_states: bool | None = None,
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> OmniMoeOutput:

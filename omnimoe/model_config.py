@@ -251,25 +251,6 @@ class OmniMoeConfig(PreTrainedConfig):
         """Width of a head."""
         return getattr(self.attention, "head_dim", None) or self.hidden_size // self.num_attention_heads
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; the vocabulary follows the modalities unless it is given.
-
-        Raises:
-            ConfigError: if a field does not exist; the message names the nearest one.
-        """
-        own = {spec.name for spec in dataclasses.fields(self)}
-        for name in changes:
-            if name not in own and name not in self.attribute_map:
-                near = difflib.get_close_matches(name, sorted(own), n=1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"OmniMoeConfig has no field {name!r}{meant}")
-        values = {name: getattr(self, name) for name in own}
-        if "modalities" in changes:
-            values["vocab_size"] = 0
-        if changes:
-            values["published"] = {}
-        for name, value in changes.items():
-            values[self.attribute_map.get(name, name)] = value
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {
         "embed_tokens": "free_full_weight",
         "backbone.layers.*": "free_full_weight",
@@ -304,6 +285,25 @@ class OmniMoeConfig(PreTrainedConfig):
                         )
         return found
 
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; the vocabulary follows the modalities unless it is given.
+
+        Raises:
+            ConfigError: if a field does not exist; the message names the nearest one.
+        """
+        own = {spec.name for spec in dataclasses.fields(self)}
+        for name in changes:
+            if name not in own and name not in self.attribute_map:
+                near = difflib.get_close_matches(name, sorted(own), n=1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"OmniMoeConfig has no field {name!r}{meant}")
+        values = {name: getattr(self, name) for name in own}
+        if "modalities" in changes:
+            values["vocab_size"] = 0
+        if changes:
+            values["published"] = {}
+        for name, value in changes.items():
+            values[self.attribute_map.get(name, name)] = value
         return type(self)(**values)
 
     @classmethod

@@ -106,6 +106,7 @@ class RoutedExperts(Experts):
         @property
         def is_causal(self) -> bool:
             return self.router.is_causal
+
         @property
         def tp_plan(self) -> dict[str, str]:
             return dict.fromkeys(("experts", "shared_experts") if self.num_shared_experts else ("experts",), "bank_mlp")
@@ -114,7 +115,6 @@ class RoutedExperts(Experts):
         def ep_plan(self) -> dict[str, str]:
             parameters = dict.fromkeys(("experts.gate_up_proj", "experts.down_proj"), "grouped_gemm")
             return {"experts": "ep_dispatch_experts", **parameters}
-
 
         def active_params(self, hidden_size: int, modality: int) -> float:
             """As many choices fall to free experts as would if all experts were chosen alike."""
