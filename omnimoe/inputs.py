@@ -260,6 +260,23 @@ def _check_positions(position_ids: Tensor, batch_size: int, length: int) -> None
         raise InputError(f"position_ids holds {int(position_ids.min())}; positions count from 0, padding may have any")
 
 
+def check_routers_generate(config: OmniMoeConfig) -> None:
+    """Refuses to generate with routers that have no way to route a row by that row alone.
+
+    Raises:
+        InputError: with the layers, the router and what to do.
+    """
+    stuck = [layer for layer, block in enumerate(config.blocks) if not block.experts.has_causal_form]
+    if stuck:
+        experts = config.blocks[stuck[0]].experts
+        part = getattr(getattr(experts, "router", experts), "target", type(experts))
+        raise InputError(
+            f"{part.__name__} in layers {', '.join(map(str, stuck))} routes a row by looking at others, later ones too, "
+            "so the model does not generate; give expert choice causal_form='auxiliary' (or 'cutoff') and train it, or "
+            "take a causal router such as TopKRouter"
+        )
+
+
 def check_prompt(prompt: Tensor, given: dict[str, object]) -> None:
     """Refuses a prompt that generation cannot start from.
 

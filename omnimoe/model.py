@@ -7,7 +7,7 @@ partition of the vocabulary gives them; routings, losses and statistics are retu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from omnimoe.inputs import (
     check_features,
     check_ids,
     check_prompt,
+    check_routers_generate,
     check_rows,
     newest,
     rotary_positions,
@@ -163,7 +164,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         self.modalities = nn.ModuleDict({held.name: held.build(hidden_size=config.hidden_size) for held in continuous})
         self.backbone = Backbone(config.blocks, hidden_size=config.hidden_size, num_modalities=config.num_keys)
         self.norm = config.final_norm.build(hidden_size=config.hidden_size, num_modalities=config.num_keys)
-        self._needs_key_order = config.needs_key_order
+        self._needs_key_order, self._needs_token_ids = config.needs_key_order, config.needs_token_ids
         self.gradient_checkpointing = False
         self._tables: dict[torch.device, Tensor] = {}
         self.post_init()
@@ -262,6 +263,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             sort=self._needs_key_order,
             routes_causally=is_cached,
         )
+        if self._needs_token_ids and input_ids is not None:
+            rows = replace(rows, token_ids=rows.to_rows(input_ids))
         mask = self._mask(past_key_values, past, length, valid, segment_ids, key_ids, modality_ids, block_ids, device)
         positions = rotary_positions(position_ids, segment_ids, batch_size, past, length, device)
 
@@ -580,6 +583,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
     ) -> tuple[Tensor, str | None, dict[str, Any]]:
         """Checks the prompt, since a wrong one would be stretched or cut at the first step without a word."""
+        check_routers_generate(self.config)
         prompt, name, rest = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         check_prompt(prompt, rest)
         return prompt, name, rest

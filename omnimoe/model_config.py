@@ -237,6 +237,11 @@ class OmniMoeConfig(PreTrainedConfig):
         return is_causal_rule(self.mask) and all(block.experts.is_causal for block in self.blocks)
 
     @property
+    def needs_token_ids(self) -> bool:
+        """Whether a router looks up the token of a row."""
+        return any(block.experts.needs_token_ids for block in self.blocks)
+
+    @property
     def num_attention_heads(self) -> int:
         """Query heads of the first layer's kind."""
         return getattr(self.attention, "num_heads", 1)

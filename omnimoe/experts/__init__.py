@@ -3,5 +3,6 @@
 from omnimoe.experts.base import EXPERTS, Experts, register_experts
 from omnimoe.experts.feed_forward import FeedForward
 from omnimoe.experts.routed import RoutedExperts
+from omnimoe.experts.soft import SoftExperts
 
-__all__ = ["EXPERTS", "Experts", "FeedForward", "RoutedExperts", "register_experts"]
+__all__ = ["EXPERTS", "Experts", "FeedForward", "RoutedExperts", "SoftExperts", "register_experts"]

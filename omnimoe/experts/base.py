@@ -59,6 +59,16 @@ class Experts(nn.Module, Configurable):
             return True
 
         @property
+        def has_causal_form(self) -> bool:
+            """Whether that can be asked for, ``rows.routes_causally``, as generation does."""
+            return self.is_causal
+
+        @property
+        def needs_token_ids(self) -> bool:
+            """Whether it reads ``rows.token_ids``."""
+            return False
+
+        @property
         def tp_plan(self) -> dict[str, str]:
             """How tensor parallelism splits the parts inside, name to style; what is not named lies on every rank."""
             return {}

@@ -108,6 +108,14 @@ class RoutedExperts(Experts):
             return self.router.is_causal
 
         @property
+        def has_causal_form(self) -> bool:
+            return self.router.has_causal_form
+
+        @property
+        def needs_token_ids(self) -> bool:
+            return self.router.needs_token_ids
+
+        @property
         def tp_plan(self) -> dict[str, str]:
             return dict.fromkeys(("experts", "shared_experts") if self.num_shared_experts else ("experts",), "bank_mlp")
 
