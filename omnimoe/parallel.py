@@ -155,7 +155,7 @@ class _Rows(BankStyle):
 
 
 class _HeadNorm(BankStyle):
-    """A q/k norm over local heads: a scale for all heads lies whole on each rank, one a head, ``(G, H, C)``, is split."""
+    """A q/k norm over local heads: one scale for all heads lies whole on each, one a head, ``(G, H, C)``, is split."""
 
     def placement(self, module: nn.Module, name: str, size: int) -> Any:
         from torch.distributed.tensor import Shard
@@ -288,6 +288,14 @@ class ParallelMixin:
         for bank in banks:
             by_runs(bank)
         return model
+
+    def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Tied weights, gathered one by one, are one tensor again, which is written once."""
+        state = super().gather_sharded_state_dict_for_save(*args, **kwargs)  # type: ignore[misc]
+        for name, source in (getattr(self, "all_tied_weights_keys", None) or {}).items():
+            if name in state and source in state:
+                state[name] = state[source]
+        return state
 
     def _get_static_cache_init_shape(self) -> Any:
         """None under tensor parallelism: a cache takes the heads of this rank from the first keys it gets."""

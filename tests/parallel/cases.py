@@ -1,0 +1,269 @@
+"""What two processes do together, each on a part of a model; every rank runs this file, and says how each case ended.
+
+    python tests/parallel/cases.py FOLDER CASE...     with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.distributed import DistributedConfig
+
+from omnimoe.model import OmniMoeForCausalLM
+from tests.declarations import DECLARATIONS, build, ids_like
+
+CASES: dict[str, Callable[[Path], None]] = {}
+
+
+def case(*kinds: str) -> Callable[[Callable[[Path, str], None]], None]:
+    """Files one case for each kind of model, ``function/kind``."""
+
+    def file_under(function: Callable[[Path, str], None]) -> None:
+        for kind in kinds:
+            CASES[f"{function.__name__}/{kind}"] = lambda folder, kind=kind: function(folder, kind)
+
+    return file_under
+
+
+def batch(kind: str) -> dict[str, Tensor]:
+    """Two rows, one of them padded on the left."""
+    ids = ids_like(DECLARATIONS[kind])
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids, "labels": ids, "attention_mask": mask}
+
+
+def saved(folder: Path, kind: str) -> Path:
+    """A folder with the model's weights, written by the first rank."""
+    target = folder / kind
+    if dist.get_rank() == 0:
+        build(DECLARATIONS[kind]).save_pretrained(target)
+    dist.barrier()
+    return target
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor that lies on several ranks."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def check_step(whole: OmniMoeForCausalLM, split: OmniMoeForCausalLM, inputs: dict[str, Tensor]) -> None:
+    """Logits, loss and every gradient are those of the model in one piece."""
+    with torch.no_grad():
+        torch.testing.assert_close(full(split(**inputs).logits), whole(**inputs).logits, atol=2e-5, rtol=1e-4)
+    wanted = whole.train()(**inputs)
+    found = split.train()(**inputs)
+    torch.testing.assert_close(full(found.loss), wanted.loss)
+    wanted.loss.backward()
+    found.loss.backward()
+    check_gradients(whole, split)
+
+
+def check_gradients(whole: OmniMoeForCausalLM, split: OmniMoeForCausalLM) -> None:
+    """Every gradient is there and is that of the model in one piece."""
+    gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
+    for name, parameter in split.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(full(parameter.grad), gradients[name], atol=2e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+
+
+def check_saved(split: OmniMoeForCausalLM, source: Path, target: Path) -> None:
+    """What a split model saves is what a whole one saved."""
+    split.save_pretrained(target)
+    dist.barrier()
+    wanted, found = load_file(source / "model.safetensors"), load_file(target / "model.safetensors")
+    assert wanted.keys() == found.keys(), wanted.keys() ^ found.keys()
+    for name, value in wanted.items():
+        assert torch.equal(value, found[name]), name
+
+
+@case("dense", "dense_tied", "mot", "mot_post", "merged", "chameleon", "moe", "moma", "moma_top_k", "mot_hybrid")
+def tensor_parallel(folder: Path, kind: str) -> None:
+    source = saved(folder, kind)
+    whole = OmniMoeForCausalLM.from_pretrained(source)
+    split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=DistributedConfig(tp_size=2))
+    attention = split.model.backbone.layers[0].self_attn
+    assert attention.q_proj.weight.to_local().shape[1] * 2 == attention.q_proj.weight.shape[1]
+    check_step(whole, split, batch(kind))
+    check_saved(split, source, folder / f"{kind}_again")
+
+
+@case("dense", "mot", "moe")
+def tensor_parallel_generation(folder: Path, kind: str) -> None:
+    source = saved(folder, kind)
+    whole = OmniMoeForCausalLM.from_pretrained(source)
+    split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=DistributedConfig(tp_size=2))
+    inputs = batch(kind)
+    del inputs["labels"]
+    for cache in ("dynamic", "static"):
+        settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
+        assert torch.equal(split.generate(**inputs, **settings), whole.generate(**inputs, **settings)), cache
+
+
+@case("moe", "moma", "moma_top_k", "mot_hybrid", "expert_choice")
+def expert_parallel(folder: Path, kind: str) -> None:
+    """Experts lie on two ranks, whole; everything else is on both. In evaluation results are summed, in training rows
+    are sent."""
+    source = saved(folder, kind)
+    whole = OmniMoeForCausalLM.from_pretrained(source)
+    for implementation in ("auto", "all_reduce", "all_to_all"):
+        config = DistributedConfig(tp_size=2, tp_plan={}, ep_size=2, ep_implementation=implementation)
+        split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=config)
+        bank = split.model.backbone.layers[1].mlp.experts
+        assert bank.gate_up_proj.to_local().shape[0] * 2 == bank.gate_up_proj.shape[0]
+        assert not torch.equal(*gathered(bank.gate_up_proj.to_local()))  # each rank has its own experts
+        whole.zero_grad(set_to_none=True)
+        check_step(whole.eval(), split, batch(kind))
+    check_saved(split, source, folder / f"{kind}_again")
+
+
+@case("moe", "mot_hybrid")
+def tensor_and_expert_parallel(folder: Path, kind: str) -> None:
+    source = saved(folder, kind)
+    whole = OmniMoeForCausalLM.from_pretrained(source)
+    split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=DistributedConfig(tp_size=2, ep_size=2))
+    assert split.model.backbone.layers[1].mlp.experts.gate_up_proj.placements[0].dim == 0
+    assert split.model.backbone.layers[1].self_attn.q_proj.weight.placements[0].dim == 1
+    check_step(whole, split, batch(kind))
+
+
+@case("dense", "mot", "moe", "moma_top_k")
+def fully_sharded(folder: Path, kind: str) -> None:
+    """Each rank has a row of its own: gradients are the mean of both. Then a batch without pictures on one of them."""
+    source = saved(folder, kind)
+    split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=DistributedConfig(fsdp_size=2))
+    check_ranks(folder, kind, split)
+    check_saved(split, source, folder / f"{kind}_again")
+
+
+@case("mot", "transfusion")
+def fully_shard_by_hand(folder: Path, kind: str) -> None:
+    """PyTorch's own ``fully_shard``, layer by layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    saved(folder, kind)
+    split = OmniMoeForCausalLM.from_pretrained(folder / kind)
+    for layer in split.model.backbone.layers:
+        fully_shard(layer)
+    fully_shard(split)
+    check_ranks(folder, kind, split)
+
+
+@case("moe")
+def fully_sharded_with_expert_parallel(folder: Path, kind: str) -> None:
+    """Rows of two batches meet experts on two ranks."""
+    source = saved(folder, kind)
+    config = DistributedConfig(fsdp_size=2, ep_size=2)
+    split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=config)
+    check_ranks(folder, kind, split)
+
+
+def check_ranks(folder: Path, kind: str, split: OmniMoeForCausalLM) -> None:
+    """Gradients are the mean of what both ranks would have alone, with every modality and with some on one rank only."""
+    whole = OmniMoeForCausalLM.from_pretrained(folder / kind)
+    for inputs in (rank_batches(kind), lopsided_batches(kind)):
+        whole.zero_grad(set_to_none=True)
+        split.zero_grad(set_to_none=True)
+        for part in inputs:
+            (whole.train()(**part).loss / 2).backward()
+        split.train()(**inputs[dist.get_rank()]).loss.backward()
+        check_gradients(whole, split)
+
+
+def rank_batches(kind: str) -> list[dict[str, Tensor]]:
+    return [given(kind, ids_like(DECLARATIONS[kind], 2, 10, seed=seed)) for seed in (0, 1)]
+
+
+def lopsided_batches(kind: str) -> list[dict[str, Tensor]]:
+    """Text alone on the first rank, everything on the second."""
+    return [given(kind, torch.full((2, 8), 9)), rank_batches(kind)[1]]
+
+
+def given(kind: str, ids: Tensor) -> dict[str, Tensor]:
+    if kind != "transfusion":
+        return {"input_ids": ids, "labels": ids}
+    ids = ids.clone()
+    if len(set(ids.flatten().tolist())) > 1:
+        ids[:, 3:6] = 7
+    noisy = torch.randn(int((ids == 7).sum()), 6, generator=torch.Generator().manual_seed(0))
+    return {
+        "input_ids": ids,
+        "labels": ids.masked_fill(ids == 7, -100),
+        "features": {"latent": noisy} if len(noisy) else {},
+        "timesteps": {"latent": torch.full((len(noisy),), 0.5)} if len(noisy) else {},
+        "targets": {"latent": -noisy} if len(noisy) else {},
+    }
+
+
+def gathered(local: Tensor) -> list[Tensor]:
+    """What every rank has."""
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.detach().contiguous())
+    return parts
+
+
+@case("dense")
+def refusals(folder: Path, kind: str) -> None:
+    """What cannot be split is said before a weight is read."""
+    narrow = DECLARATIONS["dense"].replace(attention=DECLARATIONS["dense"].attention.replace(num_heads=3, num_kv_heads=3, head_dim=4))
+    if dist.get_rank() == 0:
+        build(narrow).save_pretrained(folder)
+        build(DECLARATIONS["dense"]).save_pretrained(folder / "plain")
+    dist.barrier()
+    with raising(ValueError, "3 query heads and 3 key heads cannot be split over 2 ranks", "tp_size"):
+        OmniMoeForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+    plan = {"backbone.layers.*.mlp.gate": "bank_mlp"}
+    with raising(ValueError, "match nothing"):
+        OmniMoeForCausalLM.from_pretrained(
+            folder / "plain", distributed_config=DistributedConfig(tp_size=2, tp_plan=plan)
+        )
+    with raising(ValueError, "has no `ep_plan`"):
+        OmniMoeForCausalLM.from_pretrained(
+            folder / "plain", distributed_config=DistributedConfig(tp_size=2, ep_size=2)
+        )
+
+
+@contextlib.contextmanager
+def raising(kind: type[Exception], *fragments: str) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        missing = [fragment for fragment in fragments if fragment not in str(error)]
+        assert not missing, f"{missing} not in {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ended = {}
+    for name in names:
+        torch.manual_seed(0)
+        place = folder / name.replace("/", "_")
+        try:
+            CASES[name](place)
+            ended[name] = ""
+        except Exception:
+            # the other rank may wait for this one, so nothing runs after a failure
+            ended[name] = traceback.format_exc()
+            break
+    Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(ended), encoding="utf-8")
+    if all(not text for text in ended.values()):
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
