@@ -80,6 +80,13 @@ class OmniMoeConfig(PreTrainedConfig):
     """Name of the mask rule; ``"bidirectional"`` makes an encoder."""
     bidirectional_modalities: tuple[str, ...] = ()
     """Modalities whose spans are blocks under the rule ``"block_causal"``."""
+    block_markers: bool = False
+    """Blocks take in the begin and end token of their span."""
+    private_noise: bool = False
+    """A span whose rows carry noise is a private block: nothing outside of it sees it."""
+    positions: str = "time"
+    """``"time"``: one on for every token. ``"blocks"``: the tokens of a block share one position, and a private block
+    takes none of its own (BAGEL)."""
     markers: str = "text"
     """Group of boundary tokens: ``"text"`` leaves them to the modality whose range holds them, ``"own"`` gives a span's
     begin and end token to the span's modality."""
@@ -141,6 +148,8 @@ class OmniMoeConfig(PreTrainedConfig):
         _ = self.blocks  # each block checks itself
         if self.mask not in MASK_RULES:
             raise ConfigError(f"unknown mask rule {self.mask!r}{MASK_RULES.hint(self.mask)}")
+        if self.positions not in ("time", "blocks"):
+            raise ConfigError(f"positions must be 'time' or 'blocks', got {self.positions!r}")
         if self.markers not in ("text", "own"):
             raise ConfigError(f"markers must be 'text' or 'own', got {self.markers!r}")
         unknown = set(self.bidirectional_modalities) - set(names)
@@ -165,6 +174,11 @@ class OmniMoeConfig(PreTrainedConfig):
     def input_only(self) -> tuple[str, ...]:
         """Modalities that only enter, as features in a form of their own."""
         return tuple(modality.name for modality in self.modalities if modality.is_input_only)
+
+    @property
+    def own_form(self) -> tuple[str, ...]:
+        """Continuous modalities whose features come in a form of their own, not as rows ``(n, C)``."""
+        return tuple(modality.name for modality in self.modalities if modality.has_own_form)
 
     @property
     def num_keys(self) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from omnimoe.config import ConfigError
 from omnimoe.connectors.base import Connector, register_connector
 
+_APPROXIMATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+
 
 @register_connector("linear")
 class Linear(Connector):
@@ -53,11 +55,15 @@ class MLP(Connector):
         """Width between the matrices; the model's where None."""
         norm: bool = True
         """Bring each row to zero mean and unit variance first."""
+        activation: str = "gelu"
+        """``"gelu"``, or ``"gelu_tanh"`` for its approximation by a hyperbolic tangent."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
             if self.intermediate_size is not None and self.intermediate_size < 1:
                 raise ConfigError(f"intermediate_size must be at least 1, got {self.intermediate_size}")
+            if self.activation not in _APPROXIMATIONS:
+                raise ConfigError(f"unknown activation {self.activation!r}; known: {', '.join(_APPROXIMATIONS)}")
 
         def active_params(self, channels: int, hidden_size: int) -> int:
             return (self.intermediate_size or hidden_size) * (channels + hidden_size)
@@ -71,4 +77,4 @@ class MLP(Connector):
         self.down_proj = nn.Linear(width, hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(self.norm(x))))
+        return self.down_proj(F.gelu(self.up_proj(self.norm(x)), approximate=_APPROXIMATIONS[self.config.activation]))

@@ -24,7 +24,7 @@ ENCODERS: Registry[type[Encoder]] = Registry("encoder")
 
 EXTRA = "pip install 'omnimoe[encoders]'"
 
-_BUILT_IN = ("efficientnet", "whisper", "minilm", "hf")
+_BUILT_IN = ("efficientnet", "whisper", "minilm", "hf", "siglip")
 
 
 class EncoderError(ValueError):
@@ -40,12 +40,15 @@ class Features:
         pooled: ``(B, P)``, one row for each input.
         mask: ``(B, n)`` bool, False at padding; None where nothing is padding.
         grid: rows and columns of the places, ``n`` in all; None where they have one axis.
+        places: ``(B, n)`` int64, where each row stands in the largest picture that the encoder takes; None where all
+            inputs have one ``grid``.
     """
 
     rows: Tensor
     pooled: Tensor
     mask: Tensor | None = None
     grid: tuple[int, int] | None = None
+    places: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,10 +59,11 @@ class Features:
         return self._each(lambda part: part[index])
 
     def to(self, *args: Any, **kwargs: Any) -> Features:
-        """As ``Tensor.to``; a dtype does not touch the mask."""
+        """As ``Tensor.to``; a dtype does not touch the mask and the places."""
         moved = self._each(lambda part: part.to(*args, **kwargs))
         mask = None if moved.mask is None else moved.mask.bool()
-        return dataclasses.replace(moved, mask=mask)
+        places = None if moved.places is None else moved.places.long()
+        return dataclasses.replace(moved, mask=mask, places=places)
 
     def detach(self) -> Features:
         """The same without a graph."""
@@ -67,16 +71,19 @@ class Features:
 
     def _each(self, change: Any) -> Features:
         mask = None if self.mask is None else change(self.mask)
-        return dataclasses.replace(self, rows=change(self.rows), pooled=change(self.pooled), mask=mask)
+        places = None if self.places is None else change(self.places)
+        return dataclasses.replace(self, rows=change(self.rows), pooled=change(self.pooled), mask=mask, places=places)
 
     @staticmethod
     def cat(parts: Sequence[Features]) -> Features:
         """Features of several batches as those of one, shorter ones padded with zeros."""
         length = max(part.rows.shape[1] for part in parts)
         is_ragged = any(part.mask is not None or part.rows.shape[1] < length for part in parts)
-        rows, masks = [], []
+        rows, masks, places = [], [], []
         for part in parts:
             missing = length - part.rows.shape[1]
+            if part.places is not None:
+                places.append(nn.functional.pad(part.places, (0, missing)))
             rows.append(nn.functional.pad(part.rows, (0, 0, 0, missing)))
             mask = part.mask if part.mask is not None else torch.ones_like(part.rows[..., 0], dtype=torch.bool)
             masks.append(nn.functional.pad(mask, (0, missing)))
@@ -85,6 +92,7 @@ class Features:
             pooled=torch.cat([part.pooled for part in parts]),
             mask=torch.cat(masks) if is_ragged else None,
             grid=parts[0].grid,
+            places=torch.cat(places) if places else None,
         )
 
 

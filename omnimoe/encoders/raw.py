@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from omnimoe.encoders.base import EncoderError
 from omnimoe.tokenizers.base import TokenizerError
-from omnimoe.tokenizers.raster import to_square
+from omnimoe.tokenizers.raster import to_picture, to_square
 from omnimoe.tokenizers.waveforms import to_waveform
 
 
@@ -27,13 +28,22 @@ def square_pictures(raws: Sequence[Any], size: int) -> np.ndarray:
     Raises:
         EncoderError: if one is not a picture; the message says which.
     """
+    return np.stack(_each(raws, lambda raw: to_square(raw, size)))
+
+
+def whole_pictures(raws: Sequence[Any]) -> list[Image.Image]:
+    """Pictures of any kind and size as they are, in RGB on white; see :func:`square_pictures`."""
+    return _each(raws, to_picture)
+
+
+def _each(raws: Sequence[Any], read: Callable[[Any], Any]) -> list[Any]:
     pictures = []
     for place, raw in enumerate(raws):
         try:
-            pictures.append(to_square(raw, size))
+            pictures.append(read(raw))
         except TokenizerError as error:
             raise EncoderError(f"input {place}: {error}") from error
-    return np.stack(pictures)
+    return pictures
 
 
 def waveforms_at(raws: Sequence[Any], sample_rate: int, wanted_rate: int) -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 from omnimoe.modalities.base import MODALITIES, Modality, register_modality
 from omnimoe.modalities.connected import Connected
+from omnimoe.modalities.grid_patches import GridPatches
 from omnimoe.modalities.patches import Patches
 from omnimoe.modalities.tokens import Tokens
 from omnimoe.modalities.vocabulary import TokenRange
 
-__all__ = ["MODALITIES", "Connected", "Modality", "Patches", "TokenRange", "Tokens", "register_modality"]
+__all__ = ["MODALITIES", "Connected", "GridPatches", "Modality", "Patches", "TokenRange", "Tokens", "register_modality"]

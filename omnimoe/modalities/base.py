@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -58,6 +58,11 @@ class Modality(nn.Module, Configurable):
             """Whether rows only enter: no head, no targets, and features in whatever form ``embed`` takes."""
             return False
 
+        @property
+        def has_own_form(self) -> bool:
+            """Whether features come in whatever form ``embed`` takes, and not as rows ``(n, C)``."""
+            return self.is_input_only
+
         def active_params(self, hidden_size: int) -> int:
             """Weights in matrix products that one of its rows meets on the way in and out."""
             return 0
@@ -69,6 +74,14 @@ class Modality(nn.Module, Configurable):
     def head(self, x: Tensor) -> Tensor:
         """``(n, D)`` to ``(n, C)``."""
         raise TypeError(f"{type(self).__name__} does not define head(x) -> (n, C)")
+
+    def rows_of(self, given: Any) -> Tensor:
+        """Targets in the form of the features to ``(n, C)``."""
+        return given
+
+    def noise_of_rows(self, given: Any, timesteps: Tensor | None) -> Tensor | None:
+        """The time of each row of the features ``given``, ``(n,)``; None where none was given."""
+        return timesteps
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``(n, C)`` twice to ``(n,)``: by default the mean squared error of each row."""

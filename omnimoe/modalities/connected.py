@@ -17,6 +17,7 @@ from torch import Tensor
 from omnimoe.config import ConfigError
 from omnimoe.connectors import MLP, Connector
 from omnimoe.encoders import Encoder, Features
+from omnimoe.layers import SineGrid
 from omnimoe.modalities.base import Modality, register_modality
 
 
@@ -34,6 +35,9 @@ class Connected(Modality):
         """What brings them to the model's width."""
         encoder: Encoder.Config | None = None
         """The encoder that raw inputs go through; None where features are always computed outside."""
+        max_side: int = 0
+        """Rows along a side of the largest picture that a table of fixed positions is for, added to what the connector
+        gives; 0 for none. The encoder must say where each row stands."""
         trains_encoder: bool = False
         """Make the encoder a part of the model: trained, and saved with it. Otherwise it is frozen and not saved."""
 
@@ -61,6 +65,7 @@ class Connected(Modality):
         super().__init__()
         self.config = config
         self.connector = config.connector.build(channels=config.channels, hidden_size=hidden_size)
+        self.place = SineGrid(config.max_side, hidden_size) if config.max_side else None
         # In a list, so that it is no submodule: neither in the state dict nor among the parameters.
         self._beside: list[Encoder] = []
         if config.trains_encoder:
@@ -102,13 +107,20 @@ class Connected(Modality):
         """
         if timesteps is not None:
             raise ValueError(f"modality {self.config.name!r} takes no timesteps: its rows are features without noise")
-        x, mask = self._features(inputs)
+        x, mask, places = self._features(inputs)
         rows = self.connector(x.to(next(self.connector.parameters()).dtype), mask)
+        if self.place is not None:
+            if places is None or rows.shape[1] != places.shape[1]:
+                raise ValueError(
+                    f"modality {self.config.name!r} adds the place of each row, which its features do not tell; pass "
+                    "Features with places, or what the encoder's prepare gives, and a connector that keeps all rows"
+                )
+            rows = rows + self.place(places.to(rows.device)).to(rows.dtype)
         return rows.flatten(0, 1) if mask is None else rows[self.connector.row_mask(mask)]
 
     def row_counts(self, inputs: Any) -> list[int]:
         """How many positions each span of ``inputs`` takes; see :meth:`embed`."""
-        x, mask = self._features(inputs)
+        x, mask, _ = self._features(inputs)
         if mask is None:
             return [self.connector.num_rows(x.shape[1])] * len(x)
         return self.connector.row_mask(mask).sum(1).tolist()
@@ -125,10 +137,12 @@ class Connected(Modality):
         begin, end = ([] if marker is None else [marker] for marker in ends)
         return [torch.tensor([*begin, *[place] * count, *end]) for count in self.row_counts(inputs)]
 
-    def _features(self, inputs: Any) -> tuple[Tensor, Tensor | None]:
+    def _features(self, inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if isinstance(inputs, Mapping):
             inputs = self.get_encoder()(inputs)
-        x, mask = (inputs.rows, inputs.mask) if isinstance(inputs, Features) else (inputs, None)
+        x, mask, places = inputs, None, None
+        if isinstance(inputs, Features):
+            x, mask, places = inputs.rows, inputs.mask, inputs.places
         name, width = self.config.name, self.config.channels
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != width or not x.is_floating_point():
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -139,7 +153,7 @@ class Connected(Modality):
         if mask is not None and mask.device.type == "cpu" and not bool(mask.any(1).all()):
             empty = int((~mask.any(1)).nonzero()[0])
             raise ValueError(f"features[{name!r}]: span {empty} is all padding; leave it out")
-        return x, mask
+        return x, mask, places
 
     def _build(self) -> Encoder:
         """The encoder as a part of the model: without weights where a checkpoint will fill it, that is on meta."""

@@ -29,9 +29,36 @@ def to_square(raw: Any, size: int) -> np.ndarray:
     """
     if isinstance(raw, torch.Tensor):
         raw = raw.detach().cpu().numpy()
+    if isinstance(raw, np.ndarray) and raw.dtype == np.uint8 and raw.shape == (size, size, 3):
+        return raw
+    picture = _opened(raw)
+    side = max(picture.size)
+    square = _on_white(picture, (side, side))
+    return np.asarray(square if side == size else square.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+
+
+def to_picture(raw: Any) -> Image.Image:
+    """A picture of any kind and size as it is, in RGB on white.
+
+    Raises:
+        TokenizerError: if ``raw`` is not a picture.
+    """
+    picture = _opened(raw)
+    return _on_white(picture, picture.size)
+
+
+def _on_white(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An RGBA picture in the middle of a white RGB one of that width and height."""
+    canvas = Image.new("RGBA", size, "white")
+    canvas.alpha_composite(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
+    return canvas.convert("RGB")
+
+
+def _opened(raw: Any) -> Image.Image:
+    """Whatever a picture may come as, in RGBA, neither side longer than :data:`LARGEST_SIDE`."""
+    if isinstance(raw, torch.Tensor):
+        raw = raw.detach().cpu().numpy()
     if isinstance(raw, np.ndarray):
-        if raw.dtype == np.uint8 and raw.shape == (size, size, 3):
-            return raw
         picture = _from_array(raw)
     elif isinstance(raw, Image.Image):
         picture = raw
@@ -45,16 +72,11 @@ def to_square(raw: Any, size: int) -> np.ndarray:
         picture = picture.convert("RGBA")
     except (OSError, SyntaxError, ValueError) as error:
         raise TokenizerError(f"the picture cannot be read to its end: {error}; is the file complete?") from error
-    side = max(picture.size)
     if min(picture.size) < 1:
         raise TokenizerError(f"a picture needs at least one pixel, got {picture.width} x {picture.height}")
-    if side > LARGEST_SIDE:
+    if max(picture.size) > LARGEST_SIDE:
         picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
-        side = max(picture.size)
-    square = Image.new("RGBA", (side, side), "white")
-    square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    square = square.convert("RGB")
-    return np.asarray(square if side == size else square.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+    return picture
 
 
 def to_signed(pictures: np.ndarray) -> Tensor:

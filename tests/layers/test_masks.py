@@ -21,14 +21,16 @@ def may_see(rule: str, q: int, k: int, keys: list[int], blocks: list[int]) -> bo
     if rule == "bidirectional":
         return True
     if rule == "block_causal":
-        return k <= q or (blocks[k] >= 0 and blocks[k] == blocks[q])
+        if blocks[k] != -1 and blocks[k] == blocks[q]:
+            return True
+        return k <= q and blocks[k] >= -1
     if rule == "prefix":
         return k <= q or blocks[k] == 0
     return k <= q and keys[k] <= keys[q]
 
 
 KEYS = torch.tensor([[0, 1, 1, 0, 2, 2, 0, 1, 0], [2, 2, 0, 0, 1, 1, 1, 0, 2]])
-BLOCKS = torch.tensor([[0, 0, 0, -1, 1, 1, -1, 2, -1], [0, 0, -1, -1, 3, 3, 3, -1, -1]])
+BLOCKS = torch.tensor([[0, 0, 0, -1, 1, 1, -1, 2, -1], [0, 0, -1, -1, 3, 3, 3, -2, -2]])
 VALID = torch.tensor([[False] * 2 + [True] * 7, [True] * 6 + [False] * 3])
 SEGMENTS = torch.tensor([[0] * 4 + [1] * 5, [0] * 2 + [1] * 5 + [-1] * 2])
 
