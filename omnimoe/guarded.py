@@ -1,23 +1,165 @@
-"""What a model adds to transformers' reading and writing of files: folders are published whole."""
+"""What a model adds to transformers' reading and writing of files.
+
+What is read is checked first, whichever class is asked for it, ``AutoModelForCausalLM`` too; what is written is
+published whole. The reading and writing themselves are transformers'.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import tempfile
-from os import PathLike
+from collections.abc import Mapping
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from omnimoe.publish import publish
+from omnimoe.checkpoint import (
+    CheckpointError,
+    Hub,
+    Source,
+    check_weights,
+    complaint,
+    read_index,
+    read_json,
+    weight_files,
+)
+from omnimoe.checkpoint.errors import MisfitError
+from omnimoe.checkpoint.finite import check_choice
+from omnimoe.checkpoint.finite import check_finite as look_for_nan
+from omnimoe.checkpoint.fit import bytes_of, check_dtypes, layers_in, misfits, renamed
+from omnimoe.checkpoint.folder import check_config, has_pickles_alone, inside, is_of_ranks
+from omnimoe.checkpoint.header import Entry, read_header
+from omnimoe.checkpoint.manifest import verify_folder
+from omnimoe.checkpoint.memory import check_memory
+from omnimoe.publish import publish, settle
 
+_PLACE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 _REPOSITORY = ("private", "repo_type", "space_sdk", "resource_group_id")
 _UPLOAD = (*_REPOSITORY, "repo_id", "token", "commit_message", "commit_description", "revision", "create_pr")
 
 
 class GuardedFiles(PreTrainedModel):
-    """``save_pretrained`` of a :class:`~transformers.PreTrainedModel`, made safe."""
+    """``from_pretrained`` and ``save_pretrained`` of a :class:`~transformers.PreTrainedModel`, made safe."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str] | None,
+        *model_args: Any,
+        config: Any = None,
+        strict: bool | None = None,
+        verify: bool = False,
+        check_finite: str = "warn",
+        check_size: bool = True,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, after the checks that docs/checkpoints.md lists.
+
+        Args:
+            pretrained_model_name_or_path: a folder or an id on the Hub; None with ``state_dict``.
+            model_args: for the class.
+            config: in place of the folder's.
+            strict: refuse a missing, an unexpected or a misshapen weight. Where None, this is done unless
+                ``output_loading_info`` or ``ignore_mismatched_sizes`` says that the caller looks for himself.
+            verify: compare every file with the hashes of the folder's manifest.
+            check_finite: ``"warn"``, ``"error"`` or ``"off"`` for weights that are NaN or infinite.
+            check_size: refuse a model larger than the memory that is free.
+            allow_pickle: read pytorch_model.bin where there is no other file, without running code of it.
+            kwargs: as in transformers.
+
+        Returns:
+            The model, with ``output_loading_info`` the report too.
+
+        Raises:
+            CheckpointError: if the checkpoint is missing, malformed, unsafe, or does not fit.
+        """
+        check_choice(check_finite)
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        wants_report = kwargs.pop("output_loading_info", False)
+        if strict is None:
+            strict = not (wants_report or kwargs.get("ignore_mismatched_sizes"))
+        folder, kwargs = _base_of_adapters(*_folder(pretrained_model_name_or_path, kwargs))
+        is_pickle = _is_pickle(folder, allow_pickle, kwargs)
+        if not isinstance(config, PreTrainedConfig):
+            check_config(folder if config is None else _folder(config, {})[0])
+            own = {spec.name for spec in dataclasses.fields(cls.config_class)}
+            changes = {name: kwargs.pop(name) for name in own & kwargs.keys() - {"dtype"}}
+            config = cls.config_class.from_pretrained(folder if config is None else config, **changes)
+        if verify:
+            verify_folder(folder)
+        entries = {} if is_pickle else check_weights(folder, variant=kwargs.get("variant"))
+        is_checked = not (is_pickle or is_of_ranks(folder) or _is_converted(config, kwargs))
+        cls._check_fit(config, model_args, entries if is_checked else {}, folder, strict, check_size, kwargs)
+        kwargs |= {"use_safetensors": not is_pickle, "weights_only": True, "trust_remote_code": False}
+        if not strict:
+            kwargs["ignore_mismatched_sizes"] = True
+        try:
+            model, report = super().from_pretrained(
+                fspath(folder), *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
+        misfit = complaint({**report, "unexpected_keys": ()})
+        if strict and misfit:
+            raise _does_not_fit(folder, cls.__name__, misfit)
+        look_for_nan(model, check_finite, folder)
+        return (model, report) if wants_report else model
+
+    @classmethod
+    def _check_fit(
+        cls,
+        config: PreTrainedConfig,
+        model_args: tuple[Any, ...],
+        entries: Mapping[str, Entry],
+        folder: Path,
+        strict: bool,
+        check_size: bool,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Compares the declared weights with the model, which is built without memory.
+
+        Args:
+            config: of the model.
+            model_args: for the class.
+            entries: as declared; empty where they come in a form that is not the model's.
+            folder: for messages.
+            strict: refuse what does not fit.
+            check_size: refuse what is larger than the memory that is free.
+            kwargs: of loading.
+        """
+        layers = layers_in(entries, "backbone")
+        if strict and layers and layers != config.num_layers:
+            raise _does_not_fit(
+                folder, cls.__name__, f"config.json declares {config.num_layers} layers, the weights are of {layers}"
+            )
+        try:
+            with torch.device("meta"):
+                model = cls(copy.deepcopy(config), *model_args)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{folder / 'config.json'} describes a model that cannot be built: {error}; fetch or save it again"
+            ) from error
+        held = renamed(entries, model.state_dict().keys(), cls.base_model_prefix)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        dtype = config.dtype if dtype is None or dtype == "auto" else dtype
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if check_size and kwargs.get("device_map") in (None, "cpu"):
+            needed = bytes_of(model, dtype if isinstance(dtype, torch.dtype) else None, held)
+            check_memory(needed, fspath(folder / "config.json"))
+        if not entries:
+            return
+        misfit = misfits(held, model, getattr(model, "all_tied_weights_keys", None)) if strict else ""
+        if misfit:
+            raise _does_not_fit(folder, cls.__name__, misfit)
+        check_dtypes(held, model.state_dict())
 
     def save_pretrained(
         self,
@@ -74,3 +216,55 @@ class GuardedFiles(PreTrainedModel):
         else:
             held = list({(tensor.data_ptr(), tensor.shape): tensor for tensor in state_dict.values()}.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _folder(source: str | PathLike[str], kwargs: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder of a checkpoint, and the arguments of loading without those that say where it is."""
+    rest = {name: value for name, value in kwargs.items() if name not in _PLACE}
+    subfolder = kwargs.get("subfolder") or ""
+    if Path(source).is_dir():
+        folder = Path(source) / subfolder
+        settle(folder)
+        return folder, rest
+    asked = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if kwargs.get(name) is not None}
+    hub = Hub(**asked, local_files_only=bool(kwargs.get("local_files_only")))
+    place = Source.find(source, subfolder=subfolder, hub=hub)
+    folder = place.fetch()
+    if (folder / "adapter_config.json").is_file():
+        return place.fetch(["adapter_model.safetensors"], at=folder), rest
+    return place.fetch(weight_files(read_index(folder, variant=kwargs.get("variant"))), at=folder), rest
+
+
+def _base_of_adapters(folder: Path, kwargs: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """For a folder of adapters the folder of their base, with adapters passed on to transformers."""
+    adapters = dict(kwargs.get("adapter_kwargs") or {})
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_json(inside(folder, "adapter_config.json"), CheckpointError).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise CheckpointError(f"{folder / 'adapter_config.json'} names no base model; load that, then load_adapter")
+        adapters["_adapter_model_path"] = fspath(folder)
+        folder, kwargs = _folder(base, {**kwargs, "adapter_kwargs": adapters})
+    place = Path(adapters.get("_adapter_model_path") or folder)
+    if (place / "adapter_config.json").is_file():
+        if not (place / "adapter_model.safetensors").exists():
+            raise CheckpointError(f"{place} has adapters and no adapter_model.safetensors; save them again")
+        read_header(inside(place, "adapter_model.safetensors"))
+    return folder, kwargs
+
+
+def _is_pickle(folder: Path, allow_pickle: bool, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the weights are a pickle, which only who allows it gets."""
+    if kwargs.get("gguf_file"):
+        raise CheckpointError("weights are read from safetensors only; convert the GGUF file first")
+    if kwargs.get("use_safetensors") is False and not allow_pickle:
+        raise CheckpointError("use_safetensors=False asks for a pickle, which can run code; pass allow_pickle=True too")
+    return allow_pickle and (kwargs.get("use_safetensors") is False or has_pickles_alone(folder))
+
+
+def _is_converted(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:
+    """Whether names or dtypes in the file are not the model's, so that only transformers can tell what fits."""
+    return bool(kwargs.get("key_mapping") or getattr(config, "quantization_config", None))
+
+
+def _does_not_fit(folder: Path, model: str, misfit: str) -> MisfitError:
+    return MisfitError(f"the weights in {folder} do not fit {model}.\n{misfit}\nstrict=False loads the rest")

@@ -24,22 +24,24 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 import omnimoe
 from omnimoe.checkpoint import (
     CheckpointError,
     Hub,
     Source,
-    check_folder,
+    check_weights,
     complaint,
     read_index,
     read_json,
     weight_files,
 )
+from omnimoe.checkpoint.errors import MisfitError
+from omnimoe.closest import closest_models
 from omnimoe.config import ConfigError
 from omnimoe.flops import UnknownCostError, active_params, flops, total_params
 from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.publish import settle
 from omnimoe.registry import RegistryError
 
 logger = logging.getLogger(__name__)
@@ -145,6 +147,10 @@ def from_pretrained(
     local_files_only: bool = False,
     token: str | None = None,
     attn_implementation: str | None = None,
+    verify: bool = False,
+    check_finite: str = "warn",
+    check_size: bool = True,
+    allow_pickle: bool = False,
 ) -> OmniMoeForCausalLM:
     """A model from a folder or from the Hub.
 
@@ -158,6 +164,10 @@ def from_pretrained(
         local_files_only: look on the Hub's local cache alone.
         token: for private repositories.
         attn_implementation: as for :func:`load`.
+        verify: compare every file with the hashes of the folder's manifest.json.
+        check_finite: ``"warn"``, ``"error"`` or ``"off"`` for weights that are NaN or infinite.
+        check_size: refuse a model larger than the memory that is free.
+        allow_pickle: read pytorch_model.bin where there is no other file, without running code of it.
 
     Returns:
         The model, in evaluation mode.
@@ -167,15 +177,20 @@ def from_pretrained(
     """
     place = _source(source, hub=Hub(revision=revision, local_files_only=local_files_only, token=token))
     folder = place.fetch()
-    check_folder(place.fetch(weight_files(read_index(folder)), at=folder))
+    if place.is_folder:
+        settle(folder)
+    elif not allow_pickle:
+        place.fetch(weight_files(read_index(folder)), at=folder)
     if device is not None and device_map is not None:
         raise ValueError("device and device_map say the same thing twice; pass one of them")
     try:
         model, report = OmniMoeForCausalLM.from_pretrained(
             folder,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
+            strict=strict,
+            verify=verify,
+            check_finite=check_finite,
+            check_size=check_size,
+            allow_pickle=allow_pickle,
             output_loading_info=True,
             dtype=_dtype(dtype),
             device_map=device_map,
@@ -183,16 +198,20 @@ def from_pretrained(
         )
     except (ConfigError, RegistryError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except MisfitError as error:
+        raise MisfitError(f"{error}{_near(folder)}") from error
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
     misfit = complaint(report)
-    if misfit and strict:
-        raise CheckpointError(
-            f"the weights in {folder} do not fit its config.json.\n{misfit}\nstrict=False loads the rest"
-        )
     if misfit:
         logger.warning("the weights in %s do not fit its config.json; what is missing is fresh.\n%s", folder, misfit)
     return model if device is None else model.to(device)
+
+
+def _near(folder: Path) -> str:
+    """The registered models that weights could be of, as the end of a message."""
+    near = [f"{name} ({fits} weights fit)" for name, fits in closest_models(check_weights(folder))]
+    return f"; of the registered models these are nearest: {', '.join(near)}" if near else ""
 
 
 def list_models(

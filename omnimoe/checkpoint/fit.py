@@ -16,14 +16,16 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3F
 """Dtypes that are cast into each other; F4 and F8_E8M0 mean something to a quantiser alone."""
 
 
-def layers_in(entries: Collection[str]) -> int:
-    """How many layers weights are of: one more than the highest number."""
-    numbers = [int(number) for key in entries for number in re.findall(r"(?:^|\.)layers\.(\d{1,9})\.", key)]
-    return max(numbers, default=-1) + 1
+def layers_in(entries: Collection[str], stack: str) -> int:
+    """How many layers of a stack weights are of: one more than the highest number."""
+    pattern = re.compile(rf"(?:^|\.){stack}\.layers\.(\d{{1,9}})\.")
+    return max((int(found[1]) for found in map(pattern.search, entries) if found), default=-1) + 1
 
 
 def renamed(entries: Mapping[str, Entry], wanted: Collection[str], prefix: str) -> dict[str, Entry]:
     """Weights under the names of a model that is the base of the saved one, or has it as its base.
+
+    What the saved one has on top of its base is left out for the base.
 
     Args:
         entries: as declared.
@@ -33,7 +35,7 @@ def renamed(entries: Mapping[str, Entry], wanted: Collection[str], prefix: str) 
     start = f"{prefix}."
     has, wants = (any(name.startswith(start) for name in names) for names in (entries, wanted))
     if has and not wants:
-        return {name.removeprefix(start): entry for name, entry in entries.items()}
+        return {name.removeprefix(start): entry for name, entry in entries.items() if name.startswith(start)}
     if wants and not has:
         return {name if name in wanted else start + name: entry for name, entry in entries.items()}
     return dict(entries)

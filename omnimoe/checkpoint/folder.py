@@ -89,6 +89,19 @@ def check_weights(folder: Path, *, variant: str | None = None) -> dict[str, Entr
     return found
 
 
+def is_of_ranks(folder: Path) -> bool:
+    """Whether each rank of a run wrote its own part of the weights, which transformers puts together."""
+    return any(_RANK_LOCAL.fullmatch(path.name) for path in folder.iterdir())
+
+
+def has_pickles_alone(folder: Path) -> bool:
+    """Whether transformers would find its own pickle in the folder, and no safetensors."""
+    names = {path.name for path in folder.iterdir()}
+    return bool(names & {"pytorch_model.bin", "pytorch_model.bin.index.json"}) and not any(
+        name.endswith((".safetensors", ".safetensors.index.json")) for name in names
+    )
+
+
 def check_shard(folder: Path, shard: str, keys: list[str]) -> dict[str, Entry]:
     """Refuses a shard that is missing or malformed, or does not hold what the index says.
 
