@@ -121,12 +121,15 @@ class Backbone(nn.Module):
         blocks: the config of each layer.
         hidden_size: D.
         num_modalities: keys a row may have.
+        layer: what a layer is built of.
     """
 
-    def __init__(self, blocks: list[Block.Config], *, hidden_size: int, num_modalities: int) -> None:
+    def __init__(
+        self, blocks: list[Block.Config], *, hidden_size: int, num_modalities: int, layer: type[Block] = Block
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            block.build(hidden_size=hidden_size, num_modalities=num_modalities, layer_idx=layer_idx)
+            layer(block, hidden_size=hidden_size, num_modalities=num_modalities, layer_idx=layer_idx)
             for layer_idx, block in enumerate(blocks)
         )
 
@@ -138,8 +141,7 @@ class Backbone(nn.Module):
         positions: Tensor,
         cache: Any = None,
         *,
-        checkpoint: Callable | None = None,
-        observe: Callable[[Tensor], None] | None = None,
+        observe: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, list[Routing | None], list[Tensor | None]]:
         """All layers in turn.
 
@@ -149,8 +151,7 @@ class Backbone(nn.Module):
             mask: who may attend to whom.
             positions: ``(N, A)``, the rotary position of each row.
             cache: keys and values of what came before, or None.
-            checkpoint: calls a layer so that its activations are recomputed in backward, or None to keep them.
-            observe: is shown the rows before each layer.
+            observe: is shown the rows before each layer, and gives those that the layer gets.
 
         Returns:
             ``(N, D)`` rows, and each layer's routing and attention weights.
@@ -158,15 +159,14 @@ class Backbone(nn.Module):
         routings, attentions, tables = [], [], {}
         for layer in self.layers:
             if observe is not None:
-                observe(x)
+                x = observe(x)
             placed = rows
             which = layer.self_attn.rotary()
             if which is not None:
                 if which not in tables:
                     tables[which] = rows.with_rotary(*Rope(which[0], head_dim=which[1]).table(positions))
                 placed = tables[which]
-            call = layer if checkpoint is None else lambda *given, layer=layer: checkpoint(layer.__call__, *given)
-            x, routing, weights = call(x, placed, mask, cache)
+            x, routing, weights = layer(x, placed, mask, cache)
             routings.append(routing)
             attentions.append(weights)
         return x, routings, attentions

@@ -1,16 +1,22 @@
-"""transformers' own mixtures of experts on our kernels: ``model.set_experts_implementation("omnimoe")``.
+"""transformers' interface of experts, from both sides: ``model.set_experts_implementation(name)``.
 
-Importing this module registers the name with transformers' interface of experts, which some sixty of its models go
-through; a model of omnimoe imports it too.
+Importing this module registers ``"omnimoe"``, our kernels, with the interface, which some sixty of transformers' own
+models go through. A model of omnimoe imports it too, has that name unless told otherwise, and takes any other of the
+interface: ``"eager"``, ``"grouped_mm"``, ``"batched_mm"`` and what others registered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from omnimoe.ops import BackendError, experts_mlp, route_plan
-from omnimoe.ops.experts_mlp.activations import CLAMP_LIMIT, CLAMP_SLOPE
+from omnimoe.layers import BankMLP
+from omnimoe.ops import BackendError, combine, experts_mlp, route_plan
+from omnimoe.ops.experts_mlp.activations import ACTIVATIONS as OWN_ACTIVATIONS
+from omnimoe.ops.experts_mlp.activations import CLAMP_LIMIT, CLAMP_SLOPE, GATED
 
 NAME = "omnimoe"
 
@@ -81,6 +87,75 @@ def _activation(module: nn.Module) -> str:
             "Take set_experts_implementation('grouped_mm')"
         )
     return name
+
+
+class _AsTransformers:
+    """A bank with the attributes that functions of the interface read."""
+
+    has_bias = is_transposed = has_post_expert_norm = _is_expert_parallel = False
+    is_concatenated = True
+
+    def __init__(self, bank: BankMLP) -> None:
+        into, self.down_proj = bank.weights()
+        self.num_experts, _, width = self.down_proj.shape
+        self.has_gate = into.shape[1] == 2 * width
+        if self.has_gate:
+            self.gate_up_proj = into
+        else:
+            self.up_proj = into
+        self.activation = bank.activation
+        self.act_fn = OWN_ACTIVATIONS.get(bank.activation)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return GATED[self.activation](*gate_up.chunk(2, dim=-1))
+
+
+def experts_function(name: str | None) -> Callable | None:
+    """How our banks compute under an implementation.
+
+    Args:
+        name: of transformers' interface, ``"eager"`` for the plain definition, or None.
+
+    Returns:
+        The last argument of :meth:`BankMLP.forward`; None for our own ops.
+
+    Raises:
+        BackendError: if there is no implementation of that name.
+    """
+    if name is None or name == NAME:
+        return None
+    function = _eager if name == "eager" else ALL_EXPERTS_FUNCTIONS.get(name)
+    if function is None:
+        known = ", ".join(sorted({"eager", *ALL_EXPERTS_FUNCTIONS.keys()}))
+        raise BackendError(f"no experts implementation {name!r}; there are {known}")
+
+    def compute(
+        bank: BankMLP, x: Tensor, offsets: Tensor, token_index: Tensor | None, weights: Tensor | None
+    ) -> Tensor:
+        rows = x if token_index is None else x[token_index]
+        place = torch.arange(len(rows), device=x.device, dtype=offsets.dtype)
+        ids = torch.searchsorted(offsets, place, right=True)
+        # the last rows may be nobody's
+        counts = (ids < bank.num_copies).to(x.dtype)
+        counts = counts if weights is None else counts * weights
+        ids = ids.clamp(max=bank.num_copies - 1)
+        y = function(_AsTransformers(bank), rows, ids.unsqueeze(1), counts.unsqueeze(1))
+        return y if token_index is None else combine(y, token_index, torch.ones_like(counts), len(x))
+
+    return compute
+
+
+def _eager(self: _AsTransformers, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """One expert after the other."""
+    y = torch.zeros_like(hidden_states)
+    into = self.gate_up_proj if self.has_gate else self.up_proj
+    for expert in range(self.num_experts):
+        rows, choice = (top_k_index == expert).nonzero(as_tuple=True)
+        hidden = hidden_states[rows] @ into[expert].t()
+        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+        given = hidden @ self.down_proj[expert].t() * top_k_weights[rows, choice].unsqueeze(1)
+        y = y.index_add(0, rows, given.to(y.dtype))
+    return y
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

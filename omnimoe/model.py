@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-import omnimoe.experts_interface  # noqa: F401 - registers a name with transformers
 from omnimoe.attend import attention_function, xformers_attention
 from omnimoe.backbone import Backbone, Block
+from omnimoe.experts_interface import NAME as OWN_EXPERTS
+from omnimoe.experts_interface import experts_function
 from omnimoe.guarded import GuardedFiles
 from omnimoe.inputs import (
     InputError,
@@ -45,10 +48,11 @@ from omnimoe.inputs import (
     runs,
     valid_positions,
 )
-from omnimoe.layers import AttentionMask, RowLayout
+from omnimoe.layers import Attention, AttentionMask, BaseAttention, RowLayout
 from omnimoe.layers.masks import uncached_facts
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.parallel import ParallelMixin
+from omnimoe.recompute import recompute
 from omnimoe.registry import Registry
 from omnimoe.routers import Router, Routing
 from omnimoe.scoring import Scores, aux_loss_of
@@ -65,7 +69,7 @@ class OmniMoeModelOutput(ModelOutput):
     Args:
         last_hidden_state: ``(B, T, D)``, after the final norm; zeros at padding.
         past_key_values: the cache, if one is in use.
-        hidden_states: ``(B, T, D)`` before each layer and after the last, if asked for.
+        hidden_states: ``(B, T, D)`` before each layer and after the last, if asked for; None where others were.
         attentions: ``(B, H, T, K)`` of each layer, if asked for and the attention implementation gives them.
         router_logits: ``(N, E)`` float32 of each routed layer, raw, rows in time order.
         routings: the :class:`~omnimoe.routers.Routing` of each layer, None where nothing is routed; rows as in
@@ -92,7 +96,8 @@ class OmniMoeOutput(ModelOutput):
         logits: ``(B, T, V)``.
         losses: mean loss of each modality, by what is predicted; 0 where there was nothing.
         counts: how many positions each of ``losses`` is over.
-        token_losses: ``(B, T)`` float32, unreduced: the loss of predicting the token at each position, in nats.
+        token_losses: ``(B, T)`` float32, unreduced: the loss of predicting the token at each position, in nats; with
+            ``shift_labels`` the loss of what each position predicts.
         predictions: ``(n, C)`` of each continuous modality whose features were given.
         aux_loss: scalar, the balance losses of all routers, times their coefficients, averaged over routed layers.
         past_key_values: as in :class:`OmniMoeModelOutput`, and so the rest.
@@ -113,6 +118,10 @@ class OmniMoeOutput(ModelOutput):
     rows: RowLayout | None = None
 
 
+class Layer(GradientCheckpointingLayer, Block):
+    """A block of the backbone; what transformers asks of one is that it can be recomputed in backward."""
+
+
 class OmniMoePreTrainedModel(ParallelMixin, GuardedFiles):
     """Loading, saving and initialisation, from transformers."""
 
@@ -120,23 +129,30 @@ class OmniMoePreTrainedModel(ParallelMixin, GuardedFiles):
     config_class = OmniMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _keep_in_fp32_modules_strict = ["cutoff"]
+    _no_split_modules = ["Layer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Block, "attentions": BaseAttention, "router_logits": Router}
     _can_compile_fullgraph = True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Transformers looks for ``@use_experts_implementation`` in this file; our experts are in another."""
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Our own ops unless another implementation is asked for."""
+        return super().get_correct_experts_implementation(requested_experts or OWN_EXPERTS)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
-        # a balance loss rides in its Routing, which the reentrant kind returns without a graph
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "gradient checkpointing with use_reentrant=True cuts off the routers' losses; pass use_reentrant=False"
-            )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module._gradient_checkpointing_func = partial(recompute, gradient_checkpointing_func)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -162,9 +178,23 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         continuous = [held for held in config.modalities if not held.is_discrete]
         self.modalities = nn.ModuleDict({held.name: held.build(hidden_size=config.hidden_size) for held in continuous})
-        self.backbone = Backbone(config.blocks, hidden_size=config.hidden_size, num_modalities=config.num_keys)
+        self.backbone = Backbone(
+            config.blocks, hidden_size=config.hidden_size, num_modalities=config.num_keys, layer=Layer
+        )
         self.norm = config.final_norm.build(hidden_size=config.hidden_size, num_modalities=config.num_keys)
         self._needs_key_order, self._needs_token_ids = config.needs_key_order, config.needs_token_ids
+        self._attends = False
+        for layer in self.backbone.layers:
+            if isinstance(layer.self_attn, Attention):
+                self._attends = True
+                layer.self_attn.config = config  # where attention functions of transformers look for it
+        self._keep_in_fp32_modules_strict = {
+            name
+            for module in self.modules()
+            if isinstance(module, Router)
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point()
+        }
         self.gradient_checkpointing = False
         self._tables: dict[torch.device, Tensor] = {}
         self.post_init()
@@ -196,8 +226,10 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         inputs_embeds: Any = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> OmniMoeModelOutput:
         """Runs the stack.
@@ -218,8 +250,13 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             inputs_embeds: ``(B, T, D)`` in place of ``input_ids``.
             past_key_values: a transformers cache.
             use_cache: make a cache where none is given.
-            output_hidden_states: return what enters each layer.
-            output_attentions: return attention weights (``attn_implementation="eager"``).
+            output_router_logits: return the raw router logits of each routed layer; ``config.output_router_logits``
+                where None.
+            output_hidden_states: return what enters each layer, or the numbers of those to return: 0 for the
+                embeddings, -1 for what leaves the last; ``config.output_hidden_states`` where None.
+            output_attentions: return attention weights, for which ``"sdpa"`` attends as ``"eager"`` does;
+                ``config.output_attentions`` where None.
+            return_dict: False gives a plain tuple of what is there.
             kwargs: what transformers passes to every model and this one has no use for; anything else is refused.
 
         Returns:
@@ -230,11 +267,17 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         """
         check_arguments(kwargs, self.forward)
         config = self.config
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
         batch_size, length = check_batch(config, input_ids, inputs_embeds, modality_ids, key_ids, segment_ids)
         check_ids("block_ids", block_ids, (batch_size, length), -1, 2**31, "number blocks from 0, -1 is no block")
         device = inputs_embeds.device if input_ids is None else input_ids.device
-        recompute = self.gradient_checkpointing and self.training
-        if recompute and (use_cache or past_key_values is not None):
+        is_recomputed = self.gradient_checkpointing and self.training
+        if is_recomputed and (use_cache or past_key_values is not None):
             raise InputError("layers that are recomputed in backward would fill a cache twice; pass use_cache=False")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
@@ -265,29 +308,47 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         )
         if self._needs_token_ids and input_ids is not None:
             rows = replace(rows, token_ids=rows.to_rows(input_ids))
-        mask = self._mask(past_key_values, past, length, valid, segment_ids, key_ids, modality_ids, block_ids, device)
+        rows = replace(rows, compute=experts_function(config._experts_implementation))
+        attends = config._attn_implementation or "sdpa"
+        if output_attentions and attends == "sdpa":
+            attends = "eager"
+        mask = self._mask(
+            attends, past_key_values, past, length, valid, segment_ids, key_ids, modality_ids, block_ids, device
+        )
         positions = rotary_positions(position_ids, segment_ids, batch_size, past, length, device)
 
         x = self._embed(input_ids, inputs_embeds, features, timesteps, rows)
-        seen: list[Tensor] = []
+        kept = _selected(output_hidden_states, config.num_layers + 1)
+        seen: list[Tensor | None] = []
+
+        def observe(x: Tensor) -> Tensor:
+            shown = rows.to_time(x) if len(seen) in kept else None
+            seen.append(shown)
+            return x if shown is None else rows.to_rows(shown)  # on the way, so that it can have a gradient
+
         x, routings, attentions = self.backbone(
             x,
             rows,
             mask,
             rows.to_rows(positions),
             past_key_values,
-            checkpoint=self._gradient_checkpointing_func if recompute else None,
-            observe=seen.append if output_hidden_states else None,
+            observe=observe if kept else None,
         )
+        attentions = tuple(part for part in attentions if part is not None)
+        if output_attentions and not attentions and self._attends:
+            raise InputError(f"attention {attends!r} gives no weights; call set_attn_implementation('eager') for them")
         hidden = rows.to_time(self.norm(x, rows))
-        return OmniMoeModelOutput(
+        seen.append(hidden if config.num_layers in kept else None)
+        out = OmniMoeModelOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
-            hidden_states=(*(rows.to_time(part) for part in seen), hidden) if output_hidden_states else None,
-            attentions=tuple(part for part in attentions if part is not None) if output_attentions else None,
+            hidden_states=tuple(seen) if kept else None,
+            attentions=attentions if output_attentions else None,
+            router_logits=_router_logits(rows, routings) if output_router_logits else None,
             routings=tuple(routings),
             rows=rows,
         )
+        return _as_asked(out, return_dict, config)
 
     def _embed(
         self,
@@ -330,6 +391,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
 
     def _mask(
         self,
+        attends: str,
         cache: Any,
         past: int | Tensor,
         length: int,
@@ -357,7 +419,6 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             key_length = cache.get_mask_sizes(length, 0)[0]
             if valid is not None and valid.shape[1] < key_length:
                 valid = nn.functional.pad(valid, (0, key_length - valid.shape[1]))
-        name = config._attn_implementation or "sdpa"
         return AttentionMask(
             rule=config.mask,
             query_length=length,
@@ -368,7 +429,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             segment_ids=segment_ids,
             key_ids=key_ids,
             block_ids=block_ids,
-            attend=attention_function(name, ALL_ATTENTION_FUNCTIONS.get_interface),
+            attend=attention_function(attends, ALL_ATTENTION_FUNCTIONS.get_interface),
         )
 
 
@@ -403,8 +464,10 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> OmniMoeOutput:
         """Runs the model and, where there is something to predict, scores it.
@@ -427,9 +490,14 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             use_cache: make a cache.
             logits_to_keep: logits of the last positions only, that many; 0 for all; or an index tensor.
             output_router_logits: return the raw router logits of each routed layer.
-            output_hidden_states: return what enters each layer.
+            output_hidden_states: return what enters each layer, or some of it.
             output_attentions: return attention weights.
-            kwargs: what transformers passes to every model and this one has no use for; anything else is refused.
+            return_dict: False gives a plain tuple of what is there.
+            num_items_in_batch: tokens predicted in all micro-batches of a step; the loss is then the part of this one,
+                so that the sum over micro-batches is the mean over all their tokens. The Trainer passes it.
+            kwargs: ``shift_labels``, ``(B, T)``, what each position predicts, in place of ``labels``: for sequences
+                that were cut after the shift. Also what transformers passes to every model and this one has no use for;
+                anything else is refused.
 
         Returns:
             :class:`OmniMoeOutput`.
@@ -437,6 +505,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         Raises:
             InputError: for inputs of a wrong shape, dtype or range.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         check_arguments(kwargs, self.forward)
         out = self.model(
             input_ids=input_ids,
@@ -451,8 +520,10 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=output_router_logits,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            return_dict=True,
         )
         hidden, rows = out.last_hidden_state, out.rows
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
@@ -464,8 +535,11 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
                 predictions[name] = self.model.modalities[name].head(rows.to_rows(hidden)[index])
         aux_loss = aux_loss_of(out.routings)
         scores = Scores(self.config, self.model.modality_ids_of)
-        if labels is not None:
+        if shift_labels is not None:
+            scores.add_tokens(logits, shift_labels, segment_ids, rows.valid, name="shift_labels")
+        elif labels is not None:
             scores.add_tokens(logits, self._predicted(labels, input_ids, modality_ids), segment_ids, rows.valid)
+        has_labels = labels is not None or shift_labels is not None
         check_rows("targets", targets)
         for name, target in (targets or {}).items():
             if name in self.config.input_only:
@@ -476,17 +550,17 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             if wanted != got:
                 raise InputError(f"targets[{name!r}] must be {wanted}, got {got}; give one for each row of features")
             scores.add_rows(name, self.model.modalities[name].loss(predictions[name], target))
-        loss = scores.total(hidden) if labels is not None or targets else None
+        loss = scores.total(hidden) if has_labels or targets else None
         if loss is not None:
             # a head that is not scored takes part too: its gradients are zero, not missing
             unscored = [rows for name, rows in predictions.items() if name not in (targets or {})]
-            unscored += [] if labels is not None else [logits[..., :1]]
+            unscored += [] if has_labels else [logits[..., :1]]
             loss = loss + sum(0.0 * rows.float().sum() for rows in unscored)
         if loss is not None and aux_loss is not None:
             loss = loss + aux_loss
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        return OmniMoeOutput(
+        if loss is not None and has_labels and num_items_in_batch is not None:
+            loss = loss * scores.num_tokens / num_items_in_batch
+        out = OmniMoeOutput(
             loss=loss,
             logits=logits,
             losses=scores.losses or None,
@@ -497,10 +571,11 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            router_logits=_router_logits(rows, out.routings) if output_router_logits else None,
+            router_logits=out.router_logits,
             routings=out.routings,
             rows=rows,
         )
+        return _as_asked(out, return_dict, self.config)
 
     def _predicted(self, labels: Tensor, input_ids: Tensor | None, modality_ids: Tensor | None) -> Tensor:
         """Labels without those at positions of input-only modalities, where any id may stand."""
@@ -609,7 +684,20 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         return attention_mask
 
 
-def _router_logits(rows: RowLayout, routings: tuple[Routing | None, ...]) -> tuple[Tensor, ...]:
+def _selected(asked: bool | int | Sequence[int], count: int) -> set[int]:
+    """The numbers of the hidden states that are asked for, out of ``count``; those from the end are negative."""
+    if isinstance(asked, bool) or asked is None:
+        return set(range(count)) if asked else set()
+    numbers = [asked] if isinstance(asked, int) else asked
+    return {number % count for number in numbers if -count <= number < count}
+
+
+def _as_asked(out: ModelOutput, return_dict: bool | None, config: OmniMoeConfig) -> Any:
+    is_dict = config.return_dict if return_dict is None else return_dict
+    return out if is_dict else out.to_tuple()
+
+
+def _router_logits(rows: RowLayout, routings: Sequence[Routing | None]) -> tuple[Tensor, ...]:
     order = slice(None) if rows.time_index is None else rows.time_index.argsort()
     found = []
     for routing in routings:

@@ -40,25 +40,37 @@ class Scores:
         labels: Tensor,
         segment_ids: Tensor | None,
         valid: Tensor | None,
+        *,
+        name: str = "labels",
     ) -> None:
-        """Scores the next token everywhere that a label stands."""
-        check_tensor("labels", labels, str(tuple(logits.shape[:2])))
+        """Scores the next token everywhere that a label stands.
+
+        Args:
+            logits: ``(B, T, V)``.
+            labels: ``(B, T)``, the ids themselves, or what each position predicts under the name ``shift_labels``.
+            segment_ids: ``(B, T)``, read for the ids themselves alone.
+            valid: ``(B·T,)``.
+            name: ``"labels"`` or ``"shift_labels"``.
+        """
+        check_tensor(name, labels, str(tuple(logits.shape[:2])))
         if logits.shape[:2] != labels.shape:
-            raise InputError(f"labels must be {tuple(logits.shape[:2])}, as the logits, got {tuple(labels.shape)}")
+            raise InputError(f"{name} must be {tuple(logits.shape[:2])}, as the logits, got {tuple(labels.shape)}")
         shape = (labels.shape[0], labels.shape[1])
         named = labels.masked_fill(labels == -100, 0)
-        check_ids("labels", named, shape, 0, self.config.vocab_size, "-100 marks what is not predicted")
-        wanted = labels[:, 1:].long()
-        if segment_ids is not None:
+        check_ids(name, named, shape, 0, self.config.vocab_size, "-100 marks what is not predicted")
+        is_shifted = name == "shift_labels"
+        wanted = labels.long() if is_shifted else labels[:, 1:].long()
+        if segment_ids is not None and not is_shifted:
             inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
             wanted = wanted.masked_fill(~inside, -100)
         if valid is not None:
             # a padding position predicts nothing either
             real = valid.view(shape)
-            wanted = wanted.masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
-        flat = Tokens.loss(logits[:, :-1].reshape(-1, logits.shape[-1]), wanted.reshape(-1))
+            wanted = wanted.masked_fill(~(real if is_shifted else real[:, 1:] & real[:, :-1]), -100)
+        scored = logits if is_shifted else logits[:, :-1]
+        flat = Tokens.loss(scored.reshape(-1, logits.shape[-1]), wanted.reshape(-1))
         each = flat.view(wanted.shape)
-        self.token_losses = F.pad(each, (1, 0))
+        self.token_losses = each if is_shifted else F.pad(each, (1, 0))
         counted = wanted != -100
         predicted = self.modality_ids_of(wanted.clamp_min(0))
         for modality_id, modality in enumerate(self.config.modalities):
@@ -75,13 +87,18 @@ class Scores:
         self.counts[name] = count
         self._terms.append((name, total))
 
+    @property
+    def num_tokens(self) -> Tensor | int:
+        """How many tokens are predicted."""
+        discrete = {modality.name for modality in self.config.modalities if modality.is_discrete}
+        return sum(self.counts[name] for name, _ in self._terms if name in discrete)
+
     def total(self, hidden: Tensor) -> Tensor:
         """One scalar: tokens share one mean, continuous modalities have their own."""
         weights = {modality.name: modality.loss_weight for modality in self.config.modalities}
         discrete = {modality.name for modality in self.config.modalities if modality.is_discrete}
         loss = 0.0 * hidden.float().sum()
-        zero = torch.zeros((), device=hidden.device)
-        count = sum((self.counts[name] for name, _ in self._terms if name in discrete), zero)
+        count = torch.zeros((), device=hidden.device) + self.num_tokens
         for name, total in self._terms:
             loss = loss + weights[name] * total / (count if name in discrete else self.counts[name]).clamp_min(1)
         return loss

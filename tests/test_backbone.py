@@ -52,26 +52,13 @@ def test_a_block_is_two_branches_with_a_norm_before_or_after(placement):
 def test_layers_run_in_turn_and_are_seen_before_they_run():
     backbone, rows, mask, positions = parts()
     x, seen = torch.randn(5, 8), []
-    y, routings, attentions = backbone(x, rows, mask, positions, observe=seen.append)
+    y, routings, attentions = backbone(x, rows, mask, positions, observe=lambda x: seen.append(x) or x)
     placed = rows.with_rotary(*Rope(Rope.Config(), head_dim=4).table(positions))
     first = backbone.layers[0](x, placed, mask)[0]
     assert torch.equal(seen[0], x)
     assert torch.equal(seen[1], first)
     assert torch.equal(y, backbone.layers[1](first, placed, mask)[0])
     assert routings == attentions == [None, None]
-
-
-def test_a_checkpoint_function_calls_every_layer():
-    backbone, rows, mask, positions = parts()
-    x, calls = torch.randn(5, 8), []
-
-    def checkpoint(function, *given):
-        calls.append(function.__self__)
-        return function(*given)
-
-    wanted = backbone(x, rows, mask, positions)[0]
-    assert torch.equal(backbone(x, rows, mask, positions, checkpoint=checkpoint)[0], wanted)
-    assert calls == list(backbone.layers)
 
 
 def test_a_backbone_without_layers_is_the_identity():

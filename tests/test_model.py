@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -122,47 +120,38 @@ def test_when_every_label_is_ignored_the_loss_is_the_balance_loss_alone_with_a_g
     assert all(loss == 0 for loss in out.losses.values())
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_recomputing_activations_changes_neither_loss_nor_gradients(name):
+def test_recomputing_activations_changes_neither_loss_nor_gradients(name, use_reentrant):
     config = DECLARATIONS[name]
     model, ids = build(config).train(), ids_like(config)
     wanted_loss = model(ids, labels=ids).loss
     wanted = gradients(model, input_ids=ids, labels=ids)
-    calls = []
-    model.model.backbone.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable()
+    outside, inside = [], []
+    layer = model.model.backbone.layers[0]
+    layer.register_forward_pre_hook(lambda *_: outside.append(1))
+    layer.self_attn.register_forward_pre_hook(lambda *_: inside.append(1))
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     found = gradients(model, input_ids=ids, labels=ids)
-    assert len(calls) == 2  # once forward, once more in backward
+    # once forward, once more in backward, where hooks of a layer, such as those of FSDP, must not run again
+    assert (len(outside), len(inside)) == (1, 2)
     torch.testing.assert_close(model(ids, labels=ids).loss, wanted_loss)
     for key, grad in wanted.items():
         torch.testing.assert_close(found[key], grad, msg=lambda m, key=key: f"{key}: {m}")
+    model.activation_checkpointing_disable()
+    assert not model.is_activation_checkpointing
 
 
 @pytest.mark.parametrize("name", ["moe", "moma_top_k"])
 def test_the_balance_loss_alone_trains_the_router(name):
     config = DECLARATIONS[name]
     model, ids = build(config).train(), ids_like(config)
-    for recompute in (False, True):
-        if recompute:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_enable()
+    for use_reentrant in (None, False, True):
+        if use_reentrant is not None:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         model.zero_grad()
         model(ids).aux_loss.backward()
         assert all(p.grad.any() for n, p in model.named_parameters() if "scorer" in n and ".routers.2." not in n)
-
-
-def test_recomputation_that_would_lose_the_balance_loss_is_refused():
-    model = build(DECLARATIONS["moe"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        with pytest.raises(ValueError, match="pass use_reentrant=False"):
-            model.gradient_checkpointing_enable({"use_reentrant": True})
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.gradient_checkpointing_disable()
-    assert not model.model.gradient_checkpointing
 
 
 # -- saving and loading -----------------------------------------------------------------------------------------------

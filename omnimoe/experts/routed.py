@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
 from typing import Any
 
 import torch
@@ -154,17 +153,18 @@ class RoutedExperts(Experts):
 
     def forward(self, x: Tensor, rows: RowLayout) -> tuple[Tensor, Routing]:
         """``(N, D)`` rows to ``(N, D)``; a row that no expert takes gets the shared experts alone, or zeros."""
-        routing = self.router(x, rows)
+        with rows.choosing():
+            routing = self.router(x, rows)
         expert_ids = routing.expert_ids
         if rows.counted is not None:
             expert_ids = torch.where(rows.counted[routing.token_index], expert_ids, -1)
         plan = route_plan(expert_ids, self.num_experts)
         token_index, weights = routing.token_index[plan.order], routing.expert_weights[plan.order]
         if self.config.weights_on == "input":
-            y = self.experts(x[token_index] * weights.unsqueeze(1), plan.offsets)
+            y = self.experts(x[token_index] * weights.unsqueeze(1), plan.offsets, compute=rows.compute)
             y = combine(y, token_index, torch.ones_like(weights), len(x))
         else:
-            y = self.experts(x, plan.offsets, token_index=token_index, weights=weights)
+            y = self.experts(x, plan.offsets, token_index=token_index, weights=weights, compute=rows.compute)
         if self.free_experts is not None:
             y = y + self.free_experts(x, routing, self.num_experts)
         if self.shared_experts is not None:

@@ -128,7 +128,7 @@ class Attention(BaseAttention):
 
     def __init__(self, config: Attention.Config, *, hidden_size: int, num_modalities: int, layer_idx: int) -> None:
         super().__init__()
-        self.config = config
+        self.rope = config.rope
         self.layer_idx = layer_idx
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
@@ -159,7 +159,7 @@ class Attention(BaseAttention):
 
     def rotary(self) -> tuple[Rope.Config, int] | None:
         """See :class:`BaseAttention`."""
-        return None if self.config.rope is None else (self.config.rope, self.head_dim)
+        return None if self.rope is None else (self.rope, self.head_dim)
 
     def forward(
         self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any = None
@@ -178,7 +178,7 @@ class Attention(BaseAttention):
         query, key, value = (self._heads(site(x, rows)) for site in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query, rows), self.k_norm(key, rows)
-        if rows.cos is not None and rows.sin is not None and self.config.rope is not None:
+        if rows.cos is not None and rows.sin is not None and self.rope is not None:
             query, key = rope(query, rows.cos, rows.sin), rope(key, rows.cos, rows.sin)
         query, key, value = (rows.to_time(part).transpose(1, 2) for part in (query, key, value))
         if cache is not None:

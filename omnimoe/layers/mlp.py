@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,7 @@ class BankMLP(Bank):
         copies: list[int] | None = None,
         token_index: Tensor | None = None,
         weights: Tensor | None = None,
+        compute: Callable | None = None,
     ) -> Tensor:
         """Runs of rows through their copies.
 
@@ -48,14 +51,21 @@ class BankMLP(Bank):
             copies: the copy of each run; None where run i meets copy i.
             token_index: ``(R,)`` int64, the token that each row of a run is.
             weights: ``(R,)``, what each row counts for in the sum over the rows of a token.
+            compute: does it in the place of our op, ``(bank, x, offsets, token_index, weights)``.
 
         Returns:
             ``(R, D)``, or ``(T, D)``.
         """
-        gate_up_proj, down_proj = plain(self.gate_up_proj), plain(self.down_proj)
+        if compute is not None:
+            return compute(self, x, offsets, token_index, weights)
+        gate_up_proj, down_proj = self.weights()
         if copies is not None and copies != list(range(self.num_copies)):
             gate_up_proj, down_proj = gate_up_proj[copies], down_proj[copies]
         return experts_mlp(x, gate_up_proj, down_proj, offsets, self.activation, token_index, weights)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """``gate_up_proj`` and ``down_proj`` as operations read them."""
+        return plain(self.gate_up_proj), plain(self.down_proj)
 
     def extra_repr(self) -> str:
         copies, hidden_size, intermediate_size = self.down_proj.shape

@@ -10,6 +10,8 @@ not count is marked instead of dropped.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -37,6 +39,8 @@ class RowLayout:
         token_ids: ``(N,)`` int64, what stands at each row's position, for routers that look it up; None elsewhere.
         counted: ``(N,)`` bool, False at rows that nothing may depend on: padding, or rows of another group; None where
             all count. Only in a traced graph.
+        choices: remembers what routers choose, where layers are recomputed in backward; see :meth:`choosing`.
+        compute: computes a bank of experts in another way than our ops: the last argument of ``BankMLP.forward``.
     """
 
     batch_size: int
@@ -53,6 +57,8 @@ class RowLayout:
     routes_causally: bool = False
     counted: Tensor | None = None
     token_ids: Tensor | None = None
+    choices: AbstractContextManager | None = None
+    compute: Callable | None = None
     _per_towers: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -213,6 +219,11 @@ class RowLayout:
         held = self.key_ids == key
         counted = held if self.counted is None else held & self.counted
         return dataclasses.replace(self, counted=counted, _per_towers={})
+
+    def choosing(self) -> AbstractContextManager:
+        """``with rows.choosing():`` around what decides where a row goes, so that a layer that is recomputed decides as
+        it did the first time."""
+        return nullcontext() if self.choices is None else self.choices
 
     def with_rotary(self, cos: Tensor, sin: Tensor) -> RowLayout:
         """A copy that carries the rotary table of its rows."""
