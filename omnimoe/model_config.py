@@ -38,6 +38,8 @@ _READ_BY_TRANSFORMERS = {
     "torch_dtype",
 }
 """What configs of transformers take besides their fields."""
+_LIMITS = {"hidden_size": 2**20, "num_layers": 4096, "vocab_size": 2**26, "max_position_embeddings": 2**40}
+"""Sizes past those of any model, by which a config that was damaged or made to hurt is told."""
 _CLASS_FIELDS = {"model_type", "keys_to_ignore_at_inference", "attribute_map"}
 
 
@@ -139,6 +141,14 @@ class OmniMoeConfig(PreTrainedConfig):
             raise ConfigError(f"a model needs at least one modality and each its own name, got {names}")
         if self.hidden_size < 1 or self.num_layers < 0:
             raise ConfigError(f"hidden_size {self.hidden_size} and num_layers {self.num_layers} must be positive")
+        for name, limit in _LIMITS.items():
+            if max(getattr(self, name), needed if name == "vocab_size" else 0) > limit:
+                raise ConfigError(f"{name} {getattr(self, name):,} is beyond any model; at most {limit:,} is taken")
+        if self.max_position_embeddings < 1 or not 0 <= self.initializer_range < float("inf"):
+            raise ConfigError(
+                f"max_position_embeddings {self.max_position_embeddings} must be positive, and initializer_range "
+                f"{self.initializer_range} a number from 0"
+            )
         for held in self.layers:
             if held.start >= self.num_layers:
                 raise ConfigError(
