@@ -222,6 +222,8 @@ def _attention_vectors(config: Config, hidden_size: int) -> int:
     count = (heads + 2 * kv_heads) * config.bias + hidden_size * config.output_bias
     if config.qk_norm == "rms":
         count += 2 * heads // config.num_heads
+    elif config.qk_norm == "rms_joint":
+        count += heads + kv_heads
     elif config.qk_norm == "layer":
         count += 2 * (heads + kv_heads)
     return count

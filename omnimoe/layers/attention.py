@@ -18,14 +18,14 @@ from omnimoe.config import ConfigError, Configurable, register
 from omnimoe.layers.bank import TowerMap, resolve_towers
 from omnimoe.layers.linear import BankLinear
 from omnimoe.layers.masks import AttentionMask
-from omnimoe.layers.norm import BankHeadLayerNorm, BankRMSNorm
+from omnimoe.layers.norm import BankHeadLayerNorm, BankJointRMSNorm, BankRMSNorm
 from omnimoe.layers.rope import Rope, rope
 from omnimoe.layers.rows import RowLayout
 from omnimoe.registry import Registry
 
 ATTENTIONS: Registry = Registry("attention")
 
-QK_NORMS = ("none", "rms", "layer")
+QK_NORMS = ("none", "rms", "rms_joint", "layer")
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "qk_norm")
 
 
@@ -91,8 +91,8 @@ class Attention(BaseAttention):
         output_bias: bool = False
         """A bias on o."""
         qk_norm: str = "none"
-        """``"rms"`` over the head dimension with one scale for all heads (Qwen3, MoT's code), ``"layer"`` with scale
-        and shift for every head (Chameleon), or ``"none"``."""
+        """``"rms"`` over the head dimension with one scale for all heads (Qwen3, MoT's code), ``"rms_joint"`` over all
+        heads together (OLMoE), ``"layer"`` with scale and shift for every head (Chameleon), or ``"none"``."""
         qk_norm_eps: float = 1e-5
         """Added to the variance in the q/k norm."""
         rope: Rope.Config | None = field(default_factory=Rope.Config)
@@ -122,6 +122,8 @@ class Attention(BaseAttention):
 
         @property
         def tp_plan(self) -> dict[str, str]:
+            if self.qk_norm == "rms_joint":
+                return {}  # it would need all heads on every device
             plan = {"": "bank_attention", "o_proj": "bank_rowwise"}
             plan |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), "bank_colwise")
             return plan | (dict.fromkeys(("q_norm", "k_norm"), "bank_head_norm") if self.qk_norm != "none" else {})
@@ -153,6 +155,9 @@ class Attention(BaseAttention):
         if config.qk_norm == "rms":
             self.q_norm = BankRMSNorm(towers("qk_norm"), self.head_dim, config.qk_norm_eps)
             self.k_norm = BankRMSNorm(towers("qk_norm"), self.head_dim, config.qk_norm_eps)
+        elif config.qk_norm == "rms_joint":
+            self.q_norm = BankJointRMSNorm(towers("qk_norm"), heads, config.qk_norm_eps)
+            self.k_norm = BankJointRMSNorm(towers("qk_norm"), kv_heads, config.qk_norm_eps)
         elif config.qk_norm == "layer":
             self.q_norm = BankHeadLayerNorm(towers("qk_norm"), self.num_heads, self.head_dim, config.qk_norm_eps)
             self.k_norm = BankHeadLayerNorm(towers("qk_norm"), self.num_kv_heads, self.head_dim, config.qk_norm_eps)

@@ -43,6 +43,17 @@ class BankRMSNorm(Bank):
         return f"copies={self.num_copies}, width={self.weight.shape[1]}, eps={self.eps}"
 
 
+class BankJointRMSNorm(BankRMSNorm):
+    """RMSNorm over all heads of a row together, with a scale of its own for every head, as OLMoE's q/k norm.
+
+    Source: https://arxiv.org/abs/2409.02060.
+    """
+
+    def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
+        """``(N, H, C)`` rows to the same shape and dtype."""
+        return super().forward(x.flatten(1), rows).view_as(x)
+
+
 class BankHeadLayerNorm(Bank):
     """LayerNorm over each head with a scale and a shift of its own for every head, as Chameleon's q/k norm.
 
