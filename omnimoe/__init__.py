@@ -1,10 +1,12 @@
 """omnimoe: load, train, extend, compare and run modality-aware sparse multimodal models.
 
-Names are loaded on first use, so that ``import omnimoe`` costs nothing and registering a part needs no model.
+Names are loaded on first use, so that ``import omnimoe`` costs nothing and registering a part needs no model. It makes
+omnimoe known to transformers' Auto classes.
 """
 
 from __future__ import annotations
 
+from omnimoe.auto import register
 from omnimoe.lazy import lazy
 
 __version__ = "0.1.0"
@@ -42,6 +44,7 @@ _HOMES = {
     ),
     "omnimoe.flops": ("active_params", "flops", "total_params"),
     "omnimoe.shrink": ("shrink",),
+    "omnimoe.routing_trace": ("record_routing",),
     "omnimoe.lora": ("add_lora", "confine_lora", "lora_targets"),
     "omnimoe.spans": ("SpanProcessor", "read_spans"),
     "omnimoe.generate": ("Generated", "generate", "interleave"),
@@ -50,3 +53,6 @@ _HOMES = {
 }
 __getattr__, __dir__, _names = lazy(__name__, _HOMES)
 __all__ = ["__version__", *_names]
+
+register()
+del register
