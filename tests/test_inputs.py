@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omnimoe.inputs import InputError, rotary_positions, runs, valid_positions
+from omnimoe.inputs import InputError, rotary_positions, valid_positions
 from tests.declarations import DECLARATIONS, DENSE, MOT, build, ids_like, with_towers
 
 IDS = ids_like(DENSE)
@@ -35,6 +35,7 @@ BAD = {
         {"input_ids": IDS.clone().fill_(40)},
         "input_ids holds 40, outside [0, 40); the vocabulary has 40",
     ),
+    "a huge id": ({"input_ids": IDS.clone().fill_(2**62)}, "input_ids holds 4611686018427387904, outside [0, 40)"),
     "a negative id": ({"input_ids": IDS - 40}, "outside [0, 40)"),
     "floating ids": ({"input_ids": IDS.float()}, "input_ids must be int64, got torch.float32; convert it with .long()"),
     "a list": (
@@ -44,6 +45,10 @@ BAD = {
     "an unknown modality": (
         {"input_ids": IDS, "modality_ids": torch.full_like(IDS, 3)},
         "modality_ids holds 3, outside [0, 3); the modalities are 0 text, 1 image, 2 speech",
+    ),
+    "floating modality ids": (
+        {"input_ids": IDS, "modality_ids": torch.zeros_like(IDS, dtype=torch.float32)},
+        "modality_ids must be int64, got torch.float32; convert it with .long()",
     ),
     "a negative modality": ({"input_ids": IDS, "modality_ids": torch.full_like(IDS, -1)}, "modality_ids holds -1"),
     "short modality ids": ({"input_ids": IDS, "modality_ids": IDS[:, :5]}, "modality_ids must have shape (2, 12)"),
@@ -97,12 +102,36 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_with_the_value_and_the_remedy(model, case):
+HAZARDS = {
+    19: ("empty",),
+    21: ("too large an id", "a huge id", "a negative id", "too large a label", "a negative label", "bad segments"),
+    22: (
+        *("an unknown modality", "a negative modality", "floating modality ids", "a list", "short modality ids"),
+        *("deep modality ids", "features of an unknown modality", "features of a discrete modality"),
+        *("embeds without modalities", "too few", "too many", "too wide", "a batch of them", "text"),
+    ),
+}
+"""Rows of tests/hazard_rows.py, and the cases here that are theirs."""
+
+
+def marked(cases: dict) -> list:
+    rows = {case: [pytest.mark.hazard(row) for row, names in HAZARDS.items() if case in names] for case in cases}
+    return [pytest.param(case, marks=rows[case]) for case in cases]
+
+
+@pytest.fixture(scope="module")
+def answer(model):
+    return model(IDS).logits.detach()
+
+
+@pytest.mark.parametrize("case", marked(BAD))
+def test_bad_input_is_refused_with_the_value_and_the_remedy(model, answer, case):
     given, message = BAD[case]
     with pytest.raises(InputError) as caught:
         model(**given)
     assert message in str(caught.value)
+    assert torch.equal(model(IDS).logits, answer)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 LATENT_IDS = torch.tensor([[10, 3, 7, 7, 4, 12]])
@@ -131,7 +160,7 @@ BAD_FEATURES = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_FEATURES)
+@pytest.mark.parametrize("case", marked(BAD_FEATURES))
 def test_bad_features_are_refused(latent, case):
     given, message = BAD_FEATURES[case]
     with pytest.raises(InputError) as caught:
@@ -147,12 +176,14 @@ def test_a_model_with_keys_of_its_own_asks_for_them():
         model(IDS, key_ids=torch.full_like(IDS, 2))
 
 
+@pytest.mark.hazard(19)
 @pytest.mark.parametrize("name", ["dense", "mot", "moma", "moe"])
 def test_a_batch_of_no_rows_gives_no_logits(name):
     model = build(DECLARATIONS[name])
     assert model(IDS[:0]).logits.shape == (0, 12, 40)
 
 
+@pytest.mark.hazard(19)
 @pytest.mark.parametrize("name", ["dense", "mot", "moma", "moe", "expert_choice"])
 def test_a_batch_of_padding_alone_gives_zeros_and_no_loss(name):
     model = build(DECLARATIONS[name])
@@ -207,16 +238,6 @@ def test_rotary_positions_go_on_after_a_cache_and_start_again_in_each_segment():
     assert found.squeeze(-1).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 0, 1]]
     grid = torch.randint(0, 9, (2, 6, 3))
     assert torch.equal(rotary_positions(grid, segments, 2, 0, 6, cpu), grid)
-
-
-def test_runs_are_numbered_by_span_and_what_is_not_blocked_has_none():
-    kinds = torch.tensor([[1, 1, 0, 1, 2, 2, 0], [0, 0, 0, 0, 0, 0, 1]])
-    assert (runs(kinds, [1]) >= 0).tolist() == (kinds == 1).tolist()
-    first, second = runs(kinds, [1, 2]).tolist()
-    assert first[0] == first[1]
-    assert len({first[0], first[3], first[4]}) == 3
-    assert first[4] == first[5]
-    assert first[2] == first[6] == second[0] == -1
 
 
 def test_places_are_valid_by_the_mask_and_the_segments_together():

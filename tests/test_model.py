@@ -108,6 +108,7 @@ def test_a_head_that_is_not_scored_gets_a_zero_gradient(scored):
     assert other.any() == (scored == "targets")
 
 
+@pytest.mark.hazard(23)
 @pytest.mark.parametrize("name", ["dense", "mot", "moe", "moma"])
 def test_when_every_label_is_ignored_the_loss_is_the_balance_loss_alone_with_a_graph(name):
     config = DECLARATIONS[name]
