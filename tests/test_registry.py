@@ -34,6 +34,7 @@ def test_well_formed_names(shapes, name):
     assert shapes.get(name) is Square
 
 
+@pytest.mark.hazard(30)
 @pytest.mark.parametrize("name", ["", "Circle", "a b", "_a", ".a", "-a", "a/b", "../a", "a\n", "é"])
 def test_malformed_name_raises_and_files_nothing(shapes, name):
     with pytest.raises(RegistryError, match="may only hold lower-case letters"):
@@ -41,12 +42,14 @@ def test_malformed_name_raises_and_files_nothing(shapes, name):
     assert shapes.names() == ["circle"]
 
 
+@pytest.mark.hazard(30)
 @pytest.mark.parametrize("name", [None, 3, Square, ("a",)])
 def test_a_name_that_is_no_string_raises(shapes, name):
     with pytest.raises(RegistryError, match=r"write register\(name\)"):
         shapes.register(name)
 
 
+@pytest.mark.hazard(30)
 def test_taken_name_raises_and_keeps_the_first(shapes):
     with pytest.raises(RegistryError, match=r"'circle' is already registered as .*Circle; .*exist_ok=True"):
         shapes.register("circle")(Square)
@@ -122,6 +125,7 @@ def test_loader_may_look_up_and_may_add_a_loader(shapes):
     assert shapes.names() == ["circle", "square"]
 
 
+@pytest.mark.hazard(30)
 def test_failing_loader_is_tried_again_and_never_leaves_a_half_filled_table(shapes):
     failures = [ImportError("no such library")]
 
