@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from omnimoe.compare import Comparison
 
@@ -205,6 +206,47 @@ def draw_routing(
     top.legend(frameon=False, ncols=num_modalities, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     _heat(bottom, load, names)
     figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return Path(path)
+
+
+def draw_load(
+    load: np.ndarray,
+    names: Sequence[str],
+    path: Path | str | None = None,
+    *,
+    title: str = "",
+    free: Sequence[Sequence[str]] = (),
+) -> Path | Figure:
+    """Which experts of each layer are used, and by what.
+
+    Args:
+        load: ``(L, M, E)``, the share of the tokens of each of M that meets each expert of each layer.
+        names: of the M.
+        path: where the PNG goes; None for a figure.
+        title: above it.
+        free: for each layer, the kinds of the experts behind those of the bank; they are named in the ticks.
+
+    Returns:
+        The path, or the figure.
+    """
+    plt = _pyplot()
+    num_layers, num_rows, num_experts = load.shape
+    width = min(16.0, 2.2 + 0.42 * num_experts)
+    figure, axis = plt.subplots(figsize=(max(4.2, width), 1.1 + 0.2 * num_layers * num_rows))
+    _heat(axis, load, names)
+    axis.set_xlabel("expert, share of the tokens that meet it")
+    kinds = max(free, key=len, default=())
+    if kinds and all(len(found) in (0, len(kinds)) for found in free):
+        first = num_experts - len(kinds)
+        axis.set_xticks(range(num_experts), [*(str(i) for i in range(first)), *kinds], rotation=0, fontsize=7)
+    axis.set_title(title, loc="left")
+    figure.tight_layout()
+    if path is None:
+        plt.close(figure)  # the caller holds it; pyplot need not
+        return figure
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
     return Path(path)
