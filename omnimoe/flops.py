@@ -149,10 +149,11 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
 
 def total_params(config: OmniMoeConfig) -> int:
     """Weights of the model, tied ones once; counted on the meta device, without memory."""
-    sizes = {"hidden_size": config.hidden_size, "num_modalities": config.num_keys}
+    width, num_keys = config.hidden_size, config.num_keys
     with torch.device("meta"):
-        parts = [Backbone(config.blocks, **sizes), config.final_norm.build(**sizes)]
-        parts += [held.build(hidden_size=config.hidden_size) for held in config.modalities if not held.is_discrete]
+        parts = [Backbone(config.blocks, hidden_size=width, num_modalities=num_keys)]
+        parts += [config.final_norm.build(hidden_size=width, num_modalities=num_keys)]
+        parts += [held.build(hidden_size=width) for held in config.modalities if not held.is_discrete]
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     return tables + sum(parameter.numel() for part in parts for parameter in part.parameters())
 

@@ -11,12 +11,13 @@ import fnmatch
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import logging
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 import omnimoe
+from omnimoe.bars import bars_where_seen
 from omnimoe.checkpoint import (
     CheckpointError,
     Hub,
@@ -37,12 +39,14 @@ from omnimoe.checkpoint import (
     weight_files,
 )
 from omnimoe.checkpoint.errors import MisfitError
+from omnimoe.checkpoint.fetch import PREFIXES
+from omnimoe.checkpoint.folder import check_config
 from omnimoe.closest import closest_models
 from omnimoe.config import ConfigError
 from omnimoe.flops import UnknownCostError, active_params, flops, total_params
 from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
-from omnimoe.publish import settle
 from omnimoe.registry import RegistryError
+from omnimoe.towers import load_pieces, pieces, select
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +99,18 @@ def load(
     attn_implementation: str | None = None,
     **overrides: Any,
 ) -> OmniMoeForCausalLM:
-    """A registered model, with fresh weights or with those that were published for it.
+    """A model by name, with fresh weights or with those that were published for it.
 
     Args:
-        name: of :func:`list_models`.
+        name: of :func:`list_models`; or where a model lies, as for :func:`from_pretrained`: its weights with
+            ``pretrained``, otherwise fresh ones under its config.
         pretrained: load weights.
         device: where to build; ``"meta"`` takes no memory.
         dtype: of the weights; float32 where None, with ``pretrained`` that of the file.
         seed: of fresh weights; the global generator is left as it was. None draws from the global generator.
         attn_implementation: ``"sdpa"``, ``"eager"``, ``"flex_attention"`` or another that transformers knows.
-        overrides: fields of the config to change, ``num_layers=2``; not with ``pretrained``.
+        overrides: fields of the config to change, ``num_layers=2``; with ``pretrained`` instead arguments of
+            :func:`from_pretrained`. Of an address, ``revision``, ``token`` and the like are taken without it too.
 
     Returns:
         The model, in training mode if fresh and in evaluation mode if pretrained.
@@ -114,21 +120,24 @@ def load(
         ConfigError: if an override is no field of the config, or does not fit the others.
         ValueError: if weights are asked for and there are none.
     """
-    if name not in MODELS and ("/" in name or name.startswith(("hf-hub:", "local-dir:")) or Path(name).is_dir()):
-        raise RegistryError(f"{name!r} is no registered model but an address; call from_pretrained({name!r})")
-    make = MODELS.get(name)
+    is_address = name not in MODELS and ("/" in name or name.startswith(PREFIXES) or Path(name).is_dir())
     if pretrained:
-        source = _weights_of(name)
+        source = name if is_address else _weights_of(name)
         if source is None:
             has = ", ".join(list_models(pretrained=True)) or "no registered model yet"
             raise ValueError(f"there are no weights for {name!r}; weights exist for: {has}. Leave pretrained=True out")
-        if overrides or seed is not None:
-            given = ", ".join([*overrides, *(["seed"] if seed is not None else [])])
-            raise ValueError(
-                f"published weights fit the registered config, so {given} cannot be set with pretrained=True"
-            )
-        return from_pretrained(source, device=device, dtype=dtype or "auto", attn_implementation=attn_implementation)
-    config = make().replace(**overrides)
+        changes = [field for field in overrides if field not in _arguments(from_pretrained)]
+        if changes or seed is not None:
+            given = ", ".join([*changes, *(["seed"] if seed is not None else [])])
+            raise ValueError(f"published weights fit their own config, so {given} cannot be set with pretrained=True")
+        overrides |= {"device": device, "dtype": dtype or "auto", "attn_implementation": attn_implementation}
+        model = from_pretrained(source, **overrides)
+        return model if is_address else _described(model, name)
+    if is_address:
+        asked = {field: overrides.pop(field) for field in [*overrides] if field in _arguments(_config_at)}
+        config = _config_at(name, **asked).replace(**overrides)
+    else:
+        config = MODELS.get(name)().replace(**overrides)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     place = torch.device(device) if device is not None else torch.get_default_device()
@@ -140,12 +149,16 @@ def from_pretrained(
     source: str | PathLike[str],
     *,
     revision: str | None = None,
+    subfolder: str = "",
+    towers: str | Iterable[str] | None = None,
+    without: str | Iterable[str] = (),
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     device_map: Any = None,
     strict: bool = True,
     local_files_only: bool = False,
-    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
     attn_implementation: str | None = None,
     verify: bool = False,
     check_finite: str = "warn",
@@ -157,14 +170,19 @@ def from_pretrained(
     Args:
         source: an existing folder, ``local-dir:folder``, an id ``org/name`` or ``hf-hub:org/name``.
         revision: branch, tag or commit, on the Hub.
+        subfolder: where in the folder or the repository the model lies.
+        towers: names of the keys whose towers are loaded: the modalities, unless the config has other keys. What they
+            do not need is neither fetched nor read, and the model is as much smaller.
+        without: names of modalities or keys that are left out likewise.
         dtype: of the weights; ``"auto"`` takes that of the file.
         device: where to put the model.
         device_map: transformers' spreading over devices, in place of ``device``.
         strict: refuse a checkpoint with a missing, an unexpected or a misshapen key; otherwise log them.
         local_files_only: look on the Hub's local cache alone.
-        token: for private repositories.
+        cache_dir: of downloads; huggingface_hub's own where None.
+        token: for what is private or gated; that of ``hf auth login`` where None, none at all where False.
         attn_implementation: as for :func:`load`.
-        verify: compare every file with the hashes of the folder's manifest.json.
+        verify: compare every file that is read with the hash in the folder's manifest.
         check_finite: ``"warn"``, ``"error"`` or ``"off"`` for weights that are NaN or infinite.
         check_size: refuse a model larger than the memory that is free.
         allow_pickle: read pytorch_model.bin where there is no other file, without running code of it.
@@ -174,38 +192,54 @@ def from_pretrained(
 
     Raises:
         CheckpointError: if the checkpoint is missing, malformed, unsafe, or does not fit.
+        ConfigError: if ``towers`` or ``without`` name what the model does not have, or leave nothing.
     """
-    place = _source(source, hub=Hub(revision=revision, local_files_only=local_files_only, token=token))
-    folder = place.fetch()
-    if place.is_folder:
-        settle(folder)
-    elif not allow_pickle:
-        place.fetch(weight_files(read_index(folder)), at=folder)
     if device is not None and device_map is not None:
         raise ValueError("device and device_map say the same thing twice; pass one of them")
-    try:
-        model, report = OmniMoeForCausalLM.from_pretrained(
-            folder,
-            strict=strict,
-            verify=verify,
-            check_finite=check_finite,
-            check_size=check_size,
-            allow_pickle=allow_pickle,
-            output_loading_info=True,
-            dtype=_dtype(dtype),
-            device_map=device_map,
-            attn_implementation=attn_implementation,
-        )
-    except (ConfigError, RegistryError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    except MisfitError as error:
-        raise MisfitError(f"{error}{_near(folder)}") from error
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
+    hub = Hub(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+    place = _source(source, subfolder=subfolder, hub=hub)
+    folder = place.fetch()
+    selection = None
+    if towers is not None or without:
+        check_config(folder)
+        selection = select(_read_config(folder), towers, without)
+    given = {"dtype": _dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
+    given |= {"strict": strict, "verify": verify, "check_finite": check_finite, "check_size": check_size}
+    if selection is None:
+        place.fetch(_files_to_read(folder, allow_pickle), at=folder)
+        with _explained(folder), bars_where_seen():
+            model, report = OmniMoeForCausalLM.from_pretrained(
+                folder, allow_pickle=allow_pickle, output_loading_info=True, **given
+            )
+    else:
+        plan = pieces(selection)
+        place.fetch(weight_files(read_index(folder), {piece.key for piece in plan.values()}), at=folder)
+        with _explained(folder, is_whole=False), bars_where_seen():
+            model, report = load_pieces(folder, selection, plan, **given)
     misfit = complaint(report)
     if misfit:
         logger.warning("the weights in %s do not fit its config.json; what is missing is fresh.\n%s", folder, misfit)
     return model if device is None else model.to(device)
+
+
+def _files_to_read(folder: Path, allow_pickle: bool) -> list[str]:
+    """The files with the weights of a folder whose other files are there: a model, or adapters of one."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return ["adapter_model.safetensors"]
+    return ["*.safetensors", "*.bin"] if allow_pickle else weight_files(read_index(folder))
+
+
+@contextlib.contextmanager
+def _explained(folder: Path, *, is_whole: bool = True) -> Iterator[None]:
+    """Says where it was that something could not be read, and whose weights they may be that do not fit."""
+    try:
+        yield
+    except (ConfigError, RegistryError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    except MisfitError as error:
+        raise MisfitError(f"{error}{_near(folder) if is_whole else ''}") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
 
 
 def _near(folder: Path) -> str:
@@ -375,6 +409,40 @@ def _source(source: str | PathLike[str], *, subfolder: str = "", hub: Hub) -> So
         raise CheckpointError(f"{source!r} is a registered model, not a checkpoint; call load({source!r})")
     hint = "" if "/" in fspath(source) else f", and no registered model has that name{MODELS.hint(fspath(source))}"
     return Source.find(source, subfolder=subfolder, hub=hub, hint=hint)
+
+
+def _read_config(folder: Path) -> OmniMoeConfig:
+    with _explained(folder):
+        return OmniMoeConfig.from_pretrained(folder)
+
+
+def _config_at(
+    source: str,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    local_files_only: bool = False,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> OmniMoeConfig:
+    """The config of a model that lies somewhere; its weights are not fetched."""
+    hub = Hub(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+    folder = _source(source, subfolder=subfolder, hub=hub).fetch()
+    check_config(folder)
+    return _read_config(folder)
+
+
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of a function's arguments beside the first."""
+    return frozenset(list(inspect.signature(function).parameters)[1:])
+
+
+def _described(model: OmniMoeForCausalLM, name: str) -> OmniMoeForCausalLM:
+    """A model with what its family says of it, for the card that is written when it is saved."""
+    card = _card_of(name)
+    known = {"license": card.license.lower(), "paper": card.papers.get(name, card.paper)} if card else {}
+    model.config.card = {**known, **(getattr(model.config, "card", None) or {})}
+    return model
 
 
 def _matches(name: str, pattern: str) -> bool:

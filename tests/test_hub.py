@@ -110,10 +110,17 @@ class TestLoad:
         with pytest.raises(RegistryError, match="did you mean 'mot_37m'"):
             load(name)
 
-    @pytest.mark.parametrize("name", ["org/name", "hf-hub:org/name", "local-dir:model"])
-    def test_an_address_is_no_name(self, name):
-        with pytest.raises(RegistryError, match=r"call from_pretrained\("):
-            load(name)
+    @pytest.mark.parametrize("form", [str, "local-dir:{}".format])
+    def test_an_address_gives_its_config_or_its_weights(self, saved, form):
+        fresh, kept = load(form(saved), seed=1, num_layers=1), load(form(saved), pretrained=True)
+        held = load_file(saved / "model.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(kept.lm_head.weight, held)
+        assert (fresh.training, fresh.config.num_layers, fresh.config.hidden_size) == (True, 1, tiny().hidden_size)
+        assert not torch.equal(fresh.lm_head.weight, held)
+
+    def test_an_address_that_is_not_there(self):
+        with pytest.raises(CheckpointError, match="there is no folder 'model'"):
+            load("local-dir:model")
 
     def test_an_unknown_dtype(self):
         with pytest.raises(ValueError, match="unknown dtype 'int8'; write 'float32'"):

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
 from omnimoe.checkpoint.errors import CheckpointError
 from omnimoe.checkpoint.refusals import hub_errors
+from omnimoe.publish import settle
 
 logger = logging.getLogger(__name__)
 
 TEXTS = ("*.json", "README.md")
 """Files of a checkpoint beside its weights."""
-INDEX = "model.safetensors.index.json"
+PREFIXES = ("hf-hub:", "local-dir:")
+"""What says whether a name is an id on the Hub or a folder; without one, an existing folder wins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +74,11 @@ class Source:
             CheckpointError: if it names nothing, or a revision is asked of a folder.
         """
         given = fspath(source)
-        prefix, colon, rest = given.partition(":")
-        if not colon or prefix not in ("hf-hub", "local-dir"):
-            prefix, rest = "", given
+        prefix = next((start for start in PREFIXES if given.startswith(start)), "")
+        rest = given.removeprefix(prefix)
         _check_subfolder(subfolder)
         folder = Path(rest).expanduser()
-        if prefix == "local-dir" or (prefix != "hf-hub" and (folder.is_dir() or isinstance(source, PathLike))):
+        if prefix == "local-dir:" or (not prefix and (folder.is_dir() or isinstance(source, PathLike))):
             if not folder.is_dir():
                 raise CheckpointError(f"there is no folder {fspath(folder)!r}; name the folder of a saved model")
             if hub.revision is not None:
@@ -105,6 +106,8 @@ class Source:
         folder = root / self.subfolder
         if not folder.is_dir():
             raise CheckpointError(f"{self.name!r} has no folder {self.subfolder!r}; leave subfolder out or correct it")
+        if self.is_folder:
+            settle(folder)
         missing = [name for name in files if not re.search(r"[*?\[]", name) and not (folder / name).is_file()]
         if missing and not self.is_folder:
             raise CheckpointError(
@@ -157,13 +160,16 @@ class Source:
         return f"{within}at revision {self.hub.revision or 'main'!r}"
 
 
-def weight_files(index: dict[str, str] | None) -> list[str]:
-    """The files that hold the weights.
+def weight_files(index: dict[str, str] | None, keys: Collection[str] | None = None) -> list[str]:
+    """The files that hold weights.
 
     Args:
         index: the file of each key; None for a checkpoint of one file.
+        keys: the weights that are wanted; all of them where None.
     """
-    return ["model.safetensors"] if index is None else sorted(set(index.values()))
+    if index is None:
+        return ["model.safetensors"]
+    return sorted({file for key, file in index.items() if keys is None or key in keys})
 
 
 def _is_id(name: str) -> bool:

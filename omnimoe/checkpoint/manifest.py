@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from omnimoe.checkpoint.errors import CheckpointError
@@ -10,19 +11,25 @@ from omnimoe.checkpoint.folder import inside
 from omnimoe.publish import MANIFEST, digest, read_manifest
 
 
-def verify_folder(folder: Path) -> None:
+def verify_folder(folder: Path, files: Collection[str] | None = None) -> None:
     """Reads every file that the manifest lists and compares its hash; other files are not looked at.
+
+    Args:
+        folder: of the checkpoint.
+        files: names of those to read; all where None.
 
     Raises:
         CheckpointError: if a file is missing or another one, or there is no manifest.
     """
     try:
-        files = read_manifest(folder)
+        listed = read_manifest(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    if not files:
+    if not listed:
         raise CheckpointError(f"{folder} has no {MANIFEST} to verify it by; leave verify out, or save the model again")
-    for name, wanted in files.items():
+    for name, wanted in listed.items():
+        if files is not None and name not in files:
+            continue
         if re.search(r"(^|[/\\])\.\.?($|[/\\])|^[/\\]|[\0:]", name):
             raise CheckpointError(
                 f"{folder / MANIFEST} lists {name!r}, which is not in the folder; save the model again"
