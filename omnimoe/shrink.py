@@ -31,8 +31,12 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         return part.replace(num_heads=4, num_kv_heads=max(1, 4 // groups), head_dim=None, rope=turned)
 
     def experts(part: Any) -> Any:
-        narrow = part is not None and hasattr(part, "intermediate_size")
-        return part.replace(intermediate_size=3 * hidden_size // 2) if narrow else part
+        if part is None or not hasattr(part, "intermediate_size"):
+            return part
+        narrow = {"intermediate_size": 3 * hidden_size // 2}
+        if getattr(part, "shared_intermediate_size", None) is not None:
+            narrow["shared_intermediate_size"] = hidden_size
+        return part.replace(**narrow)
 
     modalities: list[Any] = []
     for modality in config.modalities:
@@ -42,7 +46,11 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         if modality.is_discrete:
             small |= {"vocab_size": 64 if not modalities else 16, "vocab_start": None}
         modalities.append(modality.replace(**small))
+    # a token of a large vocabulary would lie outside of the small one
+    specials = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    kept = {name: token if isinstance(token, int) and token < 64 else moved(token) for name, token in specials.items()}
     return config.replace(
+        **kept,
         hidden_size=hidden_size,
         num_layers=num_layers,
         modalities=tuple(modalities),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from omnimoe.checkpoint import CheckpointError, check_weights, read_json
+from omnimoe.checkpoint.folder import check_shard, inside
+from omnimoe.checkpoint.header import Entry
 from omnimoe.convert.rules import Shape
 
 DTYPES = {
@@ -49,32 +52,29 @@ class Weights:
     def __init__(self, folder: Path, files: Mapping[str, str] | None = None) -> None:
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._opened: dict[str, tuple[Any, str]] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
+        self._opened: dict[Path, Any] = {}
         self._closing = contextlib.ExitStack()
-        try:
-            for prefix, file in (files or {"": "model.safetensors"}).items():
-                for path in _shards(folder, file):
-                    self._open(path, prefix)
-        except BaseException:
-            self.close()
-            raise
+        for prefix, file in (files or {"": "model.safetensors"}).items():
+            index = _index_of(folder, file)
+            if file == "model.safetensors":
+                check_weights(folder)
+            for name in file_names(folder, {prefix: file})[prefix]:
+                keys = [key for key, shard in index.items() if shard == name]
+                self._list(inside(folder, name), prefix, check_shard(folder, name, keys))
 
-    def _open(self, path: Path, prefix: str) -> None:
-        try:
-            handle = self._closing.enter_context(safe_open(path, framework="pt"))
-            for stored in handle.keys():  # noqa: SIM118 - a handle is no mapping
-                part, name = handle.get_slice(stored), prefix + stored
-                if name in self._opened:
-                    raise CheckpointError(f"{path} holds {stored}, which another file of the folder holds too")
-                if part.get_dtype() not in DTYPES:
-                    raise CheckpointError(
-                        f"{path}: {stored} is {part.get_dtype()}, a quantised type, which is not converted; take a "
-                        "copy in bfloat16, or cast it first"
-                    )
-                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), DTYPES[part.get_dtype()]
-                self._opened[name] = handle, stored
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    def _list(self, path: Path, prefix: str, entries: Mapping[str, Entry]) -> None:
+        for stored, entry in entries.items():
+            name = prefix + stored
+            if name in self._places:
+                raise CheckpointError(f"{path} holds {stored}, which another file of the folder holds too")
+            if entry.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{path}: {stored} is {entry.dtype}, a quantised type, which is not converted; take a copy in "
+                    "bfloat16"
+                )
+            self.shapes[name], self.dtypes[name] = entry.shape, DTYPES[entry.dtype]
+            self._places[name] = path, stored
 
     def read(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
         """A tensor, or a slice of it.
@@ -82,8 +82,11 @@ class Weights:
         Raises:
             CheckpointError: if the file ends too early.
         """
-        handle, stored = self._opened[name]
+        path, stored = self._places[name]
         try:
+            if path not in self._opened:
+                self._opened[path] = self._closing.enter_context(safe_open(path, framework="pt"))
+            handle = self._opened[path]
             return handle.get_slice(stored)[region] if region else handle.get_tensor(stored)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{name} cannot be read: {error}") from error
@@ -121,21 +124,31 @@ def main_dtype(dtypes: Mapping[str, torch.dtype], shapes: Mapping[str, Shape]) -
     return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
 
 
-def _shards(folder: Path, file: str) -> list[Path]:
-    if file == "model.safetensors":
-        check_weights(folder)
-    if (folder / file).is_file():
-        return [folder / file]
-    index = folder / f"{file}.index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{folder} has neither {file} nor {index.name}")
-    named = read_json(index, CheckpointError).get("weight_map")
-    shards = sorted(set(named.values())) if isinstance(named, dict) else []
-    inside = {path.name for path in folder.iterdir()}
-    missing = [shard for shard in shards if shard not in inside]
-    if missing or not shards:
-        raise CheckpointError(f"{index} names {missing[0] if missing else 'no file'!r}, which is no file of the folder")
-    return [folder / shard for shard in shards]
+def file_names(folder: Path, files: Mapping[str, str]) -> dict[str, list[str]]:
+    """The files of each prefix: one, or the shards that an index names.
+
+    Args:
+        folder: with at least the indexes in it.
+        files: as for :class:`Weights`.
+
+    Raises:
+        CheckpointError: if an index is malformed.
+    """
+    return {prefix: sorted(set(_index_of(folder, file).values())) or [file] for prefix, file in files.items()}
+
+
+def _index_of(folder: Path, file: str) -> dict[str, str]:
+    """The shard of each tensor; empty without an index."""
+    path = folder / f"{file}.index.json"
+    if not path.exists():
+        return {}
+    shards = read_json(inside(folder, path.name), CheckpointError).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{path} has no weight_map from keys to file names; fetch the model again")
+    for shard in shards.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", shard, re.ASCII):
+            raise CheckpointError(f"{path} names {shard!r}; a shard is a .safetensors file in the same folder")
+    return shards
 
 
 def write_weights(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
 from omnimoe.checkpoint import CheckpointError, complaint, read_json
+from omnimoe.checkpoint.errors import MisfitError
+from omnimoe.checkpoint.fit import bytes_of
+from omnimoe.checkpoint.folder import inside
+from omnimoe.checkpoint.memory import check_memory
 from omnimoe.convert.converter import Converter
 from omnimoe.convert.files import Weights, main_dtype
 from omnimoe.convert.rules import Piece, Plan, Shape
@@ -40,7 +44,7 @@ class Published:
 
     def __init__(self, folder: Path, converter: Converter, *, strict: bool = True) -> None:
         self.folder, self.converter = folder, converter
-        files = {name: read_json(folder / name, CheckpointError) for name in converter.json_files}
+        files = {name: read_json(inside(folder, name), CheckpointError) for name in converter.json_files}
         self.config: OmniMoeConfig = converter.config_of(files)
         self.weights = Weights(folder, converter.weight_files)
         try:
@@ -94,7 +98,7 @@ class Published:
             told = f"the weights in {self.folder} do not fit its config as a {self.converter.name} model.\n{misfit}"
             told += likely_cause(report, wanted)
             if strict:
-                raise CheckpointError(f"{told}\nstrict=False loads the rest")
+                raise MisfitError(f"{told}\nstrict=False loads the rest")
             logger.warning("%s\nWhat is missing is fresh.", told)
         if left_out:
             logger.warning("%s lacks %d tensors that it may lack; what they give is fresh", self.folder, len(left_out))
@@ -143,9 +147,10 @@ class Published:
     def load(
         self,
         *,
-        dtype: torch.dtype | str | None = "auto",
+        dtype: torch.dtype | Literal["auto"] | None = "auto",
         device: torch.device | str | None = None,
         attn_implementation: str | None = None,
+        check_size: bool = True,
     ) -> OmniMoeForCausalLM:
         """The model, in evaluation mode, its weights written into place one published tensor at a time.
 
@@ -153,12 +158,15 @@ class Published:
             dtype: of the weights; ``"auto"`` takes that of the file.
             device: where to.
             attn_implementation: as for ``from_pretrained``.
+            check_size: refuse a model larger than the memory that is free.
         """
         config = self.config
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
         place = torch.device(device) if device is not None else torch.get_default_device()
-        kind = self.dtype if dtype == "auto" else dtype or torch.get_default_dtype()
+        kind = dtype if isinstance(dtype, torch.dtype) else self.dtype if dtype else torch.get_default_dtype()
+        if check_size and place.type == "cpu":
+            check_memory(bytes_of(self.meta, kind, {}), str(self.folder))
         with nullcontext() if self.skipped else no_init_weights(), place:
             model = OmniMoeForCausalLM._from_config(config, dtype=kind)
         model.tie_weights()

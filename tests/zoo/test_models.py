@@ -194,7 +194,7 @@ def test_markers_are_text_of_their_own(name):
     ids = [
         token for token in (*ids, config.pad_token_id, config.bos_token_id, config.eos_token_id) if token is not None
     ]
-    assert len(set(ids)) == len(ids)
+    assert config.published or len(set(ids)) == len(ids), "some published models end a document as they begin it"
     assert set(config.modality_of_ids()[ids].tolist()) == {0}
 
 

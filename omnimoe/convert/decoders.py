@@ -1,27 +1,26 @@
-"""What decoders of the Llama line have in common: fields of their configs, and the table of their layers.
+"""Published configs of decoders of the Llama line, and the fields of ours that they have in common.
 
-Configs are read through the class that transformers has for them, so that values a file leaves out get the default of
-that class, and old spellings of rotary parameters the new one.
+They are read through the class that transformers has for them, so that values a file leaves out get the default of that
+class, and old spellings of rotary parameters the new one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from omnimoe.backbone import LayerRange
 from omnimoe.checkpoint import CheckpointError
-from omnimoe.convert.rules import Rule, bank, rename
 from omnimoe.experts import Experts
 from omnimoe.layers import BaseAttention, Norm, Rope
+from omnimoe.layers.rope_scaling import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling, yarn_sharpness
 from omnimoe.modalities import Tokens
 from omnimoe.model import OmniMoeConfig
+from omnimoe.routers import TopKRouter
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
 """Names of transformers to ours."""
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-NETWORK = ("gate_proj", "up_proj", "down_proj")
 
 
 def read_config(plain: dict[str, Any]) -> PreTrainedConfig:
@@ -76,9 +75,47 @@ def rope_of(config: PreTrainedConfig) -> Rope.Config:
     kind = given.pop("rope_type", "default")
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError("rotary positions that turn a part of a head are not converted")
+    theta = float(given["rope_theta"])
     if kind == "default":
-        return Rope.Config(theta=float(given["rope_theta"]))
-    raise CheckpointError(f"rotary scaling {kind!r} is not converted; known: default")
+        return Rope.Config(theta=theta)
+    known = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+    if kind not in known:
+        raise CheckpointError(
+            f"rotary scaling {kind!r} is not converted; known: default, {', '.join(known)}. 'dynamic' and 'longrope' "
+            "change with the length of the sequence, which a cache does not follow; drop rope_scaling from the config "
+            "to read sequences of the first length"
+        )
+    return Rope.Config(theta=theta, scaling=known[kind](given, config))
+
+
+def _linear(given: dict[str, Any], config: PreTrainedConfig) -> RopeScaling.Config:
+    return LinearScaling.Config(factor=float(given["factor"]))
+
+
+def _llama3(given: dict[str, Any], config: PreTrainedConfig) -> RopeScaling.Config:
+    return Llama3Scaling.Config(
+        factor=float(given["factor"]),
+        low_freq_factor=float(given["low_freq_factor"]),
+        high_freq_factor=float(given["high_freq_factor"]),
+        original_length=int(given["original_max_position_embeddings"]),
+    )
+
+
+def _yarn(given: dict[str, Any], config: PreTrainedConfig) -> RopeScaling.Config:
+    length = int(given["original_max_position_embeddings"])
+    factor = float(given.get("factor") or config.max_position_embeddings / length)
+    sharpness = given.get("attention_factor")
+    strength, whole = given.get("mscale"), given.get("mscale_all_dim")
+    if sharpness is None and strength and whole:
+        sharpness = yarn_sharpness(factor, strength) / yarn_sharpness(factor, whole)
+    return YarnScaling.Config(
+        factor=factor,
+        original_length=length,
+        beta_fast=float(given.get("beta_fast") or 32.0),
+        beta_slow=float(given.get("beta_slow") or 1.0),
+        truncate=bool(given.get("truncate", True)),
+        attention_factor=sharpness,
+    )
 
 
 def decoder_config(
@@ -111,51 +148,33 @@ def decoder_config(
     )
 
 
-def outer_rules(config: OmniMoeConfig) -> Iterator[Rule]:
-    """Embedding, final norm and head."""
-    yield rename("model.embed_tokens.weight", "model.embed_tokens.weight")
-    yield bank("model.norm.weight", "model.norm.weight")
-    if not config.tie_word_embeddings:
-        yield rename("lm_head.weight", "lm_head.weight")
-
-
-def tied_head(config: OmniMoeConfig) -> dict[str, str]:
-    """The head that some files hold although it is the embedding."""
-    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-
-
-def layers(config: OmniMoeConfig) -> Iterator[tuple[str, str, Any]]:
-    """The published prefix, our prefix and the config of each layer."""
-    for index, block in enumerate(config.blocks):
-        yield f"model.layers.{index}", f"model.backbone.layers.{index}", block
-
-
-def norm_rules(theirs: str, ours: str) -> Iterator[Rule]:
-    """Both norms of a layer."""
-    yield bank(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight")
-    yield bank(f"{ours}.mlp_norm.weight", f"{theirs}.post_attention_layernorm.weight")
-
-
-def attention_rules(theirs: str, ours: str, attention: Any) -> Iterator[Rule]:
-    """Grouped-query attention, with biases and norms where it has them."""
-    for site in ATTENTION:
-        yield bank(f"{ours}.self_attn.{site}.weight", f"{theirs}.self_attn.{site}.weight")
-        if attention.output_bias if site == "o_proj" else attention.bias:
-            yield bank(f"{ours}.self_attn.{site}.bias", f"{theirs}.self_attn.{site}.bias")
-    if attention.qk_norm != "none":
-        for site in ("q_norm", "k_norm"):
-            yield bank(f"{ours}.self_attn.{site}.weight", f"{theirs}.self_attn.{site}.weight")
-
-
-def network_rules(theirs: tuple[str, ...] | str, ours: str, names: tuple[str, str, str] = NETWORK) -> Iterator[Rule]:
-    """A bank of gated networks.
+def top_k_router(config: PreTrainedConfig, **changes: Any) -> TopKRouter.Config:
+    """Token choice as Mixtral, OLMoE and the Qwens have it.
 
     Args:
-        theirs: the published prefix of each copy.
-        ours: our prefix of the bank.
-        names: of gate, up and down.
+        config: the published one, read; ``norm_topk_prob`` counts as true where it is no field.
+        changes: fields of ours to set.
     """
-    prefixes = (theirs,) if isinstance(theirs, str) else theirs
-    gate, up, down = names
-    yield bank(f"{ours}.gate_up_proj", *((f"{held}.{gate}.weight", f"{held}.{up}.weight") for held in prefixes))
-    yield bank(f"{ours}.down_proj", *(f"{held}.{down}.weight" for held in prefixes))
+    fields = {
+        "top_k": config.num_experts_per_tok,
+        "normalize": getattr(config, "norm_topk_prob", True),
+        "load_balance_coef": getattr(config, "router_aux_loss_coef", 0.0),
+        "load_balance_form": "choices_per_token",
+    }
+    return TopKRouter.Config(**{**fields, **changes})
+
+
+def dense_layers(config: PreTrainedConfig, experts: Experts.Config) -> tuple[LayerRange, ...]:
+    """The layers that keep one network among layers of experts.
+
+    Args:
+        config: the published one, read: ``mlp_only_layers`` and ``decoder_sparse_step``.
+        experts: of those layers.
+    """
+    step = config.decoder_sparse_step
+    dense = [
+        layer
+        for layer in range(config.num_hidden_layers)
+        if layer in config.mlp_only_layers or (layer + 1) % step or not config.num_experts
+    ]
+    return tuple(LayerRange(start=layer, stop=layer + 1, experts=experts) for layer in dense)
