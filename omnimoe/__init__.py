@@ -42,6 +42,7 @@ _HOMES = {
         "load",
         "model_info",
     ),
+    "omnimoe.conversion": ("convert_checkpoint",),
     "omnimoe.flops": ("active_params", "flops", "total_params"),
     "omnimoe.shrink": ("shrink",),
     "omnimoe.routing_trace": ("record_routing",),

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a model of the zoo, or one declared in a JSON file",
     "compare": "train several architectures on the same data and compare the steps they need",
     "generate": "make text, pictures or speech from text, pictures or speech",
+    "convert": "write a published checkpoint as one of ours, or one of ours as it was published",
     "eval": "measure models on held-out data: loss, retrieval, generated pictures and speech",
     "demo": "try a model on a page in the browser",
     "data": "build or look at a corpus",

@@ -43,6 +43,8 @@ from omnimoe.checkpoint.fetch import PREFIXES
 from omnimoe.checkpoint.folder import check_config
 from omnimoe.closest import closest_models
 from omnimoe.config import ConfigError
+from omnimoe.convert import CONVERTERS, find_converter
+from omnimoe.convert.load import load_converted
 from omnimoe.flops import UnknownCostError, active_params, flops, total_params
 from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.registry import RegistryError
@@ -168,7 +170,8 @@ def from_pretrained(
     """A model from a folder or from the Hub.
 
     Args:
-        source: an existing folder, ``local-dir:folder``, an id ``org/name`` or ``hf-hub:org/name``.
+        source: an existing folder, ``local-dir:folder``, an id ``org/name`` or ``hf-hub:org/name``; of a model of ours
+            or of a family that is converted, such as Llama or Mixtral.
         revision: branch, tag or commit, on the Hub.
         subfolder: where in the folder or the repository the model lies.
         towers: names of the keys whose towers are loaded: the modalities, unless the config has other keys. What they
@@ -200,6 +203,13 @@ def from_pretrained(
     place = _source(source, subfolder=subfolder, hub=hub)
     folder = place.fetch()
     selection = None
+    given = {"dtype": _dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
+    given |= {"strict": strict, "verify": verify, "check_finite": check_finite, "check_size": check_size}
+    converter = find_converter(folder)
+    if converter is not None:
+        is_selected = towers is not None or bool(without)
+        with _explained(folder, is_whole=False), bars_where_seen():
+            return load_converted(place, folder, converter, device=device, is_selected=is_selected, **given)
     if towers is not None or without:
         check_config(folder)
         selection = select(_read_config(folder), towers, without)
@@ -428,6 +438,9 @@ def _config_at(
     """The config of a model that lies somewhere; its weights are not fetched."""
     hub = Hub(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
     folder = _source(source, subfolder=subfolder, hub=hub).fetch()
+    converter = find_converter(folder)
+    if converter is not None:
+        return converter.read(folder)
     check_config(folder)
     return _read_config(folder)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omnimoe.checkpoint import CheckpointError, read_json
+from omnimoe.checkpoint.folder import inside
 from omnimoe.config import ConfigError
 from omnimoe.convert.rules import Plan, Rule, make_plan
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
@@ -31,7 +32,7 @@ class Converter:
         config: our config, from the JSON files by name.
         rules: the table for a config; see :mod:`omnimoe.convert.rules`.
         model_types: the ``model_type`` of the ``config.json`` files that the family serves. Without any, a folder
-            belongs to the family where all its files are there.
+            belongs to the family where all its JSON files are there.
         json_files: JSON files that describe a checkpoint.
         weight_files: for each prefix that published names are given, the safetensors file.
         tied: published names that repeat another one, for a config: a file may hold them or not.
@@ -52,6 +53,17 @@ class Converter:
     optional: tuple[str, ...] = ()
     fresh: Callable[[OmniMoeConfig], Iterable[str]] = _nothing_tied
     notice: str = ""
+
+    def read(self, folder: Path) -> OmniMoeConfig:
+        """Our config of a folder, its weights unread.
+
+        Raises:
+            CheckpointError: as :meth:`config_of`, or if a file is missing.
+        """
+        missing = [name for name in self.json_files if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder} has no {missing[0]}, which a {self.name} checkpoint has")
+        return self.config_of({name: read_json(inside(folder, name), CheckpointError) for name in self.json_files})
 
     def config_of(self, files: JsonFiles | dict[str, Any]) -> OmniMoeConfig:
         """Our config, which remembers the published one, so that weights can be written back.
@@ -90,8 +102,7 @@ class Converter:
         """Whether a folder holds a checkpoint of the family."""
         if self.model_types:
             return _model_type(folder) in self.model_types
-        wanted = [*self.json_files, *self.weight_files.values()]
-        return all((folder / name).is_file() or (folder / f"{name}.index.json").is_file() for name in wanted)
+        return all((folder / name).is_file() for name in self.json_files)
 
 
 CONVERTERS: Registry[Converter] = Registry("converter")

@@ -14,10 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
-from omnimoe.checkpoint import CheckpointError, complaint, read_json
+from omnimoe.checkpoint import CheckpointError, complaint
 from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.checkpoint.fit import bytes_of
-from omnimoe.checkpoint.folder import inside
 from omnimoe.checkpoint.memory import check_memory
 from omnimoe.convert.converter import Converter
 from omnimoe.convert.files import Weights, main_dtype
@@ -44,8 +43,7 @@ class Published:
 
     def __init__(self, folder: Path, converter: Converter, *, strict: bool = True) -> None:
         self.folder, self.converter = folder, converter
-        files = {name: read_json(inside(folder, name), CheckpointError) for name in converter.json_files}
-        self.config: OmniMoeConfig = converter.config_of(files)
+        self.config: OmniMoeConfig = converter.read(folder)
         self.weights = Weights(folder, converter.weight_files)
         try:
             self._check(strict)

@@ -1,0 +1,98 @@
+"""Published checkpoints to folders of ours and back, file by file: what ``omnimoe convert`` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+
+from omnimoe.checkpoint import CheckpointError, Hub, Source
+from omnimoe.checkpoint.header import read_header
+from omnimoe.convert import CONVERTERS, find_converter, to_omnimoe, to_published
+from omnimoe.convert.load import fetch_weights
+from omnimoe.hub import MODELS
+from omnimoe.model import OmniMoeForCausalLM
+
+TARGETS = ("omnimoe", "published")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What was written.
+
+    Args:
+        family: of the published layout.
+        folder: where it was written.
+        num_tensors: tensors in the folder.
+        num_bytes: of its weights.
+    """
+
+    family: str
+    folder: Path
+    num_tensors: int
+    num_bytes: int
+
+
+def convert_checkpoint(
+    source: str | PathLike[str] | OmniMoeForCausalLM,
+    destination: str | PathLike[str],
+    *,
+    to: str = "omnimoe",
+    max_shard_size: int | str = "5GB",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Conversion:
+    """Writes a published checkpoint as one of ours, or one of ours in the layout it was published in.
+
+    Tensors go from file to file one at a time, with the bits they have, so a checkpoint of any size is converted in the
+    memory that its largest published tensor takes.
+
+    Args:
+        source: a folder, ``local-dir:folder``, an id ``org/name`` or ``hf-hub:org/name``; with ``to="published"`` also
+            a model.
+        destination: the folder to write. It is replaced whole or not at all; other files in it stay.
+        to: ``"omnimoe"`` or ``"published"``.
+        max_shard_size: bytes of a file, or words such as ``"5GB"``.
+        revision: branch, tag or commit, on the Hub.
+        token: for what is private or gated.
+        local_files_only: look on the Hub's local cache alone.
+
+    Raises:
+        CheckpointError: if the source is of no family that is known, malformed, or does not fit; nothing is written.
+        ValueError: for another target.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"a checkpoint is converted to {' or '.join(map(repr, TARGETS))}, not to {to!r}")
+    MODELS.names()  # the families bring their converters
+    destination = Path(destination)
+    if isinstance(source, OmniMoeForCausalLM):
+        if to != "published":
+            raise ValueError("a model of ours is saved with save_pretrained; pass to='published' for its old layout")
+        return _written(to_published(source, destination, max_shard_size=max_shard_size).name, destination)
+    hub = Hub(revision=revision, token=token, local_files_only=local_files_only)
+    place = Source.find(source, hub=hub)
+    folder = place.fetch()
+    if destination.exists() and destination.resolve() == folder.resolve():
+        raise CheckpointError(f"{fspath(destination)!r} is the source itself; name another folder to write")
+    converter = find_converter(folder)
+    if to == "published":
+        if converter is not None:
+            raise CheckpointError(f"{fspath(source)!r} is a {converter.name} checkpoint as it was published already")
+        place.fetch(["*.safetensors"], at=folder)
+        return _written(to_published(folder, destination, max_shard_size=max_shard_size).name, destination)
+    if converter is None:
+        known = sorted(kind for name in CONVERTERS for kind in CONVERTERS.get(name).model_types or (name,))
+        raise CheckpointError(
+            f"{fspath(source)!r} is of no family that is converted, or of omnimoe already; known: {', '.join(known)}"
+        )
+    fetch_weights(place, folder, converter)
+    to_omnimoe(folder, destination, converter, max_shard_size=max_shard_size)
+    return _written(converter.name, destination)
+
+
+def _written(family: str, folder: Path) -> Conversion:
+    entries = [entry for path in sorted(folder.glob("*.safetensors")) for entry in read_header(path).values()]
+    return Conversion(
+        family=family, folder=folder, num_tensors=len(entries), num_bytes=sum(entry.size for entry in entries)
+    )

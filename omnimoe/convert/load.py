@@ -1,0 +1,72 @@
+"""``from_pretrained`` of a checkpoint of another family: fetched, checked and converted on the way into memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omnimoe.checkpoint import Source
+from omnimoe.checkpoint.finite import check_choice
+from omnimoe.checkpoint.finite import check_finite as look_for_nan
+from omnimoe.checkpoint.manifest import verify_folder
+from omnimoe.convert.converter import Converter
+from omnimoe.convert.files import file_names
+from omnimoe.convert.published import Published
+from omnimoe.model import OmniMoeForCausalLM
+
+
+def fetch_weights(place: Source, folder: Path, converter: Converter) -> None:
+    """Fetches the weights of a checkpoint whose other files are in the folder."""
+    for names in file_names(folder, converter.weight_files).values():
+        place.fetch(names, at=folder)
+
+
+def load_converted(
+    place: Source,
+    folder: Path,
+    converter: Converter,
+    *,
+    device: Any = None,
+    device_map: Any = None,
+    dtype: Any = "auto",
+    attn_implementation: str | None = None,
+    strict: bool = True,
+    verify: bool = False,
+    check_finite: str = "warn",
+    check_size: bool = True,
+    is_selected: bool = False,
+) -> OmniMoeForCausalLM:
+    """A published checkpoint as a model of ours.
+
+    Args:
+        place: where it lies.
+        folder: with its JSON files.
+        converter: of its family.
+        device: as for ``from_pretrained``, and so what follows.
+        device_map: only for checkpoints of ours.
+        dtype: of the weights.
+        attn_implementation: of the model.
+        strict: refuse weights that do not fit.
+        verify: compare with the hashes of a manifest.
+        check_finite: what to do about weights that are no numbers.
+        check_size: refuse a model larger than the memory that is free.
+        is_selected: whether a part of the model is asked for, which only checkpoints of ours give.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, malformed, unsafe, or does not fit.
+        ValueError: for an argument that works on checkpoints of ours alone.
+    """
+    check_choice(check_finite)
+    for name, is_given in (("device_map", device_map is not None), ("towers or without", is_selected)):
+        if is_given:
+            raise ValueError(
+                f"{place.name!r} is a published {converter.name} checkpoint, which is converted as it is read, and "
+                f"{name} works on converted ones: run `omnimoe convert {place.name} FOLDER` and load FOLDER"
+            )
+    fetch_weights(place, folder, converter)
+    if verify:
+        verify_folder(folder)
+    with Published(folder, converter, strict=strict) as held:
+        model = held.load(dtype=dtype, device=device, attn_implementation=attn_implementation, check_size=check_size)
+    look_for_nan(model, check_finite, folder)
+    return model
