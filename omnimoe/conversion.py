@@ -78,13 +78,13 @@ def convert_checkpoint(
     converter = find_converter(folder)
     if to == "published":
         if converter is not None:
-            raise CheckpointError(f"{fspath(source)!r} is a {converter.name} checkpoint as it was published already")
+            raise CheckpointError(f"{fspath(source)!r} is a checkpoint as it is published, of family {converter.name}")
         place.fetch(["*.safetensors"], at=folder)
         return _written(to_published(folder, destination, max_shard_size=max_shard_size).name, destination)
     if converter is None:
         known = sorted(kind for name in CONVERTERS for kind in CONVERTERS.get(name).model_types or (name,))
         raise CheckpointError(
-            f"{fspath(source)!r} is of no family that is converted, or of omnimoe already; known: {', '.join(known)}"
+            f"{fspath(source)!r} is no checkpoint of a family that is converted, or one of omnimoe already; known: {', '.join(known)}"
         )
     fetch_weights(place, folder, converter)
     to_omnimoe(folder, destination, converter, max_shard_size=max_shard_size)

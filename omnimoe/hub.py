@@ -390,6 +390,7 @@ def _import_zoo() -> ModuleType:
 
 
 MODELS.on_first_use(load_zoo)
+CONVERTERS.on_first_use(MODELS.names)
 
 
 def _card_of(name: str) -> Any:

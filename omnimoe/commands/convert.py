@@ -11,9 +11,7 @@ from omnimoe.checkpoint.memory import in_units
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument(
-        "source", help="folder or Hub id of a published checkpoint, or with --to published of one of ours"
-    )
+    parser.add_argument("source", help="folder or Hub id of a published checkpoint, of one of ours with --to published")
     parser.add_argument("destination", help="folder to write")
     parser.add_argument("--to", choices=("omnimoe", "published"), default="omnimoe", help="the layout to write")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights")
@@ -37,6 +35,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**dataclasses.asdict(done), "folder": str(done.folder)}))
         return 0
-    print(f"{done.folder}: {done.num_tensors} tensors, {in_units(done.num_bytes)}, a {done.family} model", end="")
-    print(" of omnimoe" if args.to == "omnimoe" else " as it is published")
+    layout = "as omnimoe's" if args.to == "omnimoe" else "as published"
+    print(f"{done.folder}: {done.num_tensors} tensors, {in_units(done.num_bytes)}, family {done.family}, {layout}")
     return 0
