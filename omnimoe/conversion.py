@@ -84,7 +84,8 @@ def convert_checkpoint(
     if converter is None:
         known = sorted(kind for name in CONVERTERS for kind in CONVERTERS.get(name).model_types or (name,))
         raise CheckpointError(
-            f"{fspath(source)!r} is no checkpoint of a family that is converted, or one of omnimoe already; known: {', '.join(known)}"
+            f"{fspath(source)!r} is no checkpoint of a family that is converted, or one of omnimoe already; known: "
+            f"{', '.join(known)}"
         )
     fetch_weights(place, folder, converter)
     to_omnimoe(folder, destination, converter, max_shard_size=max_shard_size)

@@ -213,8 +213,6 @@ def from_pretrained(
     if towers is not None or without:
         check_config(folder)
         selection = select(_read_config(folder), towers, without)
-    given = {"dtype": _dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
-    given |= {"strict": strict, "verify": verify, "check_finite": check_finite, "check_size": check_size}
     if selection is None:
         place.fetch(_files_to_read(folder, allow_pickle), at=folder)
         with _explained(folder), bars_where_seen():
