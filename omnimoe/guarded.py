@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from omnimoe.bars import bars_where_seen
 from omnimoe.checkpoint import (
     CheckpointError,
     Hub,
@@ -33,15 +34,16 @@ from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.checkpoint.finite import check_choice
 from omnimoe.checkpoint.finite import check_finite as look_for_nan
 from omnimoe.checkpoint.fit import bytes_of, check_dtypes, layers_in, misfits, renamed
-from omnimoe.checkpoint.folder import check_config, has_pickles_alone, inside, is_of_ranks
+from omnimoe.checkpoint.folder import check_config, check_pickles, has_pickles_alone, inside, is_of_ranks
 from omnimoe.checkpoint.header import Entry, read_header
 from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.checkpoint.memory import check_memory
+from omnimoe.model_card import README, text_of, write_card
 from omnimoe.publish import publish, settle
+from omnimoe.upload import REPOSITORY, repository, upload_folder
 
 _PLACE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
-_REPOSITORY = ("private", "repo_type", "space_sdk", "resource_group_id")
-_UPLOAD = (*_REPOSITORY, "repo_id", "token", "commit_message", "commit_description", "revision", "create_pr")
+_UPLOAD = (*REPOSITORY, "repo_id", "token", "commit_message", "commit_description", "revision", "create_pr")
 
 
 class GuardedFiles(PreTrainedModel):
@@ -191,21 +193,61 @@ class GuardedFiles(PreTrainedModel):
             with tempfile.TemporaryDirectory() as nowhere:
                 super().save_pretrained(nowhere, is_main_process, state_dict, **kwargs)
         else:
-            repo_id = self._repository(folder, upload) if push_to_hub else ""
-            before = self._get_files_timestamps(folder) if folder.is_dir() else {}
-            with publish(folder, needed=self._bytes_to_save(state_dict)) as fresh:
+            repo_id = repository(upload.pop("repo_id", folder.absolute().name), upload) if push_to_hub else ""
+            with publish(folder, needed=self._bytes_to_save(state_dict)) as fresh, bars_where_seen():
                 super().save_pretrained(fresh, is_main_process, state_dict, **kwargs)
+                if not getattr(self, "_hf_peft_config_loaded", False):
+                    write_card(self, fresh, name=repo_id or folder.absolute().name, held=text_of(folder / README))
             if push_to_hub:
-                self._upload_modified_files(folder, repo_id, before, **upload)
+                upload_folder(folder, repo_id, **upload)
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
 
-    def _repository(self, folder: Path, upload: dict[str, Any]) -> str:
-        """The repository to upload to, made where it is not there, before anything is written."""
-        from huggingface_hub import create_repo
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """Saves the model into a repository on the Hub; weights of an earlier push are replaced, other files stay.
 
-        asked = {name: upload.pop(name) for name in _REPOSITORY if name in upload}
-        repo_id = upload.pop("repo_id", folder.absolute().name)
-        return create_repo(repo_id, token=upload.get("token"), exist_ok=True, **asked).repo_id
+        Args:
+            repo_id: ``org/name``, or ``name`` for your own; made if it is not there.
+            commit_message: of the commit.
+            commit_description: of the commit.
+            private: whether a repository that is made is private; as its owner has set where None.
+            token: that may write; that of ``hf auth login`` where None.
+            revision: branch, made if it is not there.
+            create_pr: open a pull request in place of a commit.
+            max_shard_size: bytes of the largest file.
+            tags: for the card, beside its own.
+
+        Returns:
+            Address of the commit; its ``pr_url`` is that of the pull request.
+
+        Raises:
+            CheckpointError: if the Hub refuses, with what to do; nothing is changed then.
+        """
+        repo_id = repository(repo_id, {"private": private, "token": token})
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            if not getattr(self, "_hf_peft_config_loaded", False):
+                write_card(self, Path(folder), name=repo_id, tags=tags or ())
+            return upload_folder(
+                Path(folder),
+                repo_id,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     def _bytes_to_save(self, state_dict: dict[str, Tensor] | None) -> int:
         """What a save writes at least; 0 where adapters or a quantiser decide."""
@@ -258,7 +300,10 @@ def _is_pickle(folder: Path, allow_pickle: bool, kwargs: Mapping[str, Any]) -> b
         raise CheckpointError("weights are read from safetensors only; convert the GGUF file first")
     if kwargs.get("use_safetensors") is False and not allow_pickle:
         raise CheckpointError("use_safetensors=False asks for a pickle, which can run code; pass allow_pickle=True too")
-    return allow_pickle and (kwargs.get("use_safetensors") is False or has_pickles_alone(folder))
+    is_pickle = allow_pickle and (kwargs.get("use_safetensors") is False or has_pickles_alone(folder))
+    if is_pickle:
+        check_pickles(folder)
+    return is_pickle
 
 
 def _is_converted(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:

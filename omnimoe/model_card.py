@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,13 @@ MARK = "<!-- Written by omnimoe at every save. Without this line the file is you
 README = "README.md"
 
 
-def model_card(model: PreTrainedModel, name: str | None = None) -> ModelCard:
+def model_card(model: PreTrainedModel, name: str | None = None, *, tags: Iterable[str] = ()) -> ModelCard:
     """The card of a model.
 
     Args:
         model: any model of ours.
         name: how it is called and loaded: a folder or an id on the Hub; the model's own where None.
+        tags: beside those that the model gives.
 
     Returns:
         A card whose ``data`` are the fields that the Hub reads and whose ``text`` is for people.
@@ -59,7 +61,7 @@ def model_card(model: PreTrainedModel, name: str | None = None) -> ModelCard:
     data = ModelCardData(
         library_name="omnimoe",
         pipeline_tag="text-generation" if config.modality_names == ("text",) else "any-to-any",
-        tags=_tags(config),
+        tags=list(dict.fromkeys([*_tags(config), *tags])),
         **{field: facts[field] for field in _OF_THE_HUB if field in facts},
     )
     rows = "\n".join(f"| {label} | {value} |" for label, value in _table(model, facts).items())
@@ -85,17 +87,30 @@ model = from_pretrained({json.dumps(name)})
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
-def write_card(model: PreTrainedModel, folder: Path, *, name: str, held: str | None = None) -> None:
-    """Writes the card into a folder, unless there is one that somebody wrote by hand.
+def write_card(
+    model: PreTrainedModel, folder: Path, *, name: str, held: str | None = None, tags: Iterable[str] = ()
+) -> None:
+    """Writes the card into a folder, unless it would take the place of one that somebody wrote by hand.
 
     Args:
         model: that is being saved.
         folder: where to write.
         name: how the model is loaded.
         held: the text of the README that the card would replace; None where there is none.
+        tags: beside those that the model gives.
     """
-    if held is None or MARK in held:
-        (folder / README).write_text(model_card(model, name).content, encoding="utf-8")
+    if is_ours(held):
+        (folder / README).write_text(model_card(model, name, tags=tags).content, encoding="utf-8")
+
+
+def text_of(path: Path) -> str | None:
+    """What a README holds; None where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def is_ours(text: str | None) -> bool:
+    """Whether a README may be replaced: there is none, or it is a card of ours that nobody claimed."""
+    return text is None or MARK in text
 
 
 def _facts(config: OmniMoeConfig) -> dict[str, Any]:

@@ -31,6 +31,8 @@ SEALED = ".omnimoe-saved"
 _OPEN = ".omnimoe-saving-"
 _WEIGHTS = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index(\.(?P<variant>[^.]+))?\.json)?")
 _SCARCE = 1 << 20
+_FREE = ("README.md",)
+"""Written for people, who may change it; a manifest does not hold them to it."""
 
 
 @contextmanager
@@ -116,15 +118,17 @@ def _list_files(folder: Path, fresh: Path, replaces: set[str]) -> None:
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(path for path in fresh.rglob("*") if path.is_file()):
         name, size = path.relative_to(fresh).as_posix(), path.stat().st_size
+        _flush(path)
+        if name in _FREE:
+            continue
         is_known = known.get(name, {}).get("size") == size
         files[name] = {"size": size, "sha256": known[name]["sha256"] if is_known else digest(path)}
-        _flush(path)
     for path in sorted(path for path in fresh.rglob("*") if path.is_dir()):
         _flush(path)
-    families = {_family(name) for name in files} - {None}
+    families = {family_of(name) for name in files} - {None}
     with contextlib.suppress(ValueError):  # a manifest of somebody else's, which goes
         for name, held in read_manifest(folder).items():
-            if name not in files and name not in replaces and _family(name) not in families:
+            if name not in files and name not in replaces and family_of(name) not in families:
                 files[name] = held
     text = json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=2)
     (fresh / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -156,8 +160,8 @@ def _move(folder: Path) -> None:
         return
     if (sealed / MANIFEST).is_file():
         files = read_manifest(sealed)
-        families = {_family(name) for name in files} - {None}
-        stale = {path.name for path in folder.iterdir() if path.is_file() and _family(path.name) in families}
+        families = {family_of(name) for name in files} - {None}
+        stale = {path.name for path in folder.iterdir() if path.is_file() and family_of(path.name) in families}
         with contextlib.suppress(ValueError):
             stale |= {name for name in read_manifest(folder) if _is_plain(name)}
         for path in sorted(path for path in sealed.rglob("*") if path.is_file() and path != sealed / MANIFEST):
@@ -179,7 +183,7 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
 
 
-def _family(name: str) -> tuple[str, ...] | None:
+def family_of(name: str) -> tuple[str, ...] | None:
     """What a file of weights shares with the other files of the same weights; None for other files."""
     found = _WEIGHTS.fullmatch(name)
     if found is None:

@@ -216,7 +216,7 @@ class TestFromPretrained:
             ("{", "cannot be read as JSON"),
             ("[]", "must hold a JSON object, not list"),
             ("{}", "holds a model of type None, not 'omnimoe'"),
-            ('{"model_type": "llama"}', "holds a model of type 'llama', not 'omnimoe'"),
+            ('{"model_type": "flamingo"}', "holds a model of type 'flamingo', not 'omnimoe'"),
             ('{"model_type": "omnimoe", "norm_placement": "sideways"}', "unknown norm_placement 'sideways'"),
         ],
     )
