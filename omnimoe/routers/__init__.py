@@ -1,7 +1,7 @@
 """Tier 3: routers say which expert takes which row."""
 
 from omnimoe.routers.attributes import AttributeRouter
-from omnimoe.routers.base import ROUTERS, Router, Routing, register_router
+from omnimoe.routers.base import ROUTERS, Router, Routing, join_routings, register_router
 from omnimoe.routers.by_modality import ByModalityRouter
 from omnimoe.routers.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
 from omnimoe.routers.faults import router_faults
@@ -34,6 +34,7 @@ __all__ = [
     "TopKRouter",
     "entropy_losses",
     "importance_loss",
+    "join_routings",
     "load_balance_loss",
     "load_loss",
     "mutual_information",

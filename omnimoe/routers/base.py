@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
@@ -50,6 +50,42 @@ class Routing:
     key_ids: Tensor | None = None
     shared_weights: Tensor | None = None
     dropped: Tensor | None = None
+
+
+def join_routings(steps: Sequence[Sequence[Routing | None]]) -> tuple[Routing | None, ...]:
+    """The routings of several batches as if they had been one, for an update after a step over all of them.
+
+    Nothing in it has a gradient, and losses are left out; a cut-off is the mean over the batches that have one.
+
+    Args:
+        steps: for each batch, the routing of each layer.
+
+    Returns:
+        The routing of each layer; that of the batch itself where there is but one.
+    """
+    if len(steps) == 1:
+        return tuple(steps[0])
+    return tuple(_joined([routing for routing in layer if routing is not None]) for layer in zip(*steps, strict=True))
+
+
+def _joined(parts: list[Routing]) -> Routing | None:
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    keys = [part.key_ids for part in parts if part.key_ids is not None]
+    logits = [part.router_logits.detach() for part in parts if part.router_logits is not None]
+    token_index, first = [], 0
+    for part in parts:
+        token_index.append(part.token_index + first)
+        first += next((len(held) for held in (part.key_ids, part.router_logits) if held is not None), 0)
+    cutoffs = [part.cutoff for part in parts if part.cutoff is not None]
+    return Routing(
+        torch.cat(token_index),
+        torch.cat([part.expert_ids for part in parts]),
+        torch.cat([part.expert_weights.detach() for part in parts]),
+        torch.cat(logits) if len(logits) == len(parts) else None,
+        cutoff=torch.stack(cutoffs).nanmean(0) if cutoffs else None,
+        key_ids=torch.cat(keys) if len(keys) == len(parts) else None,
+    )
 
 
 class Router(nn.Module, Configurable):
@@ -119,4 +155,7 @@ class Router(nn.Module, Configurable):
         return self
 
     def update(self, routing: Routing) -> None:
-        """Takes in what a training step routed, for routers that adapt outside of the gradient; by default nothing."""
+        """Takes in what a training step routed, for routers that adapt outside of the gradient; by default nothing.
+
+        A step over several batches passes them joined (:func:`join_routings`).
+        """

@@ -194,10 +194,10 @@ class ByModalityRouter(Router):
     def update(self, routing: Routing) -> None:
         """Hands each group's router its own part, in rows and experts counted inside the group.
 
-        Where the routing came from a traced graph, rows are counted in the batch.
+        Where the routing came from a traced graph or was joined, rows are counted in the batch.
         """
         first = 0
-        num_rows = 0 if routing.router_logits is None else len(routing.router_logits)
+        num_rows = next((len(held) for held in (routing.key_ids, routing.router_logits) if held is not None), 0)
         spans = routing.spans or ((0, num_rows),) * len(self.routers)
         for key, (router, count, span) in enumerate(zip(self.routers, self.config.experts, spans, strict=True)):
             if router is not None:

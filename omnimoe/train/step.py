@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from omnimoe.inputs import check_batch
 from omnimoe.model import OmniMoeForCausalLM
-from omnimoe.routers import Router, router_faults
+from omnimoe.routers import Router, join_routings, router_faults
 from omnimoe.train.data import Batch, add_noise
 from omnimoe.train.errors import RouterError, TrainingError
 from omnimoe.train.optim import learning_rate
@@ -123,8 +123,7 @@ class Stepper:
             raise
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for routings in routed:
-            self.model.update_routers(routings)
+        self.model.update_routers(join_routings(routed))
         self.processes.average(self._adapted)
         return result
 
