@@ -8,7 +8,7 @@ saved adapter holds them, and merging adds them. PEFT itself enters where an ada
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from omnimoe.experts import FeedForward, RoutedExperts
-from omnimoe.layers.linear import BankLinear
-from omnimoe.layers.norm import BankHeadLayerNorm, BankRMSNorm
+from omnimoe.layers import BankLinear, BankMLP
 from omnimoe.model import OmniMoeConfig
 from omnimoe.routers import ByModalityRouter, Router, StaticRouter
 
@@ -219,9 +218,9 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
             continue
         if isinstance(module, nn.Linear):
             yield _Site(name, labels, _keys_of_linear(name, config, every), is_parameter=False)
-        elif not isinstance(module, BankRMSNorm | BankHeadLayerNorm):
+        elif isinstance(module, BankLinear | BankMLP) or "router" in labels:
             for parameter, value in module.named_parameters(recurse=False):
-                if value.ndim == 3 or (value.ndim == 2 and "router" in labels):
+                if value.ndim == (2 if "router" in labels else 3):
                     keys = owners.get(name, every * len(value)) if value.ndim == 3 else every
                     own = labels if parameter == "weight" else labels | {parameter}
                     yield _Site(f"{name}.{parameter}", own, keys, is_parameter=True)
@@ -263,9 +262,9 @@ def _owners(modules: dict[str, nn.Module], every: frozenset[int]) -> dict[str, _
     found: dict[str, _Keys] = {}
     for name, module in modules.items():
         if isinstance(module, BankLinear):
-            found[name] = _by_copy(module.towers)
+            found[name] = _by_copy([(copy,) for copy in module.towers])
         elif isinstance(module, FeedForward):
-            found[f"{name}.experts"] = _by_copy(module.towers)
+            found[f"{name}.experts"] = _by_copy([(copy,) for copy in module.towers])
         elif isinstance(module, RoutedExperts):
             router = module.router
             if isinstance(router, StaticRouter):
@@ -278,7 +277,7 @@ def _owners(modules: dict[str, nn.Module], every: frozenset[int]) -> dict[str, _
     return found
 
 
-def _by_copy(copies: tuple[int, ...], count: int = 0) -> _Keys:
-    """A tower map turned around: the keys of each copy."""
-    count = max(count, max(copies) + 1)
-    return tuple(frozenset(key for key, copy in enumerate(copies) if copy == place) for place in range(count))
+def _by_copy(copies: Sequence[tuple[int, ...]], count: int = 0) -> _Keys:
+    """The copies of each key turned around: the keys of each copy."""
+    count = max(count, 1 + max(copy for chosen in copies for copy in chosen))
+    return tuple(frozenset(key for key, chosen in enumerate(copies) if copy in chosen) for copy in range(count))

@@ -37,6 +37,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "blocks": ("model_config",),
     "scoring": ("inputs", "modalities", "routers"),
     "experts_interface": ("layers",),
+    "quantize": ("routers",),
     "parallel": ("ops",),
     "bars": (),
     "flops": ("model_config",),
@@ -45,7 +46,10 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("publish",),
     "upload": ("checkpoint", "model_card"),
     "guarded": ("bars", "checkpoint", "upload"),
-    "model": ("attend", "blocks", "guarded", "experts_interface", "inputs", "parallel", "recompute", "scoring", "spans"),
+    "model": (
+        *("attend", "blocks", "guarded", "experts_interface", "inputs", "parallel", "quantize", "recompute"),
+        *("scoring", "spans"),
+    ),
     "shrink": ("model",),
     "closest": ("checkpoint", "model"),
     "convert": ("checkpoint", "model", "publish"),
@@ -68,6 +72,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "evaluate": ("train", "generate", "plots", "report"),
     "compare": ("train", "generate", "plots"),
     "bench": ("plots",),
+    "lm_eval": ("generation",),
     "doctor": ("hub",),
     "quickstart": ("compare",),
     "commands": (
