@@ -19,7 +19,7 @@ def declaration(kind: str, *, hidden_size: int = 32) -> OmniMoeConfig:
     some of either.
     """
     towers = "modality" if kind == "mot" else "shared"
-    top_k = TopKRouter.Config(top_k=2)
+    top_k = TopKRouter.Config(top_k=2, expert_bias="shared")
     by_modality = ByModalityRouter.Config(experts=(2, 2), router=TopKRouter.Config(top_k=1, normalize=False))
     experts = {
         "moma": RoutedExperts.Config(num_experts=4, intermediate_size=32, router=by_modality),
@@ -72,4 +72,6 @@ class OmniMoeTester:
         shape = (self.batch_size, self.seq_length)
         # the last ids are no padding, and no end of a document
         ids = torch.randint(3, config.vocab_size, shape, device=torch_device)
-        return config, {"input_ids": ids, "attention_mask": torch.ones_like(ids).tril()}
+        # the modalities too, since the suite goes on with the embeddings of the ids
+        modalities = config.modality_of_ids().to(torch_device)[ids]
+        return config, {"input_ids": ids, "attention_mask": torch.ones_like(ids).tril(), "modality_ids": modalities}
