@@ -52,9 +52,8 @@ def _check_counts(part: Config) -> None:
         limit = 2**20 if spec.name.startswith("num_") else 2**40
         for count in value if isinstance(value, list | tuple) else (value,):
             if isinstance(count, int) and abs(count) > limit:
-                raise ConfigError(
-                    f"{spec.name} {count:,} of {type(part).__qualname__} is beyond any model; at most {limit:,} is taken"
-                )
+                whose = type(part).__qualname__
+                raise ConfigError(f"{spec.name} {count:,} of {whose} is beyond any model; at most {limit:,} is taken")
 
 
 class OmniMoeConfig(PreTrainedConfig):
