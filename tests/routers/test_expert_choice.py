@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omnimoe.config import ConfigError
 from omnimoe.layers import RowLayout
-from omnimoe.routers import ExpertChoiceRouter
+from omnimoe.routers import ExpertChoiceRouter, ExpertThresholdRouter
 
 
 def router_of(width: int = 4, num_experts: int = 3, **fields) -> ExpertChoiceRouter:
@@ -99,3 +100,99 @@ def test_the_cutoff_stays_in_float32_whatever_the_model_is_cast_to():
     before = router.cutoff.clone()
     router.update(router(torch.randn(9, 4).bfloat16(), rows_of(9)))
     assert (router.cutoff != before).all()
+
+
+def threshold(**fields) -> ExpertThresholdRouter:
+    config = ExpertThresholdRouter.Config(**{"warmup_steps": 2, "cutoff_momentum": 0.5, **fields})
+    router = config.build(hidden_size=4, num_experts=3, num_modalities=1)
+    router.scorer.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    return router
+
+
+def test_the_threshold_is_expert_choice_while_it_warms_up_and_then_a_row_alone():
+    router, x = threshold().train(), torch.randn(9, 4)
+    choice = router_of()
+    choice.scorer.weight.data.copy_(router.scorer.weight)
+
+    def pairs(routing):
+        return set(zip(routing.token_index.tolist(), routing.expert_ids.tolist(), strict=True))
+
+    for _ in range(2):
+        routing = router(x, rows_of(9))
+        wanted = choice(x, rows_of(9))
+        assert pairs(routing) == pairs(wanted)
+        torch.testing.assert_close(routing.cutoff, wanted.cutoff)
+        router.update(routing)
+    torch.testing.assert_close(router.cutoff, 0.25 * torch.full((3,), 0.5) + 0.75 * routing.cutoff)
+    whole = router(x, rows_of(9))
+    scores = (x @ router.scorer.weight.T).sigmoid()
+    assert pairs(whole) == {(int(row), int(expert)) for row, expert in (scores >= router.cutoff).nonzero()}
+    for row in range(9):
+        alone = router(x[row : row + 1], rows_of(1))
+        assert set(alone.expert_ids.tolist()) == {expert for held, expert in pairs(whole) if held == row}
+
+
+def test_the_threshold_looks_at_nothing_else_in_evaluation_from_the_start():
+    router, x = threshold().eval(), torch.randn(9, 4)
+    before = router.cutoff.clone()
+    routing = router(x, rows_of(9))
+    assert routing.cutoff is None
+    router.update(routing)
+    assert torch.equal(router.cutoff, before)
+    assert int(router.steps) == 0
+    assert router.config.is_causal
+    with pytest.raises(ConfigError, match="routes by its cut-off"):
+        threshold(causal_form="auxiliary")
+
+
+def test_the_auxiliary_router_learns_what_the_batch_chose_and_moves_nothing_else():
+    torch.manual_seed(0)
+    router = router_of(16, causal_form="auxiliary")
+    optimizer = torch.optim.Adam(router.auxiliary.parameters(), lr=0.02)
+    for _ in range(200):
+        routing = router(torch.randn(120, 16), rows_of(120))
+        optimizer.zero_grad()
+        routing.losses["auxiliary"].backward()
+        assert router.scorer.weight.grad is None
+        optimizer.step()
+    x = torch.randn(300, 16)
+    chosen, alone = router(x, rows_of(300)), router(x, rows_of(300, routes_causally=True))
+    wanted, found = torch.zeros(300, 3), torch.zeros(300, 3)
+    wanted[chosen.token_index, chosen.expert_ids] = 1
+    found[alone.token_index, alone.expert_ids] = 1
+    assert (wanted == found).float().mean() > 0.9
+    scores = (x @ router.scorer.weight.T).sigmoid()
+    torch.testing.assert_close(alone.expert_weights, scores[alone.token_index, alone.expert_ids])
+
+
+def test_without_a_causal_form_a_row_is_not_routed_alone():
+    router = router_of(causal_form="none")
+    assert not router.config.has_causal_form
+    with pytest.raises(ValueError, match="causal_form='auxiliary'"):
+        router(torch.randn(3, 4), rows_of(3, routes_causally=True))
+
+
+def test_gumbel_noise_is_drawn_in_training_alone():
+    router, x = router_of(gumbel_noise=1.0), torch.randn(40, 4)
+    first, second = router.train()(x, rows_of(40)), router(x, rows_of(40))
+    assert not torch.equal(first.token_index, second.token_index)
+    assert torch.equal(router.eval()(x, rows_of(40)).token_index, router(x, rows_of(40)).token_index)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_it_is_the_loop_over_experts(score):
+    """Expert by expert, row by row, each takes the best that is left until it is full."""
+    router, x = router_of(score=score, capacity_factor=1.5), torch.randn(11, 4)
+    scores = [(x @ router.scorer.weight.T)[row] for row in range(11)]
+    scores = [row.sigmoid() if score == "sigmoid" else row.exp() / row.exp().sum() for row in scores]
+    wanted = torch.zeros(11, 3)
+    for expert in range(3):
+        left = list(range(11))
+        for _ in range(math.ceil(1.5 * 11 / 3)):
+            best = max(left, key=lambda row: scores[row][expert].item())
+            wanted[best, expert] = scores[best][expert]
+            left.remove(best)
+    routing = router(x, rows_of(11))
+    found = torch.zeros(11, 3)
+    found[routing.token_index, routing.expert_ids] = routing.expert_weights
+    torch.testing.assert_close(found, wanted)
