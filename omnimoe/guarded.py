@@ -40,6 +40,7 @@ from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.checkpoint.memory import check_memory
 from omnimoe.model_card import README, text_of, write_card
 from omnimoe.publish import publish, settle
+from omnimoe.quantize import check_reach, named
 from omnimoe.upload import REPOSITORY, repository, upload_folder
 
 _PLACE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
@@ -60,6 +61,8 @@ class GuardedFiles(PreTrainedModel):
         check_finite: str = "warn",
         check_size: bool = True,
         allow_pickle: bool = False,
+        quantization_config: Any = None,
+        allow_partial: bool = False,
         **kwargs: Any,
     ) -> Any:
         """As in transformers, after the checks that docs/checkpoints.md lists.
@@ -74,6 +77,8 @@ class GuardedFiles(PreTrainedModel):
             check_finite: ``"warn"``, ``"error"`` or ``"off"`` for weights that are NaN or infinite.
             check_size: refuse a model larger than the memory that is free.
             allow_pickle: read pytorch_model.bin where there is no other file, without running code of it.
+            quantization_config: of transformers, or ``"int8"``: torchao's int8 weights for every bank.
+            allow_partial: let a quantisation leave some of the layers' weights as they are.
             kwargs: as in transformers.
 
         Returns:
@@ -81,8 +86,12 @@ class GuardedFiles(PreTrainedModel):
 
         Raises:
             CheckpointError: if the checkpoint is missing, malformed, unsafe, or does not fit.
+            QuantizationError: if weights of the layers would stay as they are.
         """
         check_choice(check_finite)
+        if quantization_config is not None:
+            is_named = isinstance(quantization_config, str)
+            kwargs["quantization_config"] = named(quantization_config) if is_named else quantization_config
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         wants_report = kwargs.pop("output_loading_info", False)
@@ -113,6 +122,8 @@ class GuardedFiles(PreTrainedModel):
         if strict and misfit:
             raise _does_not_fit(folder, cls.__name__, misfit)
         look_for_nan(model, check_finite, folder)
+        if quantization_config is not None and not allow_partial:
+            check_reach(model)
         return (model, report) if wants_report else model
 
     @classmethod

@@ -94,6 +94,16 @@ def is_of_ranks(folder: Path) -> bool:
     return any(_RANK_LOCAL.fullmatch(path.name) for path in folder.iterdir())
 
 
+def check_pickles(folder: Path) -> None:
+    """Refuses an index of transformers' own pickles that leads out of the folder; their contents nobody can check."""
+    path = folder / "pytorch_model.bin.index.json"
+    if path.exists():
+        for shard in sorted(set(_weight_map(path, "bin").values())):
+            inside(folder, shard)
+    elif (folder / "pytorch_model.bin").exists():
+        inside(folder, "pytorch_model.bin")
+
+
 def has_pickles_alone(folder: Path) -> bool:
     """Whether transformers would find its own pickle in the folder, and no safetensors."""
     names = {path.name for path in folder.iterdir()}
@@ -137,18 +147,7 @@ def read_index(folder: Path, *, variant: str | None = None) -> dict[str, str] | 
     path = folder / _index_name(variant)
     if not path.exists():
         return None
-    plain = read_json(inside(folder, path.name), CheckpointError)
-    shards = plain.get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError(f"{path} has no weight_map from keys to file names; save or fetch the model again")
-    if not isinstance(plain.get("metadata", {}), dict):
-        raise CheckpointError(
-            f"{path} has metadata {plain['metadata']!r}, not an object; save or fetch the model again"
-        )
-    for shard in sorted(set(shards.values())):
-        if not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", shard, re.ASCII):
-            raise CheckpointError(f"{path} names {shard!r}; a shard is a .safetensors file in the same folder")
-    return shards
+    return _weight_map(path, "safetensors")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -193,6 +192,22 @@ def parts_of(keys: Iterable[str]) -> str:
     named = ["layers " + ", ".join(" to ".join(map(str, run)) for run in runs)] if runs else []
     counted = "1 weight" if len(keys) == 1 else f"{len(keys)} weights"
     return f"{counted}: {', '.join([*named, *others[:10]])}"
+
+
+def _weight_map(path: Path, suffix: str) -> dict[str, str]:
+    """The file of each weight by an index whose files end in ``suffix``."""
+    plain = read_json(inside(path.parent, path.name), CheckpointError)
+    shards = plain.get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{path} has no weight_map from keys to file names; save or fetch the model again")
+    if not isinstance(plain.get("metadata", {}), dict):
+        raise CheckpointError(
+            f"{path} has metadata {plain['metadata']!r}, not an object; save or fetch the model again"
+        )
+    for shard in sorted(set(shards.values())):
+        if not re.fullmatch(rf"[\w\-][\w.\-]*\.{suffix}", shard, re.ASCII):
+            raise CheckpointError(f"{path} names {shard!r}; a shard is a .{suffix} file in the same folder")
+    return shards
 
 
 def _named(name: str, variant: str | None) -> str:

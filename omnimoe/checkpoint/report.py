@@ -17,9 +17,8 @@ def complaint(report: dict[str, Any]) -> str:
         keys = sorted(report.get(f"{kind}_keys") or ())
         groups: dict[str, list[str]] = {}
         for key in keys:
-            module, _, leaf = key.rpartition(".")
-            groups.setdefault(re.sub(r"[.]\d+[.]", ".*.", f"{module}.{leaf}"), []).append(key)
-        lines = [pattern if len(found) == 1 else f"{pattern} ({len(found)} times)" for pattern, found in groups.items()]
+            groups.setdefault(re.sub(r"[.]\d+[.]", ".*.", key), []).append(key)
+        lines = [found[0] if len(found) == 1 else f"{pattern} ({len(found)} times)" for pattern, found in groups.items()]
         parts += _listed(kind, len(keys), lines)
     shapes = sorted(report.get("mismatched_keys") or ())
     lines = [f"{key}: {tuple(held)} in the file, {tuple(want)} in the model" for key, held, want in shapes]
