@@ -18,6 +18,7 @@ _HOMES = {
     "omnimoe.layers": (
         "Attention",
         "BaseAttention",
+        "LatentAttention",
         "Norm",
         "Rope",
         "RowLayout",

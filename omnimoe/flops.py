@@ -218,7 +218,7 @@ def _score_flops(config: Config, hidden_size: int, length: int) -> float:
 def _attention_vectors(config: Config, hidden_size: int) -> int:
     """Weights of attention outside of its matrices: biases and q/k norms."""
     if not isinstance(config, Attention.Config):
-        return 0
+        return config.vector_params(hidden_size) if hasattr(config, "vector_params") else 0
     heads, kv_heads = _heads(config, hidden_size)
     count = (heads + 2 * kv_heads) * config.bias + hidden_size * config.output_bias
     if config.qk_norm == "rms":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from omnimoe.layers import LatentAttention
 from omnimoe.model import OmniMoeConfig
 
 
@@ -23,6 +24,9 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
     def attention(part: Any) -> Any:
         if part is None or not hasattr(part, "num_heads"):
             return part
+        if isinstance(part, LatentAttention.Config):
+            narrow = {"latent_rank": 16, "plain_dim": 16, "rope_dim": 8, "value_dim": 16}
+            return part.replace(num_heads=4, query_rank=None if part.query_rank is None else 32, **narrow)
         groups = part.num_heads // (part.num_kv_heads or part.num_heads)
         turned = part.rope
         if turned is not None and turned.sections:

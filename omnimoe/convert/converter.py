@@ -36,7 +36,8 @@ class Converter:
         json_files: JSON files that describe a checkpoint.
         weight_files: for each prefix that published names are given, the safetensors file.
         tied: published names that repeat another one, for a config: a file may hold them or not.
-        ignored: patterns of whole published names that have no place in our model on purpose, each with the reason.
+        ignored: patterns of whole published names that have no place in our model on purpose, each with the reason;
+            or these for a config.
         optional: patterns of published names that a file may lack; what they give then keeps its start.
         fresh: names of ours that no published tensor gives.
         notice: what the licence of the weights restricts; logged when they are loaded.
@@ -49,7 +50,7 @@ class Converter:
     json_files: tuple[str, ...] = (CONFIG,)
     weight_files: Mapping[str, str] = field(default_factory=lambda: {"": "model.safetensors"})
     tied: Callable[[OmniMoeConfig], dict[str, str]] = _nothing_tied
-    ignored: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, str] | Callable[[OmniMoeConfig], Mapping[str, str]] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     fresh: Callable[[OmniMoeConfig], Iterable[str]] = _nothing_tied
     notice: str = ""
@@ -90,9 +91,10 @@ class Converter:
         shapes = {name: tuple(held.shape) for name, held in model.state_dict().items() if name not in twins}
         return make_plan(self.rules(model.config), shapes, fresh=self.fresh(model.config))
 
-    def reason_to_ignore(self, name: str) -> str | None:
+    def reason_to_ignore(self, name: str, config: OmniMoeConfig) -> str | None:
         """Why a published name has no place here, or None where it should have one."""
-        return next((why for pattern, why in self.ignored.items() if re.fullmatch(pattern, name)), None)
+        patterns = self.ignored(config) if callable(self.ignored) else self.ignored
+        return next((why for pattern, why in patterns.items() if re.fullmatch(pattern, name)), None)
 
     def is_optional(self, name: str) -> bool:
         """Whether a file may lack a published name."""

@@ -81,7 +81,7 @@ class Published:
         missing = {name for name in wanted if name not in held}
         left_out = {name for name in missing if self.converter.is_optional(name)}
         unknown = [name for name in held if name not in wanted and name not in repeated]
-        ignored = {name: why for name in unknown if (why := self.converter.reason_to_ignore(name))}
+        ignored = {name: why for name in unknown if (why := self.converter.reason_to_ignore(name, self.config))}
         report: dict[str, Any] = {
             "missing_keys": missing - left_out,
             "unexpected_keys": set(unknown) - set(ignored),

@@ -2,16 +2,19 @@
 
 from omnimoe.layers.attention import ATTENTIONS, Attention, BaseAttention, register_attention
 from omnimoe.layers.bank import Bank, TowerMap, num_copies, resolve_towers
+from omnimoe.layers.latent_attention import LatentAttention
 from omnimoe.layers.linear import BankLinear
 from omnimoe.layers.masks import MASK_RULES, AttentionMask, register_mask_rule
 from omnimoe.layers.mlp import BankMLP
 from omnimoe.layers.norm import BankHeadLayerNorm, BankRMSNorm, Norm
 from omnimoe.layers.rope import Rope
+from omnimoe.layers.rope_scaling import ROPE_SCALINGS, RopeScaling, register_rope_scaling
 from omnimoe.layers.rows import RowLayout
 
 __all__ = [
     "ATTENTIONS",
     "MASK_RULES",
+    "ROPE_SCALINGS",
     "Attention",
     "AttentionMask",
     "Bank",
@@ -20,12 +23,15 @@ __all__ = [
     "BankMLP",
     "BankRMSNorm",
     "BaseAttention",
+    "LatentAttention",
     "Norm",
     "Rope",
+    "RopeScaling",
     "RowLayout",
     "TowerMap",
     "num_copies",
     "register_attention",
     "register_mask_rule",
+    "register_rope_scaling",
     "resolve_towers",
 ]
