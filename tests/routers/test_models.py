@@ -1,0 +1,212 @@
+"""Every router inside a model: it trains, says truly whether it is causal, generates or says why not, is saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import omnimoe
+from omnimoe.experts import SoftExperts
+from omnimoe.inputs import InputError
+from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.routers import (
+    ROUTERS,
+    AttributeRouter,
+    ByModalityRouter,
+    ExpertChoiceRouter,
+    ExpertThresholdRouter,
+    HashRouter,
+    StaticRouter,
+    TopKRouter,
+)
+from tests.declarations import DENSE, build, ids_like, routed
+
+V3 = {"score": "sigmoid", "num_groups": 2, "num_groups_kept": 1, "expert_bias": "shared", "routed_scaling_factor": 2.5}
+FREE = {"num_zero_experts": 1, "num_identity_experts": 1, "num_constant_experts": 1}
+
+
+def grouped(router, **changes):
+    return routed(6, ByModalityRouter.Config(experts=(2, 3, 1), router=router), **changes)
+
+
+EXPERTS = {
+    "skills": routed(4, StaticRouter.Config(experts_of_keys=(0, (1, 2), (0, 3)))),
+    "attributes": routed(4, AttributeRouter.Config(attributes_of_keys=((1, 0, 1), (0, 1, 1), (0, 0, 1)))),
+    "hash": routed(4, HashRouter.Config(num_ids=DENSE.vocab_size, top_k=2)),
+    "hash, plain": routed(4, HashRouter.Config(num_ids=DENSE.vocab_size, is_learned=False)),
+    "deepseek": routed(4, TopKRouter.Config(**V3), num_shared_experts=1),
+    "per-modality bias": routed(4, TopKRouter.Config(expert_bias="key")),
+    "null experts": routed(
+        4, TopKRouter.Config(top_k=5, top_p=0.7), num_shared_experts=2, shared_gate="softmax", num_zero_experts=1
+    ),
+    "free experts": routed(4, TopKRouter.Config(top_k=3), **FREE),
+    "input": routed(4, TopKRouter.Config(top_k=1, score="sigmoid"), weights_on="input"),
+    "gated": routed(4, TopKRouter.Config(), num_shared_experts=1, shared_intermediate_size=8, shared_gate="sigmoid"),
+    "capacity": routed(4, TopKRouter.Config(capacity_factor=0.6)),
+    "batch priority": routed(4, TopKRouter.Config(capacity_factor=0.6, capacity_priority="score")),
+    "expert choice": routed(4, ExpertChoiceRouter.Config(score="softmax", capacity_factor=2.0)),
+    "auxiliary": grouped(ExpertChoiceRouter.Config(causal_form="auxiliary")),
+    "expert choice alone": routed(4, ExpertChoiceRouter.Config(causal_form="none")),
+    "threshold": grouped(ExpertThresholdRouter.Config()),
+    "by modality, deepseek": grouped(TopKRouter.Config(top_k=1, score="sqrt_softplus", expert_bias="shared")),
+    "soft": SoftExperts.Config(num_experts=3, num_slots=2, intermediate_size=12),
+    "soft, by modality": SoftExperts.Config(num_experts=3, intermediate_size=12, experts=(1, 1, 1)),
+}
+CAUSAL = [name for name, experts in EXPERTS.items() if experts.is_causal]
+GENERATES = [name for name, experts in EXPERTS.items() if experts.has_causal_form]
+ACROSS = [name for name in EXPERTS if name not in CAUSAL]
+
+
+def config_of(name: str) -> OmniMoeConfig:
+    return DENSE.replace(experts=EXPERTS[name])
+
+
+def later_tokens_changed(config: OmniMoeConfig, at: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two batches that agree up to a position."""
+    one, other = ids_like(config, seed=1), ids_like(config, seed=2)
+    other[:, :at] = one[:, :at]
+    return one, other
+
+
+def test_these_are_causal_and_those_are_not():
+    assert set(ACROSS) == {
+        "capacity", "batch priority", "expert choice", "auxiliary", "expert choice alone", "soft", "soft, by modality",
+    }  # fmt: skip
+    assert {*EXPERTS} - {*GENERATES} == {"expert choice alone", "soft", "soft, by modality"}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_it_trains_and_every_weight_takes_part(name):
+    config = config_of(name)
+    model = build(config).train()
+    ids = ids_like(config)
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert out.loss.isfinite()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+    model.update_routers(out.routings)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_batch_of_one_modality_is_finite(name):
+    config = config_of(name)
+    model = build(config).train()
+    ids = torch.full((1, 6), 9)
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_causal_router_does_not_see_later_tokens(name):
+    config = config_of(name)
+    model = build(config)
+    one, other = later_tokens_changed(config)
+    torch.testing.assert_close(model(one).logits[:, :7], model(other).logits[:, :7], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_the_others_do_see_them(name):
+    config = config_of(name)
+    model = build(config)
+    one, other = later_tokens_changed(config)
+    assert not torch.allclose(model(one).logits[:, :7], model(other).logits[:, :7], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", GENERATES)
+def test_where_rows_are_routed_alone_none_does_and_steps_equal_the_whole(name):
+    config = config_of(name)
+    model = build(config)
+    one, other = later_tokens_changed(config)
+    whole = model(one, use_cache=True).logits
+    torch.testing.assert_close(whole[:, :7], model(other, use_cache=True).logits[:, :7], atol=1e-5, rtol=1e-4)
+    out = model(one[:, :7], use_cache=True)
+    steps = [out.logits]
+    for at in range(7, 12):
+        out = model(one[:, at : at + 1], past_key_values=out.past_key_values)
+        steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_it_generates_or_says_why_not(name):
+    model = build(config_of(name))
+    ids = torch.full((1, 4), 9)
+    if name in GENERATES:
+        assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 6)
+        return
+    for use_cache in (True, False):
+        with pytest.raises(InputError, match=r"in layers 0, 1 routes a row by looking at others.*causal_form"):
+            model.generate(ids, max_new_tokens=2, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_its_config_and_buffers_are_saved_and_loaded(name, tmp_path):
+    config = config_of(name)
+    assert OmniMoeConfig.from_dict(config.to_dict()).experts == config.experts
+    model = build(config).train()
+    out = model(ids_like(config), labels=ids_like(config))
+    for _ in range(3):
+        model.update_routers(out.routings)
+    model.eval().save_pretrained(tmp_path)
+    again = OmniMoeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for key, buffer in model.named_buffers():
+        found = dict(again.named_buffers())[key]
+        assert found.dtype == buffer.dtype, key
+        assert torch.equal(found, buffer), key
+
+
+@pytest.mark.parametrize("name", ["deepseek", "capacity", "free experts", "null experts", "auxiliary", "threshold"])
+def test_padding_changes_nothing(name):
+    config = config_of(name)
+    model = build(config).train()
+    ids = ids_like(config)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    short = model(ids[:, 3:])
+    found = model(ids, attention_mask=mask)
+    torch.testing.assert_close(found.logits[:, 3:], short.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_hash_table_needs_ids_and_says_so():
+    model = build(config_of("hash"))
+    ids = ids_like(DENSE)
+    embeds, kinds = model.get_input_embeddings()(ids), model.model.modality_ids_of(ids)
+    with pytest.raises(ValueError, match="pass input_ids"):
+        model(inputs_embeds=embeds, modality_ids=kinds)
+
+
+def test_bands_of_layers_may_have_routers_of_their_own():
+    """The first layer by a table, as DeepSeek-V4; the trace tells them apart."""
+    config = DENSE.replace(experts=EXPERTS["deepseek"], layers=(omnimoe.LayerRange(stop=1, experts=EXPERTS["hash"]),))
+    model = build(config)
+    with omnimoe.record_routing(model) as trace:
+        model(ids_like(config))
+    names = [type(layer.mlp.router).__name__ for layer in model.model.backbone.layers]
+    assert names == ["HashRouter", "TopKRouter"]
+    assert [layer.layer for layer in trace.layers()] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["capacity", "free experts", "null experts", "soft", "auxiliary"])
+def test_recomputed_activations_give_the_same_gradients(name):
+    config = config_of(name)
+    found = []
+    for recompute in (False, True):
+        model = build(config).train()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = ids_like(config)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append({key: parameter.grad for key, parameter in model.named_parameters()})
+    for key, grad in found[0].items():
+        torch.testing.assert_close(found[1][key], grad, msg=key)
+
+
+def test_every_registered_router_has_a_line_here():
+    parts = [experts.router for experts in EXPERTS.values() if hasattr(experts, "router")]
+    covered = {part.target for part in parts} | {part.router.target for part in parts if hasattr(part, "router")}
+    own = {ROUTERS.get(name) for name in ROUTERS.names()}
+    assert {router for router in own if router.__module__.startswith("omnimoe.")} <= covered
