@@ -165,8 +165,14 @@ def register(registry: Registry, name: str, *, exist_ok: bool = False) -> Callab
     return file_under
 
 
+COUNT_LIMIT = 2**20
+"""Of fields whose names start with ``num_``: a config that was damaged or made to hurt asks for more."""
+SIZE_LIMIT = 2**40
+"""Of all other whole numbers."""
+
+
 def check_types(config: Any, names: Iterable[str]) -> None:
-    """Refuses values of another type than their fields are annotated with, ``"64"`` for a number.
+    """Refuses values of another type than their fields are annotated with, ``"64"`` for a number, and absurd counts.
 
     Raises:
         ConfigError: with the field, its type and the value.
@@ -181,6 +187,10 @@ def _check_type(cls: type, name: str, value: Any) -> None:
         wanted = next(hint for hint in written if hint is not None)
         got = f"a {type(value).__qualname__}" if isinstance(value, Config) else repr(value)
         raise ConfigError(f"{cls.__qualname__}.{name} must be {wanted}, got {got}")
+    limit = COUNT_LIMIT if name.startswith("num_") else SIZE_LIMIT
+    for count in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(count, int) and abs(count) > limit:
+            raise ConfigError(f"{cls.__qualname__}.{name} {count:,} is beyond any model; at most {limit:,} is taken")
 
 
 def _fits(value: Any, hint: Any) -> bool:
