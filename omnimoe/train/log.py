@@ -46,6 +46,11 @@ class RunLog:
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
+    def picture(self, step: int, name: str, figure: Any) -> None:
+        """Shows a figure of matplotlib in TensorBoard."""
+        if self._board is not None:
+            self._board.add_figure(name, figure, step)
+
     def close(self) -> None:
         """Closes the files."""
         if self._file is not None and self._board is not None:

@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from omnimoe.data import Corpus
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.routing_trace import record_routing
 from omnimoe.train.checkpoint import ResumeError, load_checkpoint, save_checkpoint
 from omnimoe.train.data import Batch, held_out_batches, training_batches
 from omnimoe.train.evaluation import evaluate
@@ -29,7 +30,9 @@ from omnimoe.train.step import Stepper
 logger = logging.getLogger(__name__)
 
 
-REPORTING = frozenset({"log_every", "save_every", "evaluate_every", "evaluate_batches", "keep", "router_nan"})
+REPORTING = frozenset(
+    {"log_every", "log_routing", "save_every", "evaluate_every", "evaluate_batches", "keep", "router_nan"}
+)
 """Settings that a resumed run may change: they decide what is told of it and not what is learned."""
 
 
@@ -56,6 +59,10 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return dict(vars(self))
+
+
+ROUTING = ("balance", "busiest", "experts_per_token", "dropped_share", "null_share", "mutual_information")
+"""What is logged of a trace of routing, as means over layers; of a run in several processes, the rows of the first."""
 
 
 class Training:
@@ -270,7 +277,9 @@ class Training:
         log.write(self.step, "train", {**values, **means})
 
     def _evaluate(self, log: RunLog) -> None:
-        with explain_out_of_memory(self.model, self.settings, self._own_batch, where=f"in evaluation {self.step}"):
+        recorded = record_routing(self.model) if self.settings.log_routing else nullcontext()
+        where = f"in evaluation {self.step}"
+        with explain_out_of_memory(self.model, self.settings, self._own_batch, where=where), recorded as trace:
             losses = evaluate(
                 self.model,
                 self.held_out,
@@ -282,6 +291,9 @@ class Training:
         for name, loss in losses.items():
             self.history.held_out.setdefault(name, []).append(loss)
         log.write(self.step, "held_out", losses)
+        if trace is not None and trace.layers():
+            log.write(self.step, "routing", {name: trace.mean(name) for name in ROUTING})
+            log.picture(self.step, "routing/load", trace.heatmap(title=f"step {self.step}"))
         logger.info("step %d, held-out loss %s", self.step, ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
 
     @contextmanager

@@ -68,6 +68,8 @@ class TrainSettings(Config):
     ``"warn"`` says it and goes on, ``"off"`` does not look."""
     log_every: int = 10
     """Steps between lines of the log."""
+    log_routing: bool = False
+    """Log at each evaluation what routers do, and for TensorBoard a picture of which experts each modality meets."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -72,3 +72,18 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     log.write(1, "train", {"loss": 1.0})
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_routers_do_is_logged_and_drawn_where_that_is_asked_for(corpus, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("matplotlib")
+    run = training(corpus, "top_k", out=tmp_path, steps=2, evaluate_every=1, log_routing=True)
+    run.run()
+    entries = [entry for entry in lines(tmp_path) if entry["kind"] == "routing"]
+    assert [entry["step"] for entry in entries] == [0, 1, 2]
+    assert all(0 <= entry["balance"] <= 1 and entry["experts_per_token"] == 2 for entry in entries)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("routing/load")] == [0, 1, 2]
+    assert events.Images("routing/load")[0].encoded_image_string.startswith(b"\x89PNG")
+    assert not run.model.model._forward_hooks
