@@ -48,6 +48,7 @@ _HOMES = {
     "omnimoe.shrink": ("shrink",),
     "omnimoe.routing_trace": ("record_routing",),
     "omnimoe.lora": ("add_lora", "confine_lora", "lora_targets"),
+    "omnimoe.quantize": ("QuantizationError", "quantize"),
     "omnimoe.spans": ("SpanProcessor", "read_spans"),
     "omnimoe.generate": ("Generated", "generate", "interleave"),
     "omnimoe.denoise": ("denoise",),

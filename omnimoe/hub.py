@@ -166,6 +166,8 @@ def from_pretrained(
     check_finite: str = "warn",
     check_size: bool = True,
     allow_pickle: bool = False,
+    quantization_config: Any = None,
+    allow_partial: bool = False,
 ) -> OmniMoeForCausalLM:
     """A model from a folder or from the Hub.
 
@@ -189,12 +191,15 @@ def from_pretrained(
         check_finite: ``"warn"``, ``"error"`` or ``"off"`` for weights that are NaN or infinite.
         check_size: refuse a model larger than the memory that is free.
         allow_pickle: read pytorch_model.bin where there is no other file, without running code of it.
+        quantization_config: of transformers, or ``"int8"``: torchao's int8 weights for every bank.
+        allow_partial: let a quantisation leave some of the layers' weights as they are.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         CheckpointError: if the checkpoint is missing, malformed, unsafe, or does not fit.
+        QuantizationError: if weights of the layers would stay as they are.
         ConfigError: if ``towers`` or ``without`` name what the model does not have, or leave nothing.
     """
     if device is not None and device_map is not None:
@@ -206,6 +211,10 @@ def from_pretrained(
     given = {"dtype": _dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
     given |= {"strict": strict, "verify": verify, "check_finite": check_finite, "check_size": check_size}
     converter = find_converter(folder)
+    if quantization_config is not None and (converter or towers is not None or without):
+        raise ValueError(
+            "quantization_config is for whole models of omnimoe; load this one without and call omnimoe.quantize(model)"
+        )
     if converter is not None:
         is_selected = towers is not None or bool(without)
         with _explained(folder, is_whole=False), bars_where_seen():
@@ -217,7 +226,12 @@ def from_pretrained(
         place.fetch(_files_to_read(folder, allow_pickle), at=folder)
         with _explained(folder), bars_where_seen():
             model, report = OmniMoeForCausalLM.from_pretrained(
-                folder, allow_pickle=allow_pickle, output_loading_info=True, **given
+                folder,
+                allow_pickle=allow_pickle,
+                output_loading_info=True,
+                quantization_config=quantization_config,
+                allow_partial=allow_partial,
+                **given,
             )
     else:
         plan = pieces(selection)

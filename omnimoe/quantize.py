@@ -16,6 +16,12 @@ from torch import Tensor, nn
 from omnimoe.layers import BankLinear, BankMLP
 from omnimoe.routers import Router
 
+_BANKS = (
+    r"re:.*\blayers\.\d+\.(self_attn|mlp)\.([\w.]+\.)?\w+_proj\.weight",
+    r"re:.*\blayers\.\d+\.mlp\.([\w.]+\.)?\w*experts\.\w+_proj",
+)
+"""The banks of attention and experts, as torchao spells patterns; a module's name would take its biases too."""
+
 
 class QuantizationError(ValueError):
     """A quantisation that would leave banks as they are."""
@@ -70,6 +76,20 @@ def torchao_config(model: nn.Module, config: Any = None) -> Any:
     _, by_name = _torchao()
     config = config if config is not None else int8()
     return TorchAoConfig(by_name({name: config for name, _, _ in matrices(model)}))
+
+
+def named(name: str) -> Any:
+    """The config of transformers for a kind of quantisation by its name, for any model of omnimoe's own banks.
+
+    Raises:
+        ImportError: if torchao is not installed.
+        QuantizationError: if there is no such kind.
+    """
+    if name != "int8":
+        raise QuantizationError(f"unknown quantization_config {name!r}; write 'int8', or pass a config of transformers")
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(_torchao()[1](dict.fromkeys(_BANKS, int8())))
 
 
 def check_reach(model: nn.Module) -> None:
