@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
+from omnimoe.bars import bars_where_seen
 from omnimoe.checkpoint.errors import CheckpointError
 from omnimoe.checkpoint.refusals import hub_errors
 from omnimoe.publish import settle
@@ -124,7 +125,7 @@ class Source:
         revision = self.hub.revision if at is None else _root(at, self.subfolder).name
         is_first = at is None and not self.is_in_cache()
         meant = self.name if self.is_bare else ""
-        with hub_errors(self.name, self.hub.revision, token=self.hub.token, folder=meant):
+        with bars_where_seen(), hub_errors(self.name, self.hub.revision, token=self.hub.token, folder=meant):
             folder = snapshot_download(
                 self.name,
                 revision=revision,
@@ -139,12 +140,16 @@ class Source:
         return Path(folder)
 
     def is_in_cache(self) -> bool:
-        """Whether anything of the repository was fetched before."""
+        """Whether anything of the repository was fetched before; not so where the name is none of the Hub."""
         from huggingface_hub import constants
+        from huggingface_hub.errors import HFValidationError
         from huggingface_hub.file_download import repo_folder_name
 
         cache = Path(self.hub.cache_dir or constants.HF_HUB_CACHE).expanduser()
-        return (cache / repo_folder_name(repo_id=self.name, repo_type="model")).is_dir()
+        try:
+            return (cache / repo_folder_name(repo_id=self.name, repo_type="model")).is_dir()
+        except HFValidationError:
+            return False
 
     def _say_if_renamed(self) -> None:
         from huggingface_hub import HfApi

@@ -65,7 +65,7 @@ def _sentence(error: Exception, name: str, revision: str | None, token: str | bo
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk of the cache is full, so {name!r} could not be fetched; free some space or pass cache_dir="
     return (
-        f"the download of {name!r} broke off: {error}. Call again: what is whole is kept, and nothing is read that "
+        f"the transfer of {name!r} broke off: {error}. Call again: what is whole is kept, and nothing is read that "
         "is not"
     )
 

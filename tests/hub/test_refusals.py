@@ -1,0 +1,173 @@
+"""What the Hub refuses: every message names what was asked for and what to do, and nothing is left half done."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from omnimoe import CheckpointError, from_pretrained
+from tests.hub.server import Fault
+
+NAME = "org/tiny"
+pytestmark = pytest.mark.hazard(31)
+
+
+def snapshot() -> list[str]:
+    """What the cache shows to a reader."""
+    return sorted(str(path) for path in Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/*"))
+
+
+def refused(*fragments: str, name: str = NAME, **given) -> None:
+    before = snapshot()
+    with pytest.raises(CheckpointError) as caught:
+        from_pretrained(name, **given)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize("token", [None, "good"])
+def test_a_repository_that_is_not_there(hub, token):
+    hub.tokens["good"] = set()
+    refused("there is no repository 'org/tiny'", "nor is there a folder 'org/tiny'", "`hf auth login`", token=token)
+
+
+def test_an_id_that_was_called_one(hub):
+    with pytest.raises(CheckpointError) as caught:
+        from_pretrained("hf-hub:org/tiny")
+    assert "nor is there a folder" not in str(caught.value)
+
+
+def test_a_private_repository_without_a_token(hub, saved):
+    hub.add(NAME, saved, is_private=True)
+    refused("there is no repository 'org/tiny'", "if it is private, log in with `hf auth login` or pass token=")
+
+
+@pytest.mark.parametrize("token", [None, "stranger"])
+def test_a_gated_repository(hub, saved, token):
+    hub.add(NAME, saved, is_gated=True)
+    hub.tokens["stranger"] = set()
+    refused("'org/tiny' is gated: ask for access at", f"{hub.endpoint}/org/tiny", "`hf auth login`", token=token)
+
+
+def test_a_token_that_is_no_more(hub, saved):
+    hub.add(NAME, saved)
+    refused("the token was refused", "Invalid credentials", "Make a new one", token="expired")
+
+
+@pytest.mark.parametrize(
+    ("revision", "fragment"),
+    [("v11", "did you mean 'v1.1'?"), ("f" * 40, "It has main, next, v1.1")],
+)
+def test_a_revision_that_is_not_there(hub, saved, revision, fragment):
+    repository = hub.add(NAME, saved)
+    repository.branches["next"] = repository.tags["v1.1"] = repository.branches["main"]
+    refused(f"'org/tiny' has no revision '{revision}'", fragment, revision=revision)
+
+
+def test_a_revision_of_a_folder(hub, saved):
+    refused("is a folder, which has no revision 'v1'", "hf-hub:", name=str(saved), revision="v1")
+
+
+def test_no_network(hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    refused("'org/tiny' is not in the cache", "http://127.0.0.1:9 cannot be reached", "fetch it once with network")
+
+
+@pytest.mark.parametrize(
+    ("status", "fragment"),
+    [
+        (403, "the token may not do this"),
+        (429, "takes no more requests for now"),
+        (503, "answered 503 for 'org/tiny'"),
+        (418, "refused 'org/tiny' with 418"),
+    ],
+)
+def test_an_answer_that_is_none(hub, saved, status, fragment):
+    hub.add(NAME, saved)
+    hub.faults.append(Fault("GET /api/models", status=status))
+    refused(fragment)
+
+
+def test_a_repository_that_was_disabled(hub, saved):
+    hub.add(NAME, saved)
+    headers = {"X-Error-Message": "Access to this resource is disabled."}
+    hub.faults.append(Fault("GET /api/models", status=403, headers=headers))
+    refused("'org/tiny' was disabled by the Hub")
+
+
+def test_a_download_that_breaks_off(hub, saved, model):
+    hub.add(NAME, saved)
+    hub.faults.append(Fault("GET .*model.safetensors", cut=1000))
+    with pytest.raises(CheckpointError, match=r"the transfer of 'org/tiny' broke off: .* Call again"):
+        from_pretrained(NAME)
+    assert not [path for path in snapshot() if path.endswith(".safetensors")], "nothing that is not whole is read"
+    hub.faults.clear()
+    assert from_pretrained(NAME, verify=True).config.modality_names == model.config.modality_names
+
+
+def test_a_download_goes_on_where_it_broke_off(hub, saved):
+    hub.add(NAME, saved)
+    hub.faults.append(Fault("GET .*model.safetensors", cut=1000, times=1))
+    from_pretrained(NAME, verify=True)
+    assert len([line for line in hub.requests if line.startswith("GET") and "model.safetensors" in line]) == 2
+
+
+@pytest.mark.parametrize(
+    ("removed", "fragments"),
+    [
+        ("config.json", ("has no config.json",)),
+        ("model.safetensors", ("has no model.safetensors at revision 'main'", "pickles, which are not read")),
+    ],
+)
+def test_a_repository_with_a_part_alone(hub, saved, tmp_path, removed, fragments):
+    folder = shutil.copytree(saved, tmp_path / "upload")
+    (folder / removed).unlink()
+    hub.add(NAME, folder)
+    with pytest.raises(CheckpointError) as caught:
+        from_pretrained(NAME)
+    assert all(fragment in str(caught.value) for fragment in fragments)
+
+
+def test_a_shard_that_was_not_uploaded(hub, sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "upload")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    hub.add(NAME, folder)
+    with pytest.raises(CheckpointError, match=f"'org/tiny' has no {shard.name} at revision 'main'"):
+        from_pretrained(NAME)
+
+
+def test_a_subfolder_that_is_not_there(hub, saved):
+    hub.add(NAME, saved)
+    with pytest.raises(CheckpointError, match="has no folder 'step-1'"):
+        from_pretrained(NAME, subfolder="step-1")
+
+
+@pytest.mark.parametrize("subfolder", ["../other", "/etc", "a//b", ".", "a/*"])
+def test_a_subfolder_outside(hub, saved, subfolder):
+    refused("must be a path inside", subfolder=subfolder)
+    refused("must be a path inside", name=str(saved), subfolder=subfolder)
+
+
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [
+        ("./runs/model", "neither an existing folder nor an id"),
+        ("runs/a/b", "neither an existing folder nor an id"),
+        ("hf-hub:tiny", "nor an id on the Hub (org/name)"),
+        ("hf-hub:org/a--b", "is no id of the Hub"),
+        ("local-dir:org/tiny", "there is no folder 'org/tiny'"),
+        (Path("org/tiny"), "there is no folder 'org/tiny'"),
+        ("mot_37", "did you mean 'mot_37m'"),
+        ("mot_37m", "call load('mot_37m')"),
+    ],
+)
+def test_a_name_that_is_none(hub, name, fragment):
+    with pytest.raises(CheckpointError) as caught:
+        from_pretrained(name)
+    assert fragment in str(caught.value)
+    assert hub.requests == []
