@@ -158,6 +158,8 @@ def _adapter() -> type:
             options: of the harness's adapter for transformers: ``batch_size``, ``max_length``, ``add_bos_token``.
         """
 
+        add_bos_token: bool | None
+
         def __init__(
             self,
             pretrained: Any,
@@ -206,12 +208,11 @@ def _adapter() -> type:
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
             """Log-probabilities of whole texts; the harness itself puts the begin token before them here."""
-            before = vars(self)["add_bos_token"]
-            vars(self)["add_bos_token"] = False
+            before, self.add_bos_token = self.add_bos_token, False
             try:
                 return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
             finally:
-                vars(self)["add_bos_token"] = before
+                self.add_bos_token = before
 
         def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
             def text_alone(input_ids: Tensor, scores: Tensor) -> Tensor:
