@@ -297,10 +297,3 @@ def check_prompt(prompt: Tensor, given: dict[str, object]) -> None:
         check_tensor(name, ids, str(shape))
         if isinstance(ids, Tensor) and (ids.ndim != 2 or ids.shape[0] != shape[0] or ids.shape[1] < shape[1]):
             raise InputError(f"{name} must have shape {shape}, as the prompt, got {tuple(ids.shape)}")
-
-
-def runs(modality_ids: Tensor, blocked: list[int]) -> Tensor:
-    """``(B, T)`` int64: a number for each run of one blocked modality, -1 elsewhere."""
-    starts = F.pad(modality_ids[:, 1:] != modality_ids[:, :-1], (1, 0), value=True)
-    inside = torch.isin(modality_ids, torch.tensor(blocked, device=modality_ids.device))
-    return starts.cumsum(1).masked_fill(~inside, -1)

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from omnimoe.attend import attention_function, xformers_attention
 from omnimoe.backbone import Backbone, Block
+from omnimoe.blocks import block_ids_of, block_positions
 from omnimoe.experts_interface import NAME as OWN_EXPERTS
 from omnimoe.experts_interface import experts_function
 from omnimoe.guarded import GuardedFiles
@@ -45,10 +46,9 @@ from omnimoe.inputs import (
     check_rows,
     newest,
     rotary_positions,
-    runs,
     valid_positions,
 )
-from omnimoe.layers import Attention, AttentionMask, BaseAttention, RowLayout
+from omnimoe.layers import Attention, AttentionMask, BaseAttention, RowLayout, SineGrid
 from omnimoe.layers.masks import uncached_facts
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.parallel import ParallelMixin
@@ -165,7 +165,7 @@ class OmniMoePreTrainedModel(ParallelMixin, GuardedFiles):
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
             else:
                 init.constant_(parameter, float(start))
-        if isinstance(module, Router):
+        if isinstance(module, Router | SineGrid):
             for name, start in module.initial_buffers().items():
                 init.copy_(getattr(module, name), start)
 
@@ -238,14 +238,15 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             input_ids: ``(B, T)`` int64. At positions of a continuous modality any id may stand.
             modality_ids: ``(B, T)`` int64 into ``config.modalities``; by the partition of the vocabulary where None.
             attention_mask: ``(B, T)`` or, with a cache, ``(B, past + T)``: 1 or True for tokens, 0 for padding.
-            position_ids: ``(B, T)`` or ``(B, T, A)`` int64 rotary positions; time order where None, from 0 in each
-                segment.
+            position_ids: ``(B, T)`` or ``(B, T, A)`` int64 rotary positions; as ``config.positions`` counts where None,
+                from 0 in each segment.
             segment_ids: ``(B, T)`` int64, the document of each position in a packed row, -1 for padding. Documents do
                 not see each other.
             key_ids: ``(B, T)`` int64, the key that picks copies; the modality where None.
-            block_ids: ``(B, T)`` int64, blocks for the rules that know them, -1 for none; the spans of
-                ``config.bidirectional_modalities`` where None.
-            features: rows of each continuous modality, ``(n, C)``, in order of batch and time.
+            block_ids: ``(B, T)`` int64, blocks for the rules that know them, -1 for none, -2 and below for private
+                ones; the spans of ``config.bidirectional_modalities`` where None.
+            features: rows of each continuous modality, ``(n, C)``, in order of batch and time; or in the form of its
+                own that the modality takes.
             timesteps: noise time of those rows, ``(n,)`` in [0, 1].
             inputs_embeds: ``(B, T, D)`` in place of ``input_ids``.
             past_key_values: a transformers cache.
@@ -274,7 +275,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         if output_attentions is None:
             output_attentions = config.output_attentions
         batch_size, length = check_batch(config, input_ids, inputs_embeds, modality_ids, key_ids, segment_ids)
-        check_ids("block_ids", block_ids, (batch_size, length), -1, 2**31, "number blocks from 0, -1 is no block")
+        check_ids("block_ids", block_ids, (batch_size, length), -(2**31), 2**31, "number blocks from 0, -1 is no block")
         device = inputs_embeds.device if input_ids is None else input_ids.device
         is_recomputed = self.gradient_checkpointing and self.training
         if is_recomputed and (use_cache or past_key_values is not None):
@@ -292,9 +293,9 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             empty = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
             modality_ids = empty if input_ids is None else self.modality_ids_of(input_ids)
         if key_ids is None:
-            if config.keys:
+            if len(config.keys) > 1:
                 raise InputError(f"copies are picked by the keys {config.keys}; pass key_ids")
-            key_ids = modality_ids
+            key_ids = torch.zeros_like(modality_ids) if config.keys else modality_ids
         modality_ids, key_ids = modality_ids.long(), key_ids.long()
         is_cached = past_key_values is not None
         valid = valid_positions(attention_mask, segment_ids, batch_size, past, length, is_cached=is_cached)
@@ -308,13 +309,20 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         )
         if self._needs_token_ids and input_ids is not None:
             rows = replace(rows, token_ids=rows.to_rows(input_ids))
+        if block_ids is None and config.bidirectional_modalities:
+            noisy = self._noisy(modality_ids, rows, features, timesteps) if config.private_noise else None
+            block_ids = block_ids_of(config, modality_ids, input_ids, noisy)
         rows = replace(rows, compute=experts_function(config._experts_implementation))
         attends = config._attn_implementation or "sdpa"
         if output_attentions and attends == "sdpa":
             attends = "eager"
-        mask = self._mask(
-            attends, past_key_values, past, length, valid, segment_ids, key_ids, modality_ids, block_ids, device
-        )
+        mask = self._mask(attends, past_key_values, past, length, valid, segment_ids, key_ids, block_ids, device)
+        if position_ids is None and config.positions == "blocks" and block_ids is not None:
+            if not isinstance(past, int) or past:
+                raise InputError(
+                    "positions are counted in blocks, of which a cache keeps none; pass position_ids, as generate does"
+                )
+            position_ids = block_positions(block_ids, valid, segment_ids)
         positions = rotary_positions(position_ids, segment_ids, batch_size, past, length, device)
 
         x = self._embed(input_ids, inputs_embeds, features, timesteps, rows)
@@ -359,7 +367,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         rows: RowLayout,
     ) -> Tensor:
         x = rows.to_rows(inputs_embeds) if input_ids is None else self.embed_tokens(rows.to_rows(input_ids))
-        check_rows("features", features, free=self.config.input_only)
+        check_rows("features", features, free=self.config.own_form)
         check_rows("timesteps", timesteps)
         unused = sorted(set(timesteps or {}) - set(features or {}))
         if unused:
@@ -367,7 +375,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         untouched = set(self.modalities)
         for name, given in (features or {}).items():
             modality_id, times = self._modality_id(name), (timesteps or {}).get(name)
-            is_free = name in self.config.input_only
+            is_free = name in self.config.own_form
             index = None if is_free else rows.where(modality_id, len(given) if given.ndim else 0)
             if index is not None:
                 check_features(self.config, name, given, len(index), times)
@@ -384,6 +392,25 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             x = x + 0 * sum(parameter.sum() for parameter in self.modalities[name].parameters()).to(x.dtype)
         return x
 
+    def _noisy(
+        self,
+        modality_ids: Tensor,
+        rows: RowLayout,
+        features: dict[str, Tensor] | None,
+        timesteps: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """``(B, T)`` bool, the positions whose rows carry noise."""
+        noisy = torch.zeros_like(modality_ids, dtype=torch.bool)
+        for name, times in (timesteps or {}).items():
+            held = modality_ids == self._modality_id(name)
+            if rows.valid is not None:
+                held = held & rows.valid.view_as(held)
+            given = (features or {}).get(name)
+            each = None if given is None else self.modalities[name].noise_of_rows(given, times)
+            if each is not None and len(each) == int(held.sum()):  # what does not fit is refused where it is embedded
+                noisy[held] = each.to(noisy.device) > 0
+        return noisy
+
     def _modality_id(self, name: str) -> int:
         if name not in self.config.modality_names:
             raise InputError(f"unknown modality {name!r}; the modalities are {', '.join(self.config.modality_names)}")
@@ -398,7 +425,6 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         valid: Tensor | None,
         segment_ids: Tensor | None,
         key_ids: Tensor,
-        modality_ids: Tensor,
         block_ids: Tensor | None,
         device: torch.device,
     ) -> AttentionMask:
@@ -412,8 +438,6 @@ class OmniMoeModel(OmniMoePreTrainedModel):
                 f"the mask rule {config.mask!r} has no cached decoding, since it reads {' and '.join(missing)} of "
                 "earlier positions, which a cache does not keep; pass use_cache=False"
             )
-        if block_ids is None and config.bidirectional_modalities:
-            block_ids = runs(modality_ids, [self._modality_id(name) for name in config.bidirectional_modalities])
         key_length = length
         if cache is not None and config.num_layers:
             key_length = cache.get_mask_sizes(length, 0)[0]
@@ -484,7 +508,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
                 so is padding, what follows padding, and the first token of a segment.
             features: rows of continuous modalities.
             timesteps: their noise times.
-            targets: what their heads must give, ``(n, C)``.
+            targets: what their heads must give, ``(n, C)``; at time 0, where rows are clean, they count for nothing.
             past_key_values: a cache.
             inputs_embeds: ``(B, T, D)``.
             use_cache: make a cache.
@@ -540,16 +564,19 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         elif labels is not None:
             scores.add_tokens(logits, self._predicted(labels, input_ids, modality_ids), segment_ids, rows.valid)
         has_labels = labels is not None or shift_labels is not None
-        check_rows("targets", targets)
+        check_rows("targets", targets, free=self.config.own_form)
         for name, target in (targets or {}).items():
             if name in self.config.input_only:
                 raise InputError(f"targets for {name!r}, which is input only: it has no head")
             if name not in predictions:
                 raise InputError(f"targets for {name!r} without features; pass the noisy rows as features[{name!r}]")
+            modality = self.model.modalities[name]
+            target = modality.rows_of(target).to(predictions[name].device)
             wanted, got = tuple(predictions[name].shape), tuple(target.shape)
             if wanted != got:
                 raise InputError(f"targets[{name!r}] must be {wanted}, got {got}; give one for each row of features")
-            scores.add_rows(name, self.model.modalities[name].loss(predictions[name], target))
+            times = modality.noise_of_rows((features or {})[name], (timesteps or {}).get(name))
+            scores.add_rows(name, modality.loss(predictions[name], target), None if times is None else times > 0)
         loss = scores.total(hidden) if has_labels or targets else None
         if loss is not None:
             # a head that is not scored takes part too: its gradients are zero, not missing
@@ -653,6 +680,18 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             inputs.pop("features", None)
             inputs.pop("timesteps", None)
         return inputs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """Positions of the prompt; those of what is generated go on by one."""
+        if self.config.positions != "blocks" or inputs_tensor.ndim != 2:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        modality_ids, block_ids = model_kwargs.get("modality_ids"), model_kwargs.get("block_ids")
+        length = inputs_tensor.shape[1]
+        if block_ids is None:
+            modality_ids = self.model.modality_ids_of(inputs_tensor) if modality_ids is None else modality_ids
+            block_ids = block_ids_of(self.config, modality_ids[:, :length], inputs_tensor)
+        mask = model_kwargs.get("attention_mask")
+        return block_positions(block_ids[:, :length], None if mask is None else mask[:, :length].bool())
 
     def _prepare_model_inputs(
         self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]

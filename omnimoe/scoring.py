@@ -78,9 +78,11 @@ class Scores:
                 chosen = counted & (predicted == modality_id)
                 self._add(modality.name, (each * chosen).sum(), chosen.sum())
 
-    def add_rows(self, name: str, each: Tensor) -> None:
-        """Takes the losses ``(n,)`` of a continuous modality."""
-        self._add(name, each.sum(), torch.tensor(len(each), device=each.device))
+    def add_rows(self, name: str, each: Tensor, counted: Tensor | None = None) -> None:
+        """Takes the losses ``(n,)`` of a continuous modality, those of ``counted (n,)`` alone."""
+        if counted is None:
+            counted = torch.ones_like(each, dtype=torch.bool)
+        self._add(name, torch.where(counted, each, 0).sum(), counted.sum())
 
     def _add(self, name: str, total: Tensor, count: Tensor) -> None:
         self.losses[name] = total / count.clamp_min(1)

@@ -10,6 +10,7 @@ from omnimoe.layers.norm import BankHeadLayerNorm, BankRMSNorm, Norm
 from omnimoe.layers.rope import Rope
 from omnimoe.layers.rope_scaling import ROPE_SCALINGS, RopeScaling, register_rope_scaling
 from omnimoe.layers.rows import RowLayout
+from omnimoe.layers.sine_grid import SineGrid
 
 __all__ = [
     "ATTENTIONS",
@@ -28,6 +29,7 @@ __all__ = [
     "Rope",
     "RopeScaling",
     "RowLayout",
+    "SineGrid",
     "TowerMap",
     "num_copies",
     "register_attention",
