@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from omnimoe.config import Config, ConfigError, Configurable
 from omnimoe.config import Config as ConfigBase
 from omnimoe.experts import Experts, FeedForward
 from omnimoe.layers import Attention, AttentionMask, BaseAttention, Norm, Rope, RowLayout
-from omnimoe.routers import Routing
+from omnimoe.routers import DepthRouter, Routing
+from omnimoe.routers.depth import lengthened, shortened
 
 PLACEMENTS = ("pre", "post")
 
@@ -36,6 +38,8 @@ class Block(nn.Module, Configurable):
         """Both norms of the layer."""
         norm_placement: str = "pre"
         """``"pre"`` or ``"post"``."""
+        depth: DepthRouter.Config | None = None
+        """Which rows the layer works on; None for all."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -47,6 +51,16 @@ class Block(nn.Module, Configurable):
             """Whether anything in the layer has copies by key."""
             return self.attention.needs_key_order or self.experts.needs_key_order or self.norm.towers != "shared"
 
+        @property
+        def is_causal(self) -> bool:
+            """Whether a row's routing depends on that row alone; masks have a say of their own."""
+            return self.depth is None and self.experts.is_causal
+
+        @property
+        def has_causal_form(self) -> bool:
+            """Whether that can be asked for, as generation does."""
+            return self.depth is None and self.experts.has_causal_form
+
     def __init__(self, config: Block.Config, *, hidden_size: int, num_modalities: int, layer_idx: int) -> None:
         super().__init__()
         self.norm_placement = config.norm_placement
@@ -55,6 +69,7 @@ class Block(nn.Module, Configurable):
         self.mlp = config.experts.build(**shared, layer_idx=layer_idx)
         self.attention_norm = config.norm.build(**shared)
         self.mlp_norm = config.norm.build(**shared)
+        self.depth = None if config.depth is None else config.depth.build(hidden_size=hidden_size)
 
     def forward(
         self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any = None
@@ -70,6 +85,24 @@ class Block(nn.Module, Configurable):
         Returns:
             ``(N, D)`` rows, the routing where one was made, and the attention weights where they were kept.
         """
+        if self.depth is None:
+            return self._work(x, rows, mask, cache)
+        if cache is not None or rows.routes_causally:
+            raise ValueError(
+                "a layer of a mixture of depths keeps rows by looking at later ones, which a cache does not allow; "
+                "pass use_cache=False"
+            )
+        with rows.choosing():
+            index, weights = self.depth(x, rows)
+        kept = x[index]
+        worked, routing, attention = self._work(kept, *shortened(rows, mask, index), None)
+        x = x.index_add(0, index, (worked - kept) * weights.unsqueeze(1))
+        towers = torch.tensor(getattr(self.mlp, "towers", (0,) * len(rows.offsets)), device=x.device)
+        return x, lengthened(routing, index, weights, towers, rows), attention
+
+    def _work(
+        self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any
+    ) -> tuple[Tensor, Routing | None, Tensor | None]:
         is_pre = self.norm_placement == "pre"
         mixed = self.self_attn(self.attention_norm(x, rows) if is_pre else x, rows, mask, cache)
         mixed, weights = mixed if isinstance(mixed, tuple) else (mixed, None)
@@ -96,6 +129,8 @@ class LayerRange(Config):
     """Norms of these layers."""
     norm_placement: str | None = None
     """Placement in these layers."""
+    depth: DepthRouter.Config | None = None
+    """Which rows these layers work on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +142,7 @@ class LayerRange(Config):
 
     def change(self, block: Block.Config) -> Block.Config:
         """The block of a layer in the range."""
-        names = ("attention", "experts", "norm", "norm_placement")
+        names = ("attention", "experts", "norm", "norm_placement", "depth")
         return block.replace(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
 
 

@@ -217,7 +217,7 @@ def _start(
 
 def _can_keep(model: OmniMoeForCausalLM) -> bool:
     config = model.config
-    return _prefix_stands(config.mask) and all(block.experts.is_causal for block in config.blocks)
+    return _prefix_stands(config.mask) and all(block.is_causal for block in config.blocks)
 
 
 def _prefix_stands(mask: str) -> bool:

@@ -8,6 +8,7 @@ hold for PyTorch's ``FlopCounterMode`` with :func:`formulas`, against which the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from omnimoe.backbone import Backbone
+from omnimoe.backbone import Backbone, Block
 from omnimoe.config import Config
 from omnimoe.layers import Attention
 from omnimoe.model_config import OmniMoeConfig
@@ -96,15 +97,18 @@ def flops(
     for modality_id, name in enumerate(config.modality_names):
         rows = work.rows[name]
         for block in config.blocks:
+            share = _share(block)
+            kept, length = share * rows, math.ceil(share * work.length)
             matrices, router = _expert_weights(block.experts, width, modality_id)
-            table["attention_projections"][name] += 2 * rows * _projection_weights(block.attention, width)
-            table["attention_scores"][name] += rows * _score_flops(block.attention, width, work.length)
-            table["experts"][name] += 2 * rows * matrices
-            table["router"][name] += 2 * rows * router
+            table["attention_projections"][name] += 2 * kept * _projection_weights(block.attention, width)
+            table["attention_scores"][name] += kept * _score_flops(block.attention, width, length)
+            table["experts"][name] += 2 * kept * matrices
+            table["router"][name] += 2 * kept * router + 2 * rows * width * (block.depth is not None)
         table["head"][name] = 2 * rows * width * config.vocab_size
         table["adapters"][name] = 2 * work.features.get(name, 0) * config.modalities[modality_id].active_params(width)
     padding = work.positions - sum(work.rows.values())
-    scores = sum(_score_flops(block.attention, width, work.length) for block in config.blocks)
+    # where rows are kept by sequence, padding is dropped with the rest
+    scores = sum(_score_flops(block.attention, width, work.length) for block in config.blocks if block.depth is None)
     table["attention_scores"]["padding"] = padding * scores
     table["head"]["padding"] = 2 * padding * width * config.vocab_size
 
@@ -122,6 +126,8 @@ def flops(
 
 def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
     """Weights that a token meets: all of them but the copies of other towers and the experts it is not sent to.
+
+    A layer that works on a share of the tokens counts at that share.
 
     The whole embedding table and head count, as in the size labels of the papers, so a dense model without continuous
     modalities has as many active weights as weights.
@@ -142,8 +148,9 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
     count = config.vocab_size * width * (1 if config.tie_word_embeddings else 2) + width
     count += config.modalities[modality_id].active_params(width)
     for block in config.blocks:
-        count += 2 * width + _projection_weights(block.attention, width) + _attention_vectors(block.attention, width)
-        count += sum(_expert_weights(block.experts, width, modality_id))
+        met = 2 * width + _projection_weights(block.attention, width) + _attention_vectors(block.attention, width)
+        met += sum(_expert_weights(block.experts, width, modality_id))
+        count += _share(block) * met + width * (block.depth is not None)
     return round(count)
 
 
@@ -200,6 +207,11 @@ def _heads(config: Attention.Config, hidden_size: int) -> tuple[int, int]:
     """Width of all query heads, and of all key heads."""
     head_dim = config.head_dim or hidden_size // config.num_heads
     return config.num_heads * head_dim, (config.num_kv_heads or config.num_heads) * head_dim
+
+
+def _share(block: Block.Config) -> float:
+    """Share of the rows that a layer works on."""
+    return 1.0 if block.depth is None else block.depth.capacity
 
 
 def _projection_weights(config: Config, hidden_size: int) -> float:

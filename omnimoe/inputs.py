@@ -266,14 +266,14 @@ def check_routers_generate(config: OmniMoeConfig) -> None:
     Raises:
         InputError: with the layers, the router and what to do.
     """
-    stuck = [layer for layer, block in enumerate(config.blocks) if not block.experts.has_causal_form]
+    stuck = [layer for layer, block in enumerate(config.blocks) if not block.has_causal_form]
     if stuck:
-        experts = config.blocks[stuck[0]].experts
-        part = getattr(getattr(experts, "router", experts), "target", type(experts))
+        block = config.blocks[stuck[0]]
+        part = getattr(block.experts, "router", block.experts) if block.depth is None else block.depth
         raise InputError(
-            f"{part.__name__} in layers {', '.join(map(str, stuck))} routes a row by looking at others, later ones too, "
-            "so the model does not generate; give expert choice causal_form='auxiliary' (or 'cutoff') and train it, or "
-            "take a causal router such as TopKRouter"
+            f"{part.target.__name__} in layers {', '.join(map(str, stuck))} routes a row by looking at others, later "
+            "ones too, so the model does not generate; give expert choice causal_form='auxiliary' (or 'cutoff') and "
+            "train it, or take a causal router such as TopKRouter, and all rows in every layer"
         )
 
 

@@ -258,7 +258,7 @@ class OmniMoeConfig(PreTrainedConfig):
     @property
     def is_causal(self) -> bool:
         """Whether no position depends on a later one: the mask, and every router."""
-        return is_causal_rule(self.mask) and all(block.experts.is_causal for block in self.blocks)
+        return is_causal_rule(self.mask) and all(block.is_causal for block in self.blocks)
 
     @property
     def needs_token_ids(self) -> bool:

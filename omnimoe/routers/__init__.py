@@ -3,6 +3,7 @@
 from omnimoe.routers.attributes import AttributeRouter
 from omnimoe.routers.base import ROUTERS, Router, Routing, join_routings, register_router
 from omnimoe.routers.by_modality import ByModalityRouter
+from omnimoe.routers.depth import DepthRouter
 from omnimoe.routers.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
 from omnimoe.routers.faults import router_faults
 from omnimoe.routers.hash import HashRouter
@@ -24,6 +25,7 @@ __all__ = [
     "SCORES",
     "AttributeRouter",
     "ByModalityRouter",
+    "DepthRouter",
     "ExpertChoiceRouter",
     "ExpertThresholdRouter",
     "HashRouter",

@@ -1,0 +1,161 @@
+"""Mixture of depths: what is kept, that a layer works on it as on sequences of its own, and what that saves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import omnimoe
+from omnimoe.backbone import LayerRange
+from omnimoe.config import ConfigError
+from omnimoe.flops import flops, formulas
+from omnimoe.inputs import InputError
+from omnimoe.layers import RowLayout
+from omnimoe.routers import DepthRouter, TopKRouter
+from tests.declarations import DECLARATIONS, DENSE, build, ids_like, routed
+
+KINDS = {
+    "dense": DENSE,
+    "mot": DECLARATIONS["mot"],
+    "moma": DECLARATIONS["moma"],
+    "moe": DENSE.replace(experts=routed(4, TopKRouter.Config(expert_bias="key"), num_shared_experts=1)),
+    "block_causal": DECLARATIONS["block_causal"],
+}
+
+
+def with_depth(name: str, **fields):
+    depth = DepthRouter.Config(**{"capacity": 0.5, **fields})
+    return KINDS[name].replace(layers=(LayerRange(step=2, depth=depth),))
+
+
+def router_of(**fields) -> DepthRouter:
+    router = DepthRouter.Config(**fields).build(hidden_size=4)
+    router.scorer.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    return router
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "linear"])
+@pytest.mark.parametrize("pool", ["batch", "sequence"])
+@pytest.mark.parametrize("sort", [True, False])
+def test_the_best_rows_of_the_pool_are_kept_with_their_gate(pool, gate, sort):
+    keys = torch.randint(0, 2, (3, 7), generator=torch.Generator().manual_seed(1))
+    valid = torch.ones(3, 7, dtype=torch.bool)
+    valid[1, 4:] = False
+    rows, router = RowLayout.build(keys, num_keys=2, valid=valid, sort=sort), router_of(pool=pool, gate=gate)
+    x = torch.randn(len(rows), 4)
+    index, weights = router(x, rows)
+    score = (x @ router.scorer.weight.T).squeeze(1)
+    torch.testing.assert_close(weights, score[index].sigmoid() if gate == "sigmoid" else score[index])
+    assert index.tolist() == sorted(index.tolist())
+    pools = rows.sequence_ids().tolist() if pool == "sequence" else [0] * len(rows)
+    wanted = []
+    for held in set(pools):
+        own = [row for row in range(len(rows)) if pools[row] == held]
+        wanted += sorted(own, key=lambda row: -score[row].item())[: math.ceil(0.25 * len(own))]
+    assert sorted(wanted) == index.tolist()
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("pool", ["batch", "sequence"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_layer_works_on_what_is_kept_as_on_sequences_of_its_own(name, pool, padded):
+    """Sequence by sequence, the kept tokens alone in the batch, at the positions they had."""
+    config = with_depth(name, pool=pool)
+    model = build(config)
+    layer, seen = model.model.backbone.layers[0], {}
+    layer.register_forward_pre_hook(lambda module, given: seen.update(x=given[0], rows=given[1], mask=given[2]))
+    layer.register_forward_hook(lambda module, given, out: seen.update(out=out))
+    ids = ids_like(config)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :4] = 0
+    model(ids, attention_mask=mask if padded else None)
+    x, rows = seen["x"], seen["rows"]
+    index, weights = layer.depth(x, rows)
+    y = seen["out"][0]
+    rest = sorted(set(range(len(x))) - set(index.tolist()))
+    assert torch.equal(y[rest], x[rest])
+    kept = torch.zeros(24, dtype=torch.bool)
+    place = index if rows.time_index is None else rows.time_index[index]
+    kept[place] = True
+    # everything that is not kept as padding, in sequences of the old length: the same attention, less shortly
+    plain = build(KINDS[name])
+    plain_layer = plain.model.backbone.layers[0]
+    plain_layer.load_state_dict({key: value for key, value in layer.state_dict().items() if "depth" not in key})
+    layout = RowLayout.build(model.model.modality_ids_of(ids), num_keys=3, valid=kept.view(2, 12), sort=rows.is_sorted)
+    layout = layout.with_rotary(rows.cos[index], rows.sin[index])
+    hidden = replace(seen["mask"], valid=kept.view(2, 12), _cached={})
+    worked = plain_layer(x[index], layout, hidden)[0]
+    wanted = x[index] + weights.unsqueeze(1) * (worked - x[index])
+    torch.testing.assert_close(y[index], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("pool", ["batch", "sequence"])
+def test_it_trains_is_recorded_and_stored(name, pool, tmp_path):
+    config = with_depth(name, pool=pool)
+    assert type(config).from_dict(config.to_dict()).layers == config.layers
+    model = build(config).train()
+    ids = ids_like(config)
+    with omnimoe.record_routing(model) as trace:
+        out = model(ids, labels=ids)
+    out.loss.backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+    assert model.model.backbone.layers[0].depth.scorer.weight.grad.any()
+    assert trace.layers()[0].untouched_share >= 0.5
+    before = {key: value.clone() for key, value in model.named_buffers()}
+    model.update_routers(out.routings)
+    if name == "moe":
+        assert any(not torch.equal(before[key], value) for key, value in model.named_buffers())
+
+
+def test_all_rows_at_weight_one_are_the_plain_layer():
+    config = with_depth("mot", capacity=1.0, gate="linear")
+    model, plain = build(config), build(KINDS["mot"])
+    model.load_state_dict({**model.state_dict(), **plain.state_dict()})
+    for layer in model.model.backbone.layers[::2]:
+        layer.depth.forward = lambda x, rows: (torch.arange(len(x)), x.new_ones(len(x)))
+    ids = ids_like(config)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_later_token_changes_an_earlier_one_so_it_does_not_generate():
+    config = with_depth("dense")
+    assert not config.is_causal
+    model = build(config)
+    one, moved = ids_like(config, seed=1), []
+    for seed in range(2, 8):
+        other = torch.cat((one[:, :7], ids_like(config, seed=seed)[:, 7:]), 1)
+        moved.append(not torch.allclose(model(one).logits[:, :7], model(other).logits[:, :7], atol=1e-3))
+    assert any(moved)
+    with pytest.raises(InputError, match="DepthRouter in layers 0 routes a row by looking at others"):
+        model.generate(one, max_new_tokens=1)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(one, use_cache=True)
+
+
+@pytest.mark.parametrize("name", ["dense", "mot"])
+def test_its_cost_is_that_of_the_kept_rows(name):
+    config = with_depth(name)
+    model, ids = build(config), ids_like(config)
+    with FlopCounterMode(display=False, custom_mapping=formulas()) as counter:
+        model(ids)
+    counted = flops(config, ids)
+    assert counted.total == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert counted.total < flops(KINDS[name], ids).total
+
+
+def test_what_does_not_fit_is_refused():
+    for fields, told in (
+        ({"capacity": 0.0}, "above 0"),
+        ({"pool": "image"}, "known: batch"),
+        ({"gate": "tanh"}, "known: sig"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            DepthRouter.Config(**fields)
