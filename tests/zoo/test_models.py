@@ -15,7 +15,7 @@ from omnimoe.model import MODELS
 from omnimoe.tokenizers import TokenizerError, load_tokenizer
 
 ZOO = Path(__file__).parents[2] / "zoo"
-NAMES = [name for name in list_models() if model_info(name).family != "custom"]
+NAMES = sorted(set(list_models()) - set(list_models(family="custom")))
 CARDS = sorted(ZOO.glob("*/README.md"))
 
 # Millions of weights, as printed: Mixture-of-Transformers, table 1, dense, two towers, three towers, four experts.

@@ -21,12 +21,9 @@ from omnimoe import CheckpointError, OmniMoeForCausalLM, from_pretrained, list_m
 from omnimoe.convert import CONVERTERS
 from omnimoe.model import MODELS
 
-SEEDS = sorted(
-    name
-    for family in ("llama", "qwen2", "qwen3", "mixtral", "olmoe", "deepseek")
-    for name in list_models(family=family)
-)
-LARGE = {"deepseek_v3", "qwen3_30b_a3b"}
+FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "olmoe", "deepseek")
+SEEDS = sorted(name for family in FAMILIES for name in list_models(family=family))
+LARGE = {"deepseek_v3", "moonlight_16b_a3b", "qwen3_30b_a3b", "mixtral_8x22b", "smollm2_360m", "qwen3_8b"}
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in SEEDS]
 # Parameters as the authors or the files state them, where known; the bias of DeepSeek's routers is none.
 STATED = {
