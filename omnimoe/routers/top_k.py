@@ -55,6 +55,9 @@ class TopKRouter(BalancedRouter):
         """Whether experts that give zero keep their part when chosen scores are divided by their sum."""
         noise: float = 0.0
         """Standard deviation of the normal noise that training adds to logits."""
+        later_choice_threshold: float | None = None
+        """Training keeps a second or later choice with the probability of its share of the chosen scores over this: 0.5
+        is GShard's rule, 0.2 ST-MoE's. None keeps all."""
         input_jitter: float = 0.0
         """Training multiplies what the router reads by a factor drawn between 1 minus and 1 plus this."""
         capacity_factor: float | None = None
@@ -90,6 +93,8 @@ class TopKRouter(BalancedRouter):
                 given = getattr(self, name)
                 if given is not None and given <= 0:
                     raise ConfigError(f"{name} must be positive, got {given}; None sets no limit")
+            if self.later_choice_threshold is not None and self.later_choice_threshold <= 0:
+                raise ConfigError(f"later_choice_threshold must be positive, got {self.later_choice_threshold}")
             if self.noise < 0 or not 0 <= self.input_jitter < 1:
                 raise ConfigError(
                     f"noise {self.noise} must be at least 0, input_jitter {self.input_jitter} at least 0 and below 1"
@@ -167,6 +172,8 @@ class TopKRouter(BalancedRouter):
         noisy = logits + config.noise * torch.randn_like(logits) if self.training and config.noise else logits
         scores = SCORES[config.score](noisy)
         chosen = self.choose(scores, rows)
+        if self.training and config.later_choice_threshold is not None:
+            chosen = self._drawn(scores, chosen)
         dropped, kept = None, chosen
         if config.has_capacity and not rows.routes_causally:
             kept = chosen.where(self._with_room(scores, chosen, rows), -1)
@@ -199,6 +206,14 @@ class TopKRouter(BalancedRouter):
             return chosen
         held = shares(scores, config.score).gather(1, chosen)
         return chosen.masked_fill(held.cumsum(-1) - held >= config.top_p, -1)
+
+    def _drawn(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """Choices after the first stay with a probability."""
+        held = scores.gather(1, chosen.clamp_min(0))
+        share = held / held.sum(-1, keepdim=True).clamp_min(torch.finfo(held.dtype).tiny)
+        stays = torch.rand_like(share) * (self.config.later_choice_threshold or 1.0) < share
+        stays[:, 0] = True
+        return chosen.where(stays, -1)
 
     def choices_per_token(self) -> int:
         return self.config.top_k

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omnimoe.config import ConfigError
 from omnimoe.layers import RowLayout
 from omnimoe.routers import TopKRouter
 
@@ -84,3 +85,72 @@ def test_a_routing_depends_on_its_row_alone():
         mine = whole.token_index == row
         assert torch.equal(alone.expert_ids, whole.expert_ids[mine])
         torch.testing.assert_close(alone.expert_weights, whole.expert_weights[mine])
+
+
+@pytest.mark.parametrize(("threshold", "wanted"), [(0.5, 0.4), (0.2, 1.0)])
+def test_a_later_choice_is_drawn_by_its_share_in_training(threshold, wanted):
+    """Two experts at 0.8 and 0.2: GShard sends a row to the second with probability 0.4, ST-MoE always."""
+    torch.manual_seed(0)
+    config = TopKRouter.Config(later_choice_threshold=threshold)
+    router = config.build(hidden_size=2, num_experts=2, num_modalities=1)
+    router.scorer.weight.data.copy_(torch.tensor([[0.8], [0.2]]).log().expand(2, 2) / 2)
+    rows = RowLayout.build(torch.zeros(1, 4000, dtype=torch.int64), num_keys=1)
+    ids = router.train()(torch.ones(4000, 2), rows).expert_ids.view(-1, 2)
+    assert (ids[:, 0] == 0).all()
+    assert float((ids[:, 1] == 1).float().mean()) == pytest.approx(wanted, abs=0.03)
+    assert (router.eval()(torch.ones(4000, 2), rows).expert_ids >= 0).all()
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_top_p_keeps_the_fewest_experts_that_reach_the_share(top_p, score):
+    x = torch.randn(30, 4)
+    router, routing = route(x, top_k=5, top_p=top_p, score=score)
+    logits = x @ router.scorer.weight.T
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    probs = scores / scores.sum(-1, keepdim=True)
+    for row in range(30):
+        held, wanted = 0.0, []
+        for expert in probs[row].argsort(descending=True).tolist():
+            if held < top_p:
+                wanted.append(expert)
+                held += probs[row, expert].item()
+        ids = routing.expert_ids.view(30, 5)[row]
+        assert ids[ids >= 0].tolist() == wanted
+        weights = routing.expert_weights.view(30, 5)[row][: len(wanted)]
+        torch.testing.assert_close(weights, scores[row, wanted] / scores[row, wanted].sum())
+
+
+def test_noise_and_jitter_are_drawn_in_training_alone_and_the_logits_stay_clean():
+    x = torch.randn(50, 4)
+    for fields in ({"noise": 1.0}, {"input_jitter": 0.9}):
+        router, routing = route(x, **fields)
+        again = router(x, RowLayout.build(torch.zeros(1, 50, dtype=torch.int64), num_keys=1))
+        assert not torch.equal(routing.expert_ids, again.expert_ids)
+        if "noise" in fields:
+            assert torch.equal(routing.router_logits, again.router_logits)
+        router.eval()
+        rows = RowLayout.build(torch.zeros(1, 50, dtype=torch.int64), num_keys=1)
+        assert torch.equal(router(x, rows).expert_ids, router(x, rows).expert_ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"score": "relu"}, "known: softmax, sigmoid, sqrt_softplus"),
+        ({"top_k": 6}, "exceeds the 5 experts"),
+        ({"top_k": 0}, "at least 1, got 0"),
+        ({"num_groups": 2}, "equal groups"),
+        ({"num_groups": 5, "group_score": "best", "top_k": 2}, "1 of 5 groups"),
+        ({"num_groups": 1, "num_groups_kept": 2}, "must be 1 to num_groups 1"),
+        ({"top_p": 1.5}, "at most 1, got 1.5"),
+        ({"capacity_factor": 0.0}, "must be positive, got 0.0"),
+        ({"capacity_pool": "image"}, "known: batch, sequence"),
+        ({"capacity_priority": "length"}, "known: position, score"),
+        ({"input_jitter": 1.0}, "below 1"),
+        ({"later_choice_threshold": 0.0}, "must be positive, got 0.0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields, told):
+    with pytest.raises(ConfigError, match=told):
+        route(torch.randn(2, 4), **fields)
