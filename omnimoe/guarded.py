@@ -99,8 +99,11 @@ class GuardedFiles(PreTrainedModel):
             strict = not (wants_report or kwargs.get("ignore_mismatched_sizes"))
         folder, kwargs = _base_of_adapters(*_folder(pretrained_model_name_or_path, kwargs))
         is_pickle = _is_pickle(folder, allow_pickle, kwargs)
+        if config is None or (folder / "config.json").exists():
+            check_config(folder)
         if not isinstance(config, PreTrainedConfig):
-            check_config(folder if config is None else _folder(config, {})[0])
+            if config is not None:
+                check_config(_folder(config, {})[0])
             own = {spec.name for spec in dataclasses.fields(cls.config_class)}
             changes = {name: kwargs.pop(name) for name in own & kwargs.keys() - {"dtype"}}
             config = cls.config_class.from_pretrained(folder if config is None else config, **changes)
@@ -122,6 +125,9 @@ class GuardedFiles(PreTrainedModel):
         if strict and misfit:
             raise _does_not_fit(folder, cls.__name__, misfit)
         look_for_nan(model, check_finite, folder)
+        if not Path(pretrained_model_name_or_path).is_dir():
+            # adapters write down what they are for: the id, not where the cache keeps it
+            model.name_or_path = model.config.name_or_path = fspath(pretrained_model_name_or_path)
         if quantization_config is not None and not allow_partial:
             check_reach(model)
         return (model, report) if wants_report else model

@@ -43,6 +43,13 @@ def check_config(folder: Path) -> None:
             f"{folder / 'config.json'} names its weights {plain['transformers_weights']!r}; only model.safetensors and "
             "its shards are read, so remove transformers_weights"
         )
+    for name, value in plain.items():
+        # transformers takes "org/name" for a repository of kernels, and imports what it finds there
+        if name.endswith(("implementation", "implementation_internal")) and "/" in str(value):
+            raise CheckpointError(
+                f"{folder / 'config.json'} asks for code from elsewhere by {name} {value!r}; remove the field, and "
+                "pass it as an argument if you trust that code"
+            )
     for name in ("generation_config.json", "manifest.json"):
         if (folder / name).exists():
             inside(folder, name)
