@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import omnimoe.hub  # noqa: F401 - the zoo is in the table of models before an example is
 from omnimoe.encoders.efficientnet import WEIGHTS as EFFICIENTNET
 from omnimoe.experts.base import EXPERTS
 from omnimoe.layers.attention import ATTENTIONS
@@ -21,7 +22,8 @@ from omnimoe.routers.base import ROUTERS
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
 PARTS = ["new_attention", "new_expert", "new_modality", "new_model", "new_router"]
-TRAINED = [*PARTS, "plain_loop", "hf_trainer", "load_and_inspect", "encoder_inputs"]
+TRAINED = [*PARTS, "plain_loop", "hf_trainer", "accelerate_loop", "lora", "load_and_inspect", "encoder_inputs"]
+NEEDED = {"hf_trainer": "accelerate", "accelerate_loop": "accelerate", "lora": "peft"}
 TABLES = (ATTENTIONS, EXPERTS, MODALITIES, MODELS, ROUTERS)
 
 
@@ -62,8 +64,8 @@ def test_what_is_registered_is_shorter_than_fifteen_lines(name):
 @pytest.mark.usefixtures("_forgotten")
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_runs(name, monkeypatch, capsys, tmp_path):
-    if name == "hf_trainer" and importlib.util.find_spec("accelerate") is None:
-        pytest.skip("accelerate is not installed")
+    if name in NEEDED and importlib.util.find_spec(NEEDED[name]) is None:
+        pytest.skip(f"{NEEDED[name]} is not installed")
     if name == "encoder_inputs" and not (EFFICIENTNET.is_installed() and importlib.util.find_spec("timm")):
         pytest.skip("the extra `encoders` is not installed")
     monkeypatch.chdir(tmp_path)
@@ -75,14 +77,15 @@ def test_it_runs(name, monkeypatch, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_trainer_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["hf_trainer"])
+@pytest.mark.parametrize("example", NEEDED)
+def test_an_example_says_what_to_install(example, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [example])
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "accelerate" else find_spec(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name == NEEDED[example] else find_spec(name, *rest)
     )
-    with pytest.raises(SystemExit, match="pip install accelerate"):
-        runpy.run_path(str(FOLDER / "hf_trainer.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match=r"pip install (accelerate|'omnimoe\[(trainer|peft)\]')"):
+        runpy.run_path(str(FOLDER / f"{example}.py"), run_name="__main__")
 
 
 def blocks(page: str) -> list[str]:
