@@ -61,7 +61,10 @@ class Weights:
                 check_weights(folder)
             for name in file_names(folder, {prefix: file})[prefix]:
                 keys = [key for key, shard in index.items() if shard == name]
-                self._list(inside(folder, name), prefix, check_shard(folder, name, keys))
+                if not keys and not (folder / name).exists():
+                    raise CheckpointError(f"{folder} has no {name}; fetch or copy it again")
+                entries = check_shard(folder, name, keys)
+                self._list(inside(folder, name), prefix, entries)
 
     def _list(self, path: Path, prefix: str, entries: Mapping[str, Entry]) -> None:
         for stored, entry in entries.items():

@@ -172,10 +172,10 @@ def make_plan(rules: Iterable[Rule], shapes: Mapping[str, Shape], *, fresh: Iter
 
 
 def _pieces_of(rule: Rule, shape: Shape) -> list[Piece]:
-    if rule.is_bank and shape[0] != len(rule.copies):
-        raise RuleError(f"{rule.ours} has {shape[0]} copies, and its rule gives {len(rule.copies)}")
     if rule.is_bank and len(shape) < 2:
         raise RuleError(f"{rule.ours} {shape} has copies of single numbers, which no rule gives")
+    if rule.is_bank and shape[0] != len(rule.copies):
+        raise RuleError(f"{rule.ours} has {shape[0]} copies, and its rule gives {len(rule.copies)}")
     height = shape[1] if rule.is_bank else (shape[0] if shape else 1)
     pieces: list[Piece] = []
     for index, sources in enumerate(rule.copies):
