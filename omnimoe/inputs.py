@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +173,33 @@ def check_features(
         raise InputError(f"features[{name!r}] must be ({expected}, {channels}), got {tuple(rows.shape)}")
     if timesteps is not None and tuple(timesteps.shape) != (expected,):
         raise InputError(f"timesteps[{name!r}] must be ({expected},), got {tuple(timesteps.shape)}; one for each row")
+
+
+def repeated(name: str, rows: Any, counts: list[int], times: int) -> Any:
+    """What goes with a batch each of whose sequences stands there several times, one after the other.
+
+    Args:
+        name: the argument's name.
+        rows: ``(n, ...)``, in order of the batch; of a batch of one also a list of whatever.
+        counts: how many rows each sequence has, of n.
+        times: how often a sequence is repeated.
+
+    Returns:
+        ``(n * times, ...)``.
+
+    Raises:
+        InputError: if it is not known which rows are whose.
+    """
+    if len(counts) == 1 and isinstance(rows, Tensor):
+        return rows.repeat(times, *(1,) * (rows.ndim - 1))
+    if len(counts) == 1 and isinstance(rows, list | tuple):
+        return list(rows) * times
+    if isinstance(rows, Tensor) and len(rows) == sum(counts):
+        return torch.cat([part for part in rows.split(counts) for _ in range(times)])
+    raise InputError(
+        f"{name} cannot be repeated for {times} sequences a prompt, since it does not show which part belongs to which "
+        f"of the {len(counts)} prompts; generate from one prompt at a time"
+    )
 
 
 def check_embedded(name: str, embedded: Tensor, expected: int) -> None:

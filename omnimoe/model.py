@@ -45,6 +45,7 @@ from omnimoe.inputs import (
     check_routers_generate,
     check_rows,
     newest,
+    repeated,
     rotary_positions,
     valid_positions,
 )
@@ -655,6 +656,9 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
+        positions = inputs.get("position_ids")
+        if positions is not None and positions.ndim == 3:
+            inputs["position_ids"] = positions.movedim(0, -1)
         if inputs.get("input_ids") is None:
             return inputs
         cache = inputs.get("past_key_values")
@@ -693,6 +697,25 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         return block_positions(block_ids[:, :length], None if mask is None else mask[:, :length].bool())
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeats the prompt for beams and several samples, with its features, of which a prompt may have many."""
+        if expand_size > 1:
+            kinds, mask = model_kwargs.get("modality_ids"), model_kwargs.get("attention_mask")
+            for argument in ("features", "timesteps"):
+                for name, rows in (model_kwargs.get(argument) or {}).items():
+                    kinds = self.model.modality_ids_of(input_ids) if kinds is None else kinds
+                    held = kinds == self.model._modality_id(name)
+                    held = held if mask is None else held & mask[:, : held.shape[1]].bool()
+                    rows = repeated(f"{argument}[{name!r}]", rows, held.sum(1).tolist(), expand_size)
+                    model_kwargs[argument] = {**model_kwargs[argument], name: rows}
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
     def _prepare_model_inputs(
         self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
     ) -> tuple[Tensor, str | None, dict[str, Any]]:
@@ -700,6 +723,10 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         check_routers_generate(self.config)
         prompt, name, rest = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         check_prompt(prompt, rest)
+        positions = rest.get("position_ids")
+        if positions is not None and positions.ndim == 3:
+            # the steps of transformers append to the last axis, where they expect time
+            rest = {**rest, "position_ids": positions.movedim(-1, 0)}
         return prompt, name, rest
 
     def _get_logits_processor(
