@@ -122,10 +122,10 @@ class Siglip(Encoder):
         Raises:
             EncoderError: if one is not a picture.
         """
-        return self.pad([self._patches(picture) for picture in whole_pictures(raws)])
+        return self.pad([self.patches(picture) for picture in whole_pictures(raws)])
 
-    def _patches(self, picture: Image.Image) -> Tensor:
-        """``(rows, columns, 3 P^2)`` of one picture."""
+    def patches(self, picture: Image.Image) -> Tensor:
+        """``(rows, columns, 3 P^2)`` of one picture in RGB, scaled to what the encoder takes."""
         size, config = self.config.patch_size, self.config
         fitted = fit_size(*picture.size, patch_size=size, shortest=config.shortest, longest=size * config.max_side)
         pixels = torch.from_numpy(np.array(picture.resize(fitted, Image.Resampling.BICUBIC), dtype=np.float32))

@@ -10,7 +10,6 @@ Source: https://arxiv.org/abs/2505.14683.
 from __future__ import annotations
 
 from omnimoe import OmniMoeConfig, register_model
-from omnimoe.guidance import Guidance
 from omnimoe.zoo.bagel.convert import BAGEL, LLM, VIT
 from omnimoe.zoo.card import Card
 
@@ -20,13 +19,6 @@ CARD = Card(
     paper="https://arxiv.org/abs/2505.14683",
     weights={"bagel_7b_mot": "hf-hub:ByteDance-Seed/BAGEL-7B-MoT"},
 )
-
-GUIDANCE = Guidance(
-    scales=((("text",), 4.0), (("vision", "image"), 1.5)), interval=(0.4, 1.0), renorm="global", renorm_min=0.0
-)
-"""As published for pictures from text: away from what is drawn without the words, then from without the pictures."""
-STEPS, SHIFT = 49, 3.0
-"""Forwards of a picture and the shift of their times, as published."""
 
 
 @register_model("bagel_7b_mot")

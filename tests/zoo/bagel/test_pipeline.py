@@ -1,0 +1,119 @@
+"""A whole BAGEL folder at a tiny size, from words and pictures to words and pictures."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from omnimoe import CheckpointError
+from omnimoe.convert import to_published
+from omnimoe.denoise import denoise
+from omnimoe.guidance import Guidance
+from tests.tokenizers.test_hf_text import byte_level
+from tests.zoo.bagel.documents import Latent, Seen, Text, batch
+from tests.zoo.bagel.test_drawing import asked
+from tests.zoo.bagel.test_parity import model as model  # a fixture
+
+pytest.importorskip("diffusers", reason="pip install 'omnimoe[diffusers]'")
+
+from omnimoe.zoo.bagel.autoencoder import FILE, BagelAutoencoder
+from omnimoe.zoo.bagel.pipeline import Bagel
+from tests.zoo.bagel.test_autoencoder import published
+
+PICTURE = sorted((Path(__file__).parents[2] / "fixtures" / "pictures").glob("*.png"))[0]
+FEW = {"steps": 2, "seed": 0, "sizes": (32, 48)}
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    """As published: two weight files, a config of each part, a tokenizer, and a config.json that is none."""
+    made = tmp_path_factory.mktemp("published") / "bagel"
+    to_published(model, made)
+    torch.manual_seed(1)
+    network = BagelAutoencoder({"block_out_channels": (32, 32, 32, 32)}).network
+    save_file(published(network, 4), made / FILE)
+    byte_level().save(str(made / "tokenizer.json"))
+    (made / "config.json").write_text('{"name": "BAGEL",}')
+    return made
+
+
+@pytest.fixture(scope="module")
+def bagel(folder):
+    return Bagel.from_pretrained(folder)
+
+
+def test_words_to_a_picture_is_the_layout_that_was_proved(bagel, model):
+    (found,) = bagel.draw(["a red apple"], **FEW)
+    assert found.shape == (32, 48, 3)
+    assert found.dtype == np.uint8
+    words = Text(bagel.tokenizer.encode("a red apple").tolist())
+    noise = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    given = asked(model, [[words, Latent(noise.view(2, 3, 64), 1.0)]])
+    guide = Guidance(scales=((("text",), 4.0), (("vision", "image"), 1.5)), interval=(0.4, 1.0), renorm="global")
+    rows = denoise(model, "image", given.pop("input_ids"), steps=2, shift=3.0, guidance=guide, **given)
+    (wanted,) = bagel.autoencoder.decode([rows.view(2, 3, 64)])
+    assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
+
+
+def test_a_picture_is_changed_at_its_own_size(bagel):
+    tall = Image.open(PICTURE).convert("RGB").resize((300, 560))
+    bagel_size = bagel._read([tall])[0].size
+    assert bagel_size == (512, 960), "the shorter side is brought to 512 pixels"
+    (found,) = bagel.draw([[PICTURE, "make it blue"]], steps=1, seed=0, sizes=(32, 32))
+    assert found.shape == (32, 32, 3)
+    assert bagel._shape(bagel._read([tall]), None) == (60, 32)
+
+
+def test_what_an_edit_lays_out(bagel):
+    """The picture as latents, then as seen, then the words, then what is drawn."""
+    read = bagel._read([PICTURE, "blue"])
+    made = bagel._batch([read], drawn=[(1, 1)])
+    seen = bagel.model.model.modalities["vision"].get_encoder().patches(read[0])
+    (cells,) = bagel.autoencoder.encode([np.asarray(read[0])])
+    words = Text(bagel.tokenizer.encode("blue").tolist())
+    wanted = batch(bagel.model, [[Latent(cells), Seen(seen), words, Latent(torch.zeros(1, 1, 64), 1.0)]])
+    assert torch.equal(made.input_ids, wanted["input_ids"])
+    assert torch.equal(made.features["image"][0], cells)
+    assert torch.equal(made.features["vision"]["patches"], wanted["features"]["vision"]["patches"])
+
+
+def test_answers_of_a_batch_are_those_of_each_alone(bagel):
+    held = [[PICTURE, "what is it?"], "say something"]
+    together = bagel.answer(held, max_new_tokens=5)
+    assert together == [bagel.answer([document], max_new_tokens=5)[0] for document in held]
+    assert all(isinstance(text, str) for text in together)
+
+
+def test_several_pictures_of_unequal_size_at_once(bagel):
+    found = bagel.draw(["a", "b"], steps=1, seed=0, sizes=[(16, 32), (32, 16)])
+    assert [picture.shape for picture in found] == [(16, 32, 3), (32, 16, 3)]
+
+
+@pytest.mark.parametrize(
+    ("documents", "sizes", "message"),
+    [
+        ([[]], None, "a document is empty"),
+        (["a"], (20, 32), r"multiples of 16 up to 1024 pixels, got \(20, 32\)"),
+        (["a", "b"], [(16, 16)], "one for each of 2 documents, got 1"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(bagel, documents, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        bagel.draw(documents, sizes=sizes, steps=1)
+
+
+def test_a_copy_without_an_autoencoder_answers_and_does_not_draw(bagel, folder, tmp_path):
+    answers = Bagel(bagel.model, bagel.tokenizer)
+    assert answers.answer(["hello"], max_new_tokens=2)
+    with pytest.raises(ValueError, match="has no autoencoder to draw with"):
+        answers.draw(["a"])
+    subprocess.run(["cp", "-r", str(folder), str(tmp_path / "copy")], check=True)
+    (tmp_path / "copy" / FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"has no ae\.safetensors"):
+        Bagel.from_pretrained(tmp_path / "copy")
