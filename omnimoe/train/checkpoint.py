@@ -81,7 +81,7 @@ def restore(folder: Path) -> bool:
     Returns:
         Whether the run has a checkpoint now.
     """
-    return bool(checkpoints(folder)) or (folder / SETTINGS_FILE).exists()
+    return bool(checkpoints(folder))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -92,7 +92,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """
     if folder.is_dir():
         settle(folder)
-    newest = [folder] if (folder / STATE_FILE).is_file() else []
+    newest = [folder] if any((folder / name).is_file() for name in (STATE_FILE, SETTINGS_FILE)) else []
     return newest + [path for _, path in sorted(_older(folder), reverse=True)]
 
 

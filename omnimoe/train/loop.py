@@ -106,7 +106,7 @@ class Training:
         self.processes.check(settings.batch_size)
         self.step = 0
         self.history = History()
-        self._stop_requested = False
+        self._stop_requested = self._stop_agreed = False
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
         if settings.checkpoint_activations:
@@ -175,11 +175,12 @@ class Training:
             "settings": self.settings.to_dict(),
             "history": self.history.to_dict(),
             "running": (self._sums, self._counts),
-            "rng": self.processes.gather(_random_state()),
         }
-        if self.processes.is_first:
-            save_checkpoint(self.checkpoint_folder, self.model, self.settings, state)
-        self.processes.wait()
+        with self.processes.held_together(f"at the checkpoint of step {self.step}"):
+            state["rng"] = self.processes.gather(_random_state())
+            if self.processes.is_first:
+                save_checkpoint(self.checkpoint_folder, self.model, self.settings, state)
+            self.processes.wait()
 
     def run(self, *, until: int | None = None, on_step: Callable[[Training], None] | None = None) -> History:
         """Trains to the end. Ctrl-C or SIGTERM ends the step, saves and returns; a second Ctrl-C breaks off at once.
@@ -218,7 +219,7 @@ class Training:
         with closing(log), self._interruptible(), bar:
             if self.step == 0 and self.held_out and not self.history.steps:
                 self._evaluate(log)
-            while self.step < last and not self._stop_requested:
+            while self.step < last and not self._is_over:
                 started = time.perf_counter()
                 values = self._take_step()
                 self.step += 1
@@ -242,6 +243,11 @@ class Training:
         return self.history
 
     @property
+    def _is_over(self) -> bool:
+        # a process that left the loop before the others know would have them wait for it
+        return self._stop_requested if self.processes.world_size == 1 else self._stop_agreed
+
+    @property
     def was_interrupted(self) -> bool:
         """Whether Ctrl-C or SIGTERM ended the run."""
         return self._stop_requested
@@ -250,12 +256,16 @@ class Training:
         place = self.batches.state_dict()
         told = f"at step {self.step + 1}"
         try:
-            with explain_out_of_memory(self.model, self.settings, self._own_batch, where=told):
+            with (
+                self.processes.held_together(told),
+                explain_out_of_memory(self.model, self.settings, self._own_batch, where=told),
+            ):
                 taken = self._stepper.take(self.batches, self.step, stop=self._stop_requested)
         except Exception:
             # the step was not taken, so its batches are still to come
             self.batches.load_state_dict(place)
             raise
+        self._stop_agreed = taken.is_last
         self._stop_requested |= taken.is_last
         for name, count in taken.counts.items():
             self._sums[name] = self._sums.get(name, 0.0) + taken.sums[name]
@@ -278,7 +288,7 @@ class Training:
 
     def _evaluate(self, log: RunLog) -> None:
         recorded = record_routing(self.model) if self.settings.log_routing else nullcontext()
-        where = f"in evaluation {self.step}"
+        where = f"in the evaluation after step {self.step}"
         with explain_out_of_memory(self.model, self.settings, self._own_batch, where=where), recorded as trace:
             losses = evaluate(
                 self.model,

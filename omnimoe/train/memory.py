@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
@@ -82,15 +83,15 @@ def _activations(model: OmniMoeForCausalLM, settings: TrainSettings, batch: Batc
     own = {held.untyped_storage().data_ptr() for held in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
-    def keep(saved: Tensor) -> Tensor:
+    def keep(saved: Tensor) -> None:
         storage = saved.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return saved
 
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
+        # there is no backward, and a graph that is handed its own outputs would never be freed
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None),
         torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
     ):
         out = model(**probe)
@@ -129,6 +130,7 @@ def explain_out_of_memory(
         # the frames of the failed step hold its activations as long as somebody holds the error
         traceback.clear_frames(error.__traceback__)
         model.zero_grad(set_to_none=True)
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         batch = next_batch()

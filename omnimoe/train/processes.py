@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from omnimoe.config import ConfigError
 from omnimoe.train.data import Batch
+from omnimoe.train.errors import TrainingError
 
 T = TypeVar("T")
 
@@ -47,8 +48,11 @@ def joined(device: torch.device | str = "cpu", *, timeout: float = 600.0) -> Ite
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    backend, wait = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=wait)))
+    # torchrun keeps its store over restarts, and with it the addresses of processes that are gone
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
     yield device
     # not after an error: the others may never come, and the process ends anyway
     dist.destroy_process_group()
@@ -76,6 +80,29 @@ class Processes:
         """Whether this one speaks and writes for all."""
         return self.rank == 0
 
+    @contextmanager
+    def held_together(self, where: str) -> Iterator[None]:
+        """Says so where another process is gone or does not answer.
+
+        Args:
+            where: what was under way, for the message.
+
+        Raises:
+            TrainingError: which ends this process too, so that torchrun can end or restart them all.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo raises nothing more particular
+            is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+            if self.world_size == 1 or not is_lost:
+                raise
+            told = str(error).strip().partition("\n")[0]
+            raise TrainingError(
+                f"process {self.rank} of {self.world_size} lost another {where}: it ended, or was silent for longer "
+                f"than the timeout; its own output says why ({told})"
+            ) from error
+
     def check(self, batch_size: int) -> None:
         """Refuses a batch that cannot be shared out evenly.
 
@@ -97,10 +124,7 @@ class Processes:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model to call in training: its gradients are averaged over the processes in backward."""
-        if self.world_size == 1:
-            return model
-        # what routers adapt is averaged after each step, so there is nothing to send before a forward
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return model if self.world_size == 1 else DistributedDataParallel(model)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes, in the place of ``values``."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 
 from omnimoe import from_pretrained
 from omnimoe.train import ResumeError, load_settings, save_checkpoint
-from omnimoe.train.checkpoint import load_state, restore
+from omnimoe.train.checkpoint import checkpoints, load_checkpoint, load_state, restore
 from tests.train.runs import build, same_tensors, settings, tiny, training
 
 
@@ -96,3 +99,132 @@ def test_resuming_needs_a_folder_a_checkpoint_the_settings_and_the_model(corpus,
         training(corpus, out=tmp_path, steps=3, precision="bf16").resume()
     with pytest.raises(ResumeError, match="declared otherwise"):
         training(corpus, "mot", out=tmp_path, steps=2).resume()
+
+
+def flip(path: Path) -> None:
+    """Inverts one byte, three quarters into a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 0xFF
+    path.write_bytes(bytes(content))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGE = {
+    "a flipped bit in the weights": ("model.safetensors", flip, "its SHA-256 has changed"),
+    "weights cut short": ("model.safetensors", cut, "were written"),
+    "no weights": ("model.safetensors", Path.unlink, "is missing"),
+    "a flipped bit in the state": ("training_state.pt", flip, "its SHA-256 has changed"),
+    "a state cut short": ("training_state.pt", cut, "were written"),
+    "no state": ("training_state.pt", Path.unlink, "is missing"),
+    "another config": ("config.json", lambda path: path.write_text("{}"), "were written"),
+    "no settings": ("training.json", Path.unlink, "is missing"),
+    "a broken manifest": ("manifest.json", cut, "is no manifest of a save"),
+}
+
+
+@pytest.fixture(scope="module")
+def half_way(corpus, tmp_path_factory) -> Path:
+    """A run of six steps that was left at the fourth, its last two checkpoints kept."""
+    folder = tmp_path_factory.mktemp("half-way")
+    training(corpus, "top_k", out=folder, save_every=2).run(until=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus) -> dict:
+    run = training(corpus, "top_k", save_every=2)
+    run.run()
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+@pytest.mark.hazard(27)
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_by_and_the_one_before_it_is_taken(
+    corpus, tmp_path, caplog, half_way, unbroken, case
+):
+    name, damage, told = DAMAGE[case]
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    damage(out / "checkpoint" / name)
+    run = training(corpus, "top_k", out=out, seed=1, save_every=2)
+    with caplog.at_level(logging.WARNING, logger="omnimoe"):
+        assert load_settings(out / "checkpoint") == run.settings
+        run.resume()
+    assert run.step == 2
+    assert "passing by a damaged checkpoint" in caplog.text
+    assert told in caplog.text
+    run.run()
+    assert same_tensors(dict(run.model.state_dict()), unbroken)
+    # what was damaged has been replaced by what was learned again, and was never kept
+    steps = [load_checkpoint(path)[1]["step"] for path in checkpoints(out / "checkpoint")]
+    assert steps == [6, 4]
+
+
+@pytest.mark.hazard(27)
+def test_where_all_are_damaged_nothing_is_taken_and_nothing_is_deleted(corpus, tmp_path, half_way):
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    for folder in ("checkpoint", "checkpoint-000002"):
+        flip(out / folder / "model.safetensors")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    run = training(corpus, "top_k", out=out)
+    with pytest.raises(ResumeError, match=r"no checkpoint in .* is whole: .*checkpoint/.*; .*checkpoint-000002/"):
+        run.resume()
+    assert run.step == 0
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.hazard(27)
+def test_a_missing_newest_checkpoint_leaves_the_one_before_it(corpus, tmp_path, half_way):
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    shutil.rmtree(out / "checkpoint")
+    assert restore(out / "checkpoint")
+    run = training(corpus, "top_k", out=out)
+    run.resume()
+    assert run.step == 2
+    assert load_settings(out / "checkpoint") == load_settings(out / "checkpoint-000002")
+
+
+@pytest.mark.hazard(27)
+def test_the_last_good_one_stays_while_saves_fail(corpus, tmp_path, half_way, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    flip(out / "checkpoint" / "training_state.pt")
+    run = training(corpus, "top_k", out=out, save_every=2)
+    run.resume()
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    with pytest.raises(OSError, match="the disk is gone"):
+        run.run()
+    monkeypatch.undo()
+    again = training(corpus, "top_k", out=out, save_every=2)
+    again.resume()
+    assert again.step == 2
+
+
+@pytest.mark.hazard(27)
+@pytest.mark.parametrize(
+    ("keep", "wanted"),
+    [(1, ["checkpoint"]), (3, ["checkpoint", "checkpoint-000004", "checkpoint-000005"])],
+)
+def test_as_many_checkpoints_are_kept_as_was_asked_for(corpus, tmp_path, keep, wanted):
+    training(corpus, out=tmp_path, save_every=1, keep=keep, evaluate_batches=0).run()
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == wanted
+    assert [load_state(path)["step"] for path in checkpoints(tmp_path / "checkpoint")] == [6, 5, 4][:keep]
+
+
+def test_kept_checkpoints_take_no_room_twice_and_are_model_folders(half_way):
+    model = from_pretrained(half_way / "checkpoint-000002")
+    assert model.config.modality_names == ("text", "image", "speech")
+    manifest = json.loads((half_way / "checkpoint-000002" / "manifest.json").read_text())
+    assert "training_state.pt" in manifest["files"]
+
+
+def test_another_run_in_the_same_folder_keeps_nothing_of_the_first(corpus, tmp_path, half_way):
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    training(corpus, "top_k", out=out, save_every=1, evaluate_batches=0).run(until=2)
+    assert [load_state(path)["step"] for path in checkpoints(out / "checkpoint")] == [2, 1]
