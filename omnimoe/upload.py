@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omnimoe.bars import bars_where_seen
 from omnimoe.checkpoint.refusals import hub_errors
 from omnimoe.model_card import README, is_ours, text_of
 from omnimoe.publish import MANIFEST, family_of, read_manifest
@@ -67,7 +68,7 @@ def upload_folder(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=token)
-    with hub_errors(repo_id, revision, token=token):
+    with bars_where_seen(), hub_errors(repo_id, revision, token=token):
         if revision is not None and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         held = [name for name in api.list_repo_files(repo_id, revision=revision) if "/" not in name]

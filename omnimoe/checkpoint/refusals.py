@@ -28,10 +28,15 @@ def hub_errors(
 
     try:
         yield
-    except (HTTPError, HFValidationError, OSError) as error:
-        # that nothing is in the cache says less than why the Hub was of no help
-        cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
-        told = error if not isinstance(cause, HfHubHTTPError) else cause
+    except (HTTPError, HFValidationError, OSError, RuntimeError) as error:
+        told: Exception = error
+        # that nothing is in the cache, or that an upload failed, says less than what the Hub answered
+        if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+            told = error.__cause__
+        elif isinstance(error, RuntimeError):
+            if not isinstance(error.__cause__, HTTPError | OSError):
+                raise
+            told = error.__cause__
         meant = f"; nor is there a folder {folder!r}" if folder else ""
         raise CheckpointError(_sentence(told, name, revision, token, meant)) from error
 

@@ -1,0 +1,131 @@
+"""Models to the Hub: what a commit holds, what stays, and what is refused with nothing changed."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import ModelCard
+
+from omnimoe import CheckpointError, from_pretrained
+from omnimoe.model_card import MARK
+from tests.declarations import MOT, build
+from tests.hub.conftest import same
+from tests.hub.server import Fault
+
+NAME = "org/tiny"
+
+
+@pytest.fixture
+def writer(hub, monkeypatch):
+    """A Hub on which we may write."""
+    hub.tokens["writer"] = {"write"}
+    monkeypatch.setenv("HF_TOKEN", "writer")
+    return hub
+
+
+def weights_in(files) -> list[str]:
+    return sorted(name for name in files if name.endswith((".safetensors", ".safetensors.index.json")))
+
+
+def test_push_and_load(writer, model):
+    commit = model.push_to_hub(NAME, commit_message="First", commit_description="All of it", tags=["tiny", "moe"])
+    repository = writer.repositories[NAME]
+    assert commit == commit.commit_url == f"{writer.endpoint}/{NAME}/commit/{repository.branches['main']}"
+    assert repository.messages[-1] == ("First", "All of it")
+    assert not repository.is_private
+    assert same(from_pretrained(NAME, verify=True), model)
+    card = ModelCard(repository.files()["README.md"].decode())
+    assert card.data.library_name == "omnimoe"
+    assert {"tiny", "moe", "mixture-of-transformers", "text"} <= set(card.data.tags)
+    assert f'from_pretrained("{NAME}")' in card.text
+
+
+def test_a_name_without_an_owner_is_ones_own(writer, model):
+    model.push_to_hub("tiny", private=True)
+    assert writer.repositories["me/tiny"].is_private
+    assert same(from_pretrained("me/tiny"), model)
+
+
+def test_weights_of_an_earlier_push_go(writer, model):
+    """One file and shards side by side would be read differently by different tools."""
+    model.push_to_hub(NAME, max_shard_size="6KB")
+    repository = writer.repositories[NAME]
+    assert len(weights_in(repository.files())) > 4
+    repository.commit(repository.files() | {"tokenizer.json": b"{}", "steps/1/model.safetensors": b"other"})
+    model.push_to_hub(NAME)
+    assert weights_in(repository.files()) == ["model.safetensors", "steps/1/model.safetensors"]
+    assert "tokenizer.json" in repository.files()
+    assert same(from_pretrained(NAME, verify=True), model)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_card_that_somebody_wrote_stays(writer, model, is_ours):
+    model.push_to_hub(NAME)
+    repository = writer.repositories[NAME]
+    ours = repository.files()["README.md"].decode()
+    there = ours.replace("Made with", "MADE WITH") if is_ours else ours.replace(MARK, "My own words.")
+    repository.commit(repository.files() | {"README.md": there.encode()})
+    model.push_to_hub(NAME)
+    assert repository.files()["README.md"].decode() == (ours if is_ours else there)
+    from_pretrained(NAME, verify=True)
+
+
+def test_a_branch(writer, model):
+    model.push_to_hub(NAME)
+    repository = writer.repositories[NAME]
+    first = repository.branches["main"]
+    for seed in (1, 2):
+        other = build(MOT, seed=seed)
+        other.push_to_hub(NAME, revision="next")
+        assert same(from_pretrained(NAME, revision="next"), other)
+    assert repository.branches["main"] == first
+
+
+def test_a_pull_request(writer, model):
+    model.push_to_hub(NAME)
+    repository, first = writer.repositories[NAME], writer.repositories[NAME].branches["main"]
+    other = build(MOT, seed=1)
+    commit = other.push_to_hub(NAME, create_pr=True)
+    assert commit.pr_url == f"{writer.endpoint}/{NAME}/discussions/1"
+    assert repository.branches == {"main": first}
+    assert same(from_pretrained(NAME, revision="refs/pr/1"), other)
+
+
+def test_what_has_not_changed_is_not_sent_again(writer, model):
+    model.push_to_hub(NAME)
+    writer.requests.clear()
+    model.push_to_hub(NAME)
+    assert not [line for line in writer.requests if line.startswith("PUT")]
+
+
+def test_saving_may_push(writer, model, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "secret.txt").write_text("stays here")
+    model.save_pretrained(tmp_path / "run", push_to_hub=True, repo_id=NAME, max_shard_size="6KB", private=True)
+    files = writer.repositories[NAME].files()
+    assert writer.repositories[NAME].is_private
+    assert "secret.txt" not in files
+    assert len(weights_in(files)) > 4
+    assert same(from_pretrained(tmp_path / "run", verify=True), model)
+
+
+@pytest.mark.parametrize(
+    ("token", "pattern", "status", "fragment"),
+    [
+        ("reader", "", 0, "the token may not do this with 'org/tiny': .*need write access"),
+        ("expired", "", 0, "the token was refused"),
+        (False, "", 0, "the token was refused"),
+        ("writer", "POST .*/commit/", 503, "answered 503 for 'org/tiny'"),
+        ("writer", "PUT /large", 500, "answered 500 for 'org/tiny'"),
+        ("writer", "POST .*/commit/", 412, "refused 'org/tiny' with 412"),
+    ],
+)
+def test_what_is_refused_changes_nothing(writer, model, token, pattern, status, fragment):
+    model.push_to_hub(NAME)
+    repository = writer.repositories[NAME]
+    before = (dict(repository.branches), len(repository.commits))
+    writer.tokens["reader"] = set()
+    if pattern:
+        writer.faults.append(Fault(pattern, status=status))
+    with pytest.raises(CheckpointError, match=fragment):
+        build(MOT, seed=1).push_to_hub(NAME, token=token)
+    assert (dict(repository.branches), len(repository.commits)) == before
