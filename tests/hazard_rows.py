@@ -55,9 +55,9 @@ EXAMPLES = {1: 300, 2: 500}
 
 @dataclass(frozen=True)
 class Collected:
-    """What a run of pytest collected: cases by row, and the test files they are from."""
+    """What a run of pytest collected: cases by row and file, and the files."""
 
-    cases: Counter[int]
+    cases: dict[int, Counter[Path]]
     files: frozenset[Path]
 
 
@@ -66,10 +66,10 @@ COLLECTED = pytest.StashKey[Collected]()
 
 def collected(items: Iterable[pytest.Item]) -> Collected:
     """Counts the cases of each row; a case with several markers counts in each of their rows."""
-    cases: Counter[int] = Counter()
+    cases: dict[int, Counter[Path]] = {row: Counter() for row in (*CASES, *EXAMPLES)}
     files = set()
     for item in items:
-        rows = {row for marker in item.iter_markers("hazard") for row in marker.args}
-        cases.update(rows)
+        for row in {row for marker in item.iter_markers("hazard") for row in marker.args}:
+            cases[row][item.path] += 1
         files.add(item.path)
     return Collected(cases=cases, files=frozenset(files))
