@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from omnimoe.backbone import LayerRange
@@ -35,7 +36,7 @@ def read_config(plain: dict[str, Any]) -> PreTrainedConfig:
         raise CheckpointError(f"the weights are quantised ({method}), which is not converted; take a copy in bfloat16")
     try:
         return AutoConfig.for_model(plain.pop("model_type"), **plain)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"the published config is refused: {error}") from error
 
 

@@ -170,7 +170,12 @@ def _family_of(config: OmniMoeConfig, what: str) -> Converter:
         raise CheckpointError(
             f"{what} came from no published checkpoint, so there is no layout to write it in; keep it as it is"
         )
-    converter = CONVERTERS.get(config.published["family"])
+    converter = CONVERTERS.get(config.published.get("family", ""))
+    if set(config.published.get("files", ())) != set(converter.json_files):
+        raise CheckpointError(
+            f"{what} has lost the {converter.name} config it came with, {', '.join(converter.json_files)}, and cannot "
+            "be written in that layout; keep it as it is"
+        )
     made = converter.config_of(config.published["files"]).to_dict()
     now = config.to_dict()
     changed = [
