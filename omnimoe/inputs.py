@@ -32,18 +32,20 @@ def is_readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_tensor(name: str, given: object, form: str) -> None:
+def check_tensor(name: str, given: object, form: str | Callable[[], str]) -> None:
     """Refuses lists, arrays and the like.
 
     Args:
         name: the argument's name.
         given: what was passed; None is fine.
-        form: the shape it must have, for the message.
+        form: the shape it must have, for the message. A function where it holds sizes, for to write down a size of a
+            graph that is being traced would fix it.
 
     Raises:
         InputError: with the type found.
     """
     if given is not None and not isinstance(given, Tensor):
+        form = form if isinstance(form, str) else form()
         raise InputError(f"{name} must be a tensor {form}, got {type(given).__name__}; pass torch.as_tensor({name})")
 
 
@@ -121,7 +123,7 @@ def check_batch(
         raise InputError(f"{'input_ids' if wanted == 2 else 'inputs_embeds'} must be {form}, got {tuple(given.shape)}")
     if wanted == 3 and given.shape[2] != config.hidden_size:
         raise InputError(f"inputs_embeds must be (B, T, {config.hidden_size}), got {tuple(given.shape)}")
-    shape = (int(given.shape[0]), int(given.shape[1]))
+    shape = (given.shape[0], given.shape[1])
     if shape[1] == 0:
         raise InputError(f"the sequence is empty: input_ids have shape {shape}; pass at least one token")
     names = ", ".join(f"{i} {name}" for i, name in enumerate(config.modality_names))
@@ -246,7 +248,7 @@ def newest(valid: Tensor, past: int | Tensor, length: int) -> Tensor:
 def _checked(attention_mask: Tensor, batch_size: int, past: int | Tensor, length: int, is_cached: bool) -> Tensor:
     if isinstance(past, Tensor):
         return attention_mask.bool()
-    check_tensor("attention_mask", attention_mask, f"({batch_size}, {past + length})")
+    check_tensor("attention_mask", attention_mask, lambda: f"({batch_size}, {past + length})")
     fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
     if not fits or attention_mask.shape[1] < past + length or (attention_mask.shape[1] > length and not is_cached):
         raise InputError(
@@ -277,11 +279,13 @@ def rotary_positions(
 
 
 def _check_positions(position_ids: Tensor, batch_size: int, length: int) -> None:
-    form = f"({batch_size}, {length}) or ({batch_size}, {length}, axes)"
+    def form() -> str:
+        return f"({batch_size}, {length}) or ({batch_size}, {length}, axes)"
+
     check_tensor("position_ids", position_ids, form)
     shape = tuple(position_ids.shape)
     if len(shape) not in (2, 3) or shape[0] not in (1, batch_size) or shape[1] != length:
-        raise InputError(f"position_ids must be {form}, got {shape}")
+        raise InputError(f"position_ids must be {form()}, got {shape}")
     if position_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"position_ids must be int64, got {position_ids.dtype}; convert it with .long()")
     if is_readable(position_ids) and position_ids.numel() and int(position_ids.min()) < 0:

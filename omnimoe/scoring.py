@@ -52,7 +52,7 @@ class Scores:
             valid: ``(B·T,)``.
             name: ``"labels"`` or ``"shift_labels"``.
         """
-        check_tensor(name, labels, str(tuple(logits.shape[:2])))
+        check_tensor(name, labels, lambda: str(tuple(logits.shape[:2])))
         if logits.shape[:2] != labels.shape:
             raise InputError(f"{name} must be {tuple(logits.shape[:2])}, as the logits, got {tuple(labels.shape)}")
         shape = (labels.shape[0], labels.shape[1])

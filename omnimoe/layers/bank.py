@@ -49,6 +49,8 @@ def num_copies(towers: tuple[int, ...]) -> int:
 
 def plain(weight: Tensor) -> Tensor:
     """A weight as operations read it: one that torchao keeps quantised, as the numbers it stands for."""
+    if type(weight) in (Tensor, nn.Parameter):  # a traced graph cannot read the name of a module
+        return weight
     return weight.dequantize() if type(weight).__module__.startswith("torchao.") else weight
 
 
