@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -47,13 +46,11 @@ from omnimoe.convert import CONVERTERS, find_converter
 from omnimoe.convert.load import load_converted
 from omnimoe.flops import UnknownCostError, active_params, flops, total_params
 from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.plugins import load_plugins
 from omnimoe.registry import RegistryError
 from omnimoe.towers import load_pieces, pieces, select
 
 logger = logging.getLogger(__name__)
-
-PLUGINS = "omnimoe.plugins"
-"""Entry points of this group are imported with the zoo; what they register is there like our own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,12 +372,7 @@ def load_zoo() -> None:
     for found in sorted(pkgutil.iter_modules(zoo.__path__), key=lambda found: found.name):
         if found.ispkg:
             importlib.import_module(f"{zoo.__name__}.{found.name}")
-    for plugin in importlib.metadata.entry_points(group=PLUGINS):
-        try:
-            plugin.load()
-        except Exception:
-            message = "the plugin %r (%s) failed to load; its parts are missing"
-            logger.warning(message, plugin.name, plugin.value, exc_info=True)
+    load_plugins(again=True)
 
 
 def _import_zoo() -> ModuleType:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from omnimoe.plugins import load_plugins
+
 T = TypeVar("T")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.\-]*")
@@ -76,8 +78,7 @@ class Registry(Generic[T]):
         Raises:
             RegistryError: if nothing is; the message names the nearest known names.
         """
-        self._load()
-        if name in self._parts:
+        if name in self:
             return self._parts[name]
         raise RegistryError(f"unknown {self.kind} {name!r}{self.hint(name)}")
 
@@ -90,8 +91,9 @@ class Registry(Generic[T]):
         return f"{meant} Known: {known or 'none yet'}"
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """All names, those of plugins too, sorted."""
         self._load()
+        load_plugins()
         return sorted(self._parts)
 
     def remove(self, name: str) -> None:
@@ -101,6 +103,8 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         self._load()
+        if name not in self._parts:
+            load_plugins()
         return name in self._parts
 
     def __iter__(self) -> Iterator[str]:

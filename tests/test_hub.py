@@ -29,6 +29,7 @@ from omnimoe import (
     shrink,
 )
 from omnimoe.model import MODELS
+from omnimoe.plugins import PLUGINS
 from omnimoe.registry import RegistryError
 
 ROOT = Path(__file__).parents[1]
@@ -401,8 +402,8 @@ class TestFirstUse:
 
         ran = []
         plugins = [Plugin("broken", fail), Plugin("working", lambda: ran.append("working"))]
-        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: plugins if group == hub.PLUGINS else [])
-        with caplog.at_level(logging.WARNING, logger="omnimoe.hub"):
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: plugins if group == PLUGINS else [])
+        with caplog.at_level(logging.WARNING, logger="omnimoe.plugins"):
             hub.load_zoo()
         assert ran == ["working"]
         assert "the plugin 'broken' (broken:module) failed to load" in caplog.text

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 IMPORTS: dict[str, tuple[str, ...]] = {
     "lazy": (),
     "auto": (),
-    "registry": (),
+    "plugins": (),
+    "registry": ("plugins",),
     "config": ("registry",),
     "ops": (),
     "layers": ("ops", "config"),
@@ -63,6 +64,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "routing_trace": ("plots",),
     "routing_load": ("routing_trace",),
     "report": ("config",),
+    "pipelines": ("convert", "denoise", "hub"),
     "generation": ("hub", "data", "denoise", "plots", "report"),
     "generate": ("generation",),
     "demo": ("generate",),
