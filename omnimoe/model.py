@@ -6,8 +6,8 @@ partition of the vocabulary gives them; routings, losses and statistics are retu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
-    GenerationMixin,
-    LogitsProcessorList,
-    SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
 
 from omnimoe.attend import attention_function, xformers_attention
 from omnimoe.backbone import Backbone, Block
@@ -41,82 +37,24 @@ from omnimoe.inputs import (
     check_embedded,
     check_features,
     check_ids,
-    check_prompt,
-    check_routers_generate,
     check_rows,
     newest,
-    repeated,
     rotary_positions,
     valid_positions,
 )
 from omnimoe.layers import Attention, AttentionMask, BaseAttention, RowLayout, SineGrid
 from omnimoe.layers.masks import uncached_facts
 from omnimoe.model_config import OmniMoeConfig
+from omnimoe.outputs import OmniMoeModelOutput, OmniMoeOutput, as_asked, router_logits_of, selected
 from omnimoe.parallel import ParallelMixin
 from omnimoe.recompute import recompute
 from omnimoe.registry import Registry
 from omnimoe.routers import Router, Routing
 from omnimoe.scoring import Scores, aux_loss_of
-from omnimoe.spans import span_positions, span_processors
+from omnimoe.steps import Generates
 
 MODELS: Registry[Callable[[], OmniMoeConfig]] = Registry("model")
 register_model = MODELS.register
-
-
-@dataclass
-class OmniMoeModelOutput(ModelOutput):
-    """What the stack returns.
-
-    Args:
-        last_hidden_state: ``(B, T, D)``, after the final norm; zeros at padding.
-        past_key_values: the cache, if one is in use.
-        hidden_states: ``(B, T, D)`` before each layer and after the last, if asked for; None where others were.
-        attentions: ``(B, H, T, K)`` of each layer, if asked for and the attention implementation gives them.
-        router_logits: ``(N, E)`` float32 of each routed layer, raw, rows in time order.
-        routings: the :class:`~omnimoe.routers.Routing` of each layer, None where nothing is routed; rows as in
-            ``rows``.
-        rows: the row layout of this forward.
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    routings: tuple[Routing | None, ...] | None = None
-    rows: RowLayout | None = None
-
-
-@dataclass
-class OmniMoeOutput(ModelOutput):
-    """What the model with heads returns.
-
-    Args:
-        loss: scalar, if anything was to be predicted: the mean over predicted tokens, weighted by modality, plus the
-            weighted mean of each continuous modality, plus ``aux_loss``. 0 where every label is ignored.
-        logits: ``(B, T, V)``.
-        losses: mean loss of each modality, by what is predicted; 0 where there was nothing.
-        counts: how many positions each of ``losses`` is over.
-        token_losses: ``(B, T)`` float32, unreduced: the loss of predicting the token at each position, in nats; with
-            ``shift_labels`` the loss of what each position predicts.
-        predictions: ``(n, C)`` of each continuous modality whose features were given.
-        aux_loss: scalar, the balance losses of all routers, times their coefficients, averaged over routed layers.
-        past_key_values: as in :class:`OmniMoeModelOutput`, and so the rest.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
-    counts: dict[str, Tensor] | None = None
-    token_losses: Tensor | None = None
-    predictions: dict[str, Tensor] | None = None
-    aux_loss: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    routings: tuple[Routing | None, ...] | None = None
-    rows: RowLayout | None = None
 
 
 class Layer(GradientCheckpointingLayer, Block):
@@ -327,7 +265,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         positions = rotary_positions(position_ids, segment_ids, batch_size, past, length, device)
 
         x = self._embed(input_ids, inputs_embeds, features, timesteps, rows)
-        kept = _selected(output_hidden_states, config.num_layers + 1)
+        kept = selected(output_hidden_states, config.num_layers + 1)
         seen: list[Tensor | None] = []
 
         def observe(x: Tensor) -> Tensor:
@@ -353,11 +291,11 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=tuple(seen) if kept else None,
             attentions=attentions if output_attentions else None,
-            router_logits=_router_logits(rows, routings) if output_router_logits else None,
+            router_logits=router_logits_of(rows, routings) if output_router_logits else None,
             routings=tuple(routings),
             rows=rows,
         )
-        return _as_asked(out, return_dict, config)
+        return as_asked(out, return_dict, config)
 
     def _embed(
         self,
@@ -458,7 +396,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         )
 
 
-class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
+class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates):
     """The model with its heads: one over the vocabulary, one for each continuous modality."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -587,7 +525,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         if loss is not None and aux_loss is not None:
             loss = loss + aux_loss
         if loss is not None and has_labels and num_items_in_batch is not None:
-            loss = loss * scores.num_tokens / num_items_in_batch
+            # where a step has no label at all, every part is 0
+            loss = loss * scores.num_tokens / torch.as_tensor(num_items_in_batch).clamp_min(1)
         out = OmniMoeOutput(
             loss=loss,
             logits=logits,
@@ -603,7 +542,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             routings=out.routings,
             rows=rows,
         )
-        return _as_asked(out, return_dict, self.config)
+        return as_asked(out, return_dict, self.config)
 
     def _predicted(self, labels: Tensor, input_ids: Tensor | None, modality_ids: Tensor | None) -> Tensor:
         """Labels without those at positions of input-only modalities, where any id may stand."""
@@ -617,6 +556,11 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
             labels = labels.masked_fill(modality_ids == self.model._modality_id(name), -100)
         return labels
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the Trainer may weigh micro-batches by tokens; it counts no rows of continuous modalities."""
+        return all(held.is_discrete or held.is_input_only for held in self.config.modalities)
+
     def update_routers(self, routings: tuple[Routing | None, ...]) -> None:
         """Lets routers that adapt outside of the gradient take in a training step; call it after the optimizer's step.
 
@@ -626,150 +570,6 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, GenerationMixin):
         for layer, routing in zip(self.model.backbone.layers, routings, strict=True):
             if routing is not None:
                 layer.mlp.update(routing)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        *,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool = False,
-        free: bool = False,
-        spans: Sequence[str] | None = None,
-        max_span: int | Mapping[str, int] | None = None,
-        span_temperature: Mapping[str, float] | None = None,
-        span_top_k: Mapping[str, int] | None = None,
-        span_top_p: Mapping[str, float] | None = None,
-        span_min_p: Mapping[str, float] | None = None,
-        guidance: float | Mapping[str, float] | None = None,
-        grids: Mapping[str, Sequence[int]] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """What ``generate`` passes at a step.
-
-        ``free`` to ``grids`` are arguments of ``generate``. It knows them from this signature and hands them to
-        ``_get_logits_processor``, where they are used; all but ``grids`` go no further than here.
-
-        Past the prompt, modality ids come from the partition, the key of the last position goes on, and nothing is in a
-        block; features enter with the prompt. With ``grids``, the rows and columns of modalities with positions in
-        space, rotary positions are read off the ids; without, they go on by one in every axis.
-        """
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        positions = inputs.get("position_ids")
-        if positions is not None and positions.ndim == 3:
-            inputs["position_ids"] = positions.movedim(0, -1)
-        if inputs.get("input_ids") is None:
-            return inputs
-        cache = inputs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        total = past + inputs["input_ids"].shape[1]
-        if grids is not None:
-            positions = span_positions(self.config, input_ids, grids, kwargs.get("attention_mask"))
-            inputs["position_ids"] = positions[:, past:]
-        for name in ("modality_ids", "key_ids", "block_ids"):
-            given = inputs.get(name)
-            if given is None:
-                continue
-            new = total - given.shape[1]
-            if new > 0:
-                tail = given[:, -1:].expand(-1, new)
-                if name == "modality_ids":
-                    tail = self.model.modality_ids_of(input_ids[:, -new:])
-                elif name == "block_ids":
-                    tail = torch.full_like(tail, -1)
-                given = torch.cat((given, tail), dim=1)
-            inputs[name] = given[:, past:total]
-        if past and not is_first_iteration:
-            inputs.pop("features", None)
-            inputs.pop("timesteps", None)
-        return inputs
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        """Positions of the prompt; those of what is generated go on by one."""
-        if self.config.positions != "blocks" or inputs_tensor.ndim != 2:
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        modality_ids, block_ids = model_kwargs.get("modality_ids"), model_kwargs.get("block_ids")
-        length = inputs_tensor.shape[1]
-        if block_ids is None:
-            modality_ids = self.model.modality_ids_of(inputs_tensor) if modality_ids is None else modality_ids
-            block_ids = block_ids_of(self.config, modality_ids[:, :length], inputs_tensor)
-        mask = model_kwargs.get("attention_mask")
-        return block_positions(block_ids[:, :length], None if mask is None else mask[:, :length].bool())
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeats the prompt for beams and several samples, with its features, of which a prompt may have many."""
-        if expand_size > 1:
-            kinds, mask = model_kwargs.get("modality_ids"), model_kwargs.get("attention_mask")
-            for argument in ("features", "timesteps"):
-                for name, rows in (model_kwargs.get(argument) or {}).items():
-                    kinds = self.model.modality_ids_of(input_ids) if kinds is None else kinds
-                    held = kinds == self.model._modality_id(name)
-                    held = held if mask is None else held & mask[:, : held.shape[1]].bool()
-                    rows = repeated(f"{argument}[{name!r}]", rows, held.sum(1).tolist(), expand_size)
-                    model_kwargs[argument] = {**model_kwargs[argument], name: rows}
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-
-    def _prepare_model_inputs(
-        self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
-    ) -> tuple[Tensor, str | None, dict[str, Any]]:
-        """Checks the prompt, since a wrong one would be stretched or cut at the first step without a word."""
-        check_routers_generate(self.config)
-        prompt, name, rest = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        check_prompt(prompt, rest)
-        positions = rest.get("position_ids")
-        if positions is not None and positions.ndim == 3:
-            # the steps of transformers append to the last axis, where they expect time
-            rest = {**rest, "position_ids": positions.movedim(-1, 0)}
-        return prompt, name, rest
-
-    def _get_logits_processor(
-        self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> LogitsProcessorList:
-        """Puts guidance and the grammar of spans first, so that ``top_k`` and the like count what may follow."""
-        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
-        settings = kwargs.get("generation_config") or (args[0] if args else None)
-        first = span_processors(self, model_kwargs or {}, use_cache=getattr(settings, "use_cache", True))
-        entries = [held for held in self.config.modalities if held.is_input_only]
-        barred = [token for held in entries for token in (held.placeholder_id, held.begin_id) if token is not None]
-        if barred:
-            # there would be no features for what they open
-            first.append(SuppressTokensLogitsProcessor(barred, device=self.device))
-        processors[:0] = first
-        return processors
-
-    @staticmethod
-    def create_masks_for_generate(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """Keeps ``(B, past + T)`` for caches of fixed size too: the mask rule makes the rest."""
-        return attention_mask
-
-
-def _selected(asked: bool | int | Sequence[int], count: int) -> set[int]:
-    """The numbers of the hidden states that are asked for, out of ``count``; those from the end are negative."""
-    if isinstance(asked, bool) or asked is None:
-        return set(range(count)) if asked else set()
-    numbers = [asked] if isinstance(asked, int) else asked
-    return {number % count for number in numbers if -count <= number < count}
-
-
-def _as_asked(out: ModelOutput, return_dict: bool | None, config: OmniMoeConfig) -> Any:
-    is_dict = config.return_dict if return_dict is None else return_dict
-    return out if is_dict else out.to_tuple()
-
-
-def _router_logits(rows: RowLayout, routings: Sequence[Routing | None]) -> tuple[Tensor, ...]:
-    order = slice(None) if rows.time_index is None else rows.time_index.argsort()
-    found = []
-    for routing in routings:
-        if routing is not None and routing.router_logits is not None:
-            found.append(routing.router_logits[order])
-    return tuple(found)
 
 
 ALL_ATTENTION_FUNCTIONS.register("xformers", xformers_attention)

@@ -109,6 +109,22 @@ def test_a_head_that_is_not_scored_gets_a_zero_gradient(scored):
 
 
 @pytest.mark.hazard(23)
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_a_step_without_any_label_is_zero_however_the_trainer_counts(name):
+    model, ids = build(DECLARATIONS[name]), ids_like(DECLARATIONS[name])
+    loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=torch.tensor(0)).loss
+    assert loss == 0
+    loss.backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_the_trainer_weighs_micro_batches_by_tokens_where_tokens_are_all_that_is_scored():
+    assert build(DECLARATIONS["moe"]).accepts_loss_kwargs
+    # a micro-batch of latents alone has no tokens, and would count for nothing
+    assert not build(DECLARATIONS["transfusion"]).accepts_loss_kwargs
+
+
+@pytest.mark.hazard(23)
 @pytest.mark.parametrize("name", ["dense", "mot", "moe", "moma"])
 def test_when_every_label_is_ignored_the_loss_is_the_balance_loss_alone_with_a_graph(name):
     config = DECLARATIONS[name]

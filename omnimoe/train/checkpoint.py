@@ -20,9 +20,10 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from omnimoe.checkpoint import CheckpointError
+from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.hub import from_pretrained
 from omnimoe.model import OmniMoeForCausalLM
-from omnimoe.publish import digest, publish, read_manifest, settle
+from omnimoe.publish import MANIFEST, publish, settle
 from omnimoe.train.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -125,24 +126,13 @@ def load_checkpoint(folder: Path) -> tuple[OmniMoeForCausalLM, dict[str, Any]]:
 
 
 def check_whole(folder: Path) -> None:
-    """Compares every file of a checkpoint with the hash that was written with it.
+    """Compares every file of a checkpoint with the hash that was written with it, if there is a manifest of them.
 
     Raises:
-        ResumeError: with the first file that differs.
+        CheckpointError: with the first file that differs.
     """
-    try:
-        files = read_manifest(folder)
-    except ValueError as error:
-        raise ResumeError(str(error)) from error
-    for name, held in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ResumeError(f"{path} is missing")
-        size = path.stat().st_size
-        if size != held["size"]:
-            raise ResumeError(f"{path} has {size} bytes, and {held['size']} were written")
-        if digest(path) != held["sha256"]:
-            raise ResumeError(f"{path} is not what was written: its SHA-256 has changed")
+    if (folder / MANIFEST).exists():
+        verify_folder(folder)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -190,7 +180,7 @@ def _keep_previous(folder: Path, keep: int, *, below: int) -> None:
     try:
         check_whole(folder)
         step = int(load_state(folder)["step"])
-    except (ResumeError, KeyError) as error:
+    except (ResumeError, CheckpointError, KeyError) as error:
         logger.warning("a damaged checkpoint is replaced and not kept: %s", error)
         return
     kept = folder.with_name(f"{folder.name}-{step:06d}")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gc
-import os
-import resource
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from omnimoe.checkpoint.memory import available_memory, in_units
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.train.data import Batch
 from omnimoe.train.errors import OutOfMemoryError
@@ -83,7 +82,7 @@ def _activations(model: OmniMoeForCausalLM, settings: TrainSettings, batch: Batc
     own = {held.untyped_storage().data_ptr() for held in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
-    def keep(saved: Tensor) -> None:
+    def keep(saved: Tensor) -> Any:
         storage = saved.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
@@ -91,7 +90,7 @@ def _activations(model: OmniMoeForCausalLM, settings: TrainSettings, batch: Batc
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         # there is no backward, and a graph that is handed its own outputs would never be freed
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None),
+        torch.autograd.graph.saved_tensors_hooks(keep, keep),
         torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
     ):
         out = model(**probe)
@@ -144,8 +143,10 @@ def _advice(found: MemoryEstimate, model: OmniMoeForCausalLM, settings: TrainSet
     parts = {"weights": found.weights, "gradients": found.gradients, "AdamW's moments": found.optimizer}
     if found.activations is not None:
         parts[f"activations of {rows} x {length} tokens"] = found.activations
-    told = ", ".join(f"{_told(size)} {name}" for name, size in parts.items())
+    told = ", ".join(f"{in_units(size)} {name}" for name, size in parts.items())
     device = next(model.parameters()).device
+    free = _free(device)
+    left = "" if free is None else f"; with the step given up, {in_units(free)} are free on {device}"
     knobs = []
     if rows > 1:
         half = settings.batch_size // 2
@@ -157,27 +158,12 @@ def _advice(found: MemoryEstimate, model: OmniMoeForCausalLM, settings: TrainSet
     knobs.append("a shorter sequence_length")
     if settings.precision == "fp32":
         knobs.append("precision='bf16' halves most of them")
-    return (
-        f"a step needs about {_told(found.total)} ({told}), and {device} has {_told(_memory(device))}; what helps: "
-        + "; ".join(knobs)
-    )
+    return f"a step needs about {in_units(found.total)} ({told}){left}; what helps: {'; '.join(knobs)}"
 
 
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return min(physical, allowed if allowed != resource.RLIM_INFINITY else sys.maxsize)
+def _free(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def _size(held: Tensor) -> int:
     return held.numel() * held.element_size()
-
-
-def _told(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

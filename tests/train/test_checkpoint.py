@@ -113,14 +113,14 @@ def cut(path: Path) -> None:
 
 
 DAMAGE = {
-    "a flipped bit in the weights": ("model.safetensors", flip, "its SHA-256 has changed"),
-    "weights cut short": ("model.safetensors", cut, "were written"),
-    "no weights": ("model.safetensors", Path.unlink, "is missing"),
-    "a flipped bit in the state": ("training_state.pt", flip, "its SHA-256 has changed"),
-    "a state cut short": ("training_state.pt", cut, "were written"),
-    "no state": ("training_state.pt", Path.unlink, "is missing"),
-    "another config": ("config.json", lambda path: path.write_text("{}"), "were written"),
-    "no settings": ("training.json", Path.unlink, "is missing"),
+    "a flipped bit in the weights": ("model.safetensors", flip, "its SHA-256 differs"),
+    "weights cut short": ("model.safetensors", cut, "when it was saved"),
+    "no weights": ("model.safetensors", Path.unlink, "is missing, and"),
+    "a flipped bit in the state": ("training_state.pt", flip, "its SHA-256 differs"),
+    "a state cut short": ("training_state.pt", cut, "when it was saved"),
+    "no state": ("training_state.pt", Path.unlink, "is missing, and"),
+    "another config": ("config.json", lambda path: path.write_text("{}"), "when it was saved"),
+    "no settings": ("training.json", Path.unlink, "is missing, and"),
     "a broken manifest": ("manifest.json", cut, "is no manifest of a save"),
 }
 
