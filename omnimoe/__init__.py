@@ -45,6 +45,7 @@ _HOMES = {
     ),
     "omnimoe.conversion": ("convert_checkpoint",),
     "omnimoe.flops": ("active_params", "flops", "total_params"),
+    "omnimoe.model_card": ("model_card",),
     "omnimoe.shrink": ("shrink",),
     "omnimoe.routing_trace": ("record_routing",),
     "omnimoe.lora": ("add_lora", "confine_lora", "lora_targets"),
