@@ -109,7 +109,8 @@ class Source:
             raise CheckpointError(f"{self.name!r} has no folder {self.subfolder!r}; leave subfolder out or correct it")
         if self.is_folder:
             settle(folder)
-        missing = [name for name in files if not re.search(r"[*?\[]", name) and not (folder / name).is_file()]
+        required = [name for name in files if name not in TEXTS and not re.search(r"[*?\[]", name)]
+        missing = [name for name in required if not (folder / name).is_file()]
         if missing and not self.is_folder:
             raise CheckpointError(
                 f"{self.name!r} has no {', '.join(missing)} {self._where()}: the upload is not whole, or its "

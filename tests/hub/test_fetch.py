@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 
 import pytest
+import torch
 from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from omnimoe import from_pretrained, load
+from omnimoe import OmniMoeForCausalLM, from_pretrained, list_models, load, model_info, register_model
+from omnimoe.model import MODELS
 from tests.hub.conftest import same
 
 NAME = "org/tiny"
@@ -167,3 +171,51 @@ def test_the_cache_is_that_of_huggingface_hub(hub, saved):
     from huggingface_hub import try_to_load_from_cache
 
     assert try_to_load_from_cache(NAME, "model.safetensors", cache_dir=constants.HF_HUB_CACHE) is not None
+
+
+def test_weights_of_a_card_that_names_the_hub(hub, saved, model, config, monkeypatch):
+    from omnimoe.zoo.card import Card
+
+    hub.add(NAME, saved)
+
+    @register_model("published_tiny")
+    def published_tiny():
+        """A model of a test."""
+        return config
+
+    card = Card(family="own", title="", paper="https://example.org", license="MIT", weights={})
+    monkeypatch.setattr(sys.modules[__name__], "CARD", card, raising=False)
+    try:
+        assert "published_tiny" not in list_models(pretrained=True)
+        card.weights["published_tiny"] = f"hf-hub:{NAME}"
+        assert "published_tiny" in list_models(pretrained=True, family="own")
+        assert model_info("published_tiny").pretrained == f"hf-hub:{NAME}"
+        assert hub.requests == [], "no network to list models"
+        found = load("published_tiny", pretrained=True, revision="main", dtype="bfloat16")
+        assert found.config.card == {"license": "mit", "paper": "https://example.org"}
+        assert torch.equal(found.lm_head.weight, model.lm_head.weight.bfloat16())
+    finally:
+        MODELS.remove("published_tiny")
+
+
+@pytest.mark.parametrize("kind", [OmniMoeForCausalLM, AutoModelForCausalLM])
+def test_by_the_classes_of_transformers(hub, sharded, model, kind):
+    hub.add(NAME, sharded)
+    assert same(kind.from_pretrained(NAME), model)
+    assert AutoConfig.from_pretrained(NAME).modality_names == model.config.modality_names
+
+
+def test_a_published_model_of_another_library(hub, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
+    theirs.save_pretrained(tmp_path / "llama")
+    hub.add("org/llama", tmp_path / "llama")
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(from_pretrained("org/llama")(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_towers_spread_by_transformers(hub, saved):
+    hub.add(NAME, saved)
+    spread = from_pretrained(NAME, towers=["text"], device_map={"": "cpu"}, attn_implementation="eager")
+    assert {weight.device.type for weight in spread.parameters()} == {"cpu"}
+    assert spread.config._attn_implementation == "eager"
