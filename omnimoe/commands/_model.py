@@ -34,18 +34,23 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
     parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda; the fastest there is if left out")
 
 
+def default_device(device: str | None) -> str:
+    """The device that is asked for, or the fastest there is."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def read_model(name: str, device: str | None) -> OmniMoeForCausalLM:
     """The model of ``--model``, in evaluation mode.
 
     Raises:
         ValueError: if the name has no weights.
     """
-    import torch
-
     from omnimoe.hub import from_pretrained, load, model_info
     from omnimoe.model import MODELS
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device(device)
     # products of a few rows are faster in float32 there, and more exact
     dtype = "float32" if device == "cpu" else "auto"
     if name in MODELS and not Path(name).is_dir():

@@ -7,9 +7,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omnimoe.commands._model import DEFAULT, add_model, by_modality, read_model, read_tokenizers
+from omnimoe.commands._model import DEFAULT, add_model, by_modality, default_device, read_model, read_tokenizers
+
+if TYPE_CHECKING:
+    from omnimoe.pipelines import Pipeline
 
 ENDINGS = {"image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"), "speech": (".wav",), "video": (".gif", ".webp")}
 """What an output file may be called."""
@@ -55,7 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choices.add_argument(
         "--guidance", type=number, metavar="X", help="classifier-free guidance of pictures and sounds; 1 is none"
     )
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of denoising, where it is denoised")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="steps of denoising, where it is denoised; 50 if left out"
+    )
+    parser.add_argument(
+        "--size", metavar="HEIGHTxWIDTH", help="of pictures in pixels, for published models that draw any size"
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest text, speech or document, in tokens")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows that are generated at once")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -69,13 +77,19 @@ def run(args: argparse.Namespace) -> int:
 
     from omnimoe.generate import generate, interleave
     from omnimoe.generation.prompt_files import read_prompts, read_raw
+    from omnimoe.pipelines import find_pipeline
 
     given = [(modality, read_raw(modality, source)) for modality, source in args.sources]
     documents = [given] if args.prompts is None else read_prompts(args.prompts)
-    options: dict[str, Any] = {"tokenizers": tokenizers, "num_samples": args.num}
+    published = find_pipeline(args.model)
+    if published is not None:
+        return _run_published(*published, documents, args)
+    if args.size is not None:
+        raise ValueError(f"--size is for published models that draw any size; {args.model} draws one")
+    options: dict[str, Any] = {"tokenizers": tokenizers, "num_samples": args.num, "steps": args.steps or 50}
     options |= {
         name: getattr(args, name)
-        for name in ("seed", "temperature", "top_k", "top_p", "min_p", "guidance", "steps", "batch_size")
+        for name in ("seed", "temperature", "top_k", "top_p", "min_p", "guidance", "batch_size")
     }
     model = read_model(args.model, args.device)
     is_streamed = sys.stdout.isatty() and not args.json and args.to in ("text", ANY) and len(documents) * args.num == 1
@@ -93,6 +107,48 @@ def run(args: argparse.Namespace) -> int:
         print()
     _tell(told, args, is_streamed="on_text" in options)
     return 0
+
+
+def _run_published(kind: type[Pipeline], source: str, documents: list, args: argparse.Namespace) -> int:
+    """The same by the pipeline of a published family, which has tokenizers and a way of drawing of its own."""
+    import torch
+
+    from omnimoe.generation.media import Generated
+
+    if args.to not in kind.targets:
+        raise ValueError(f"{source} makes {', '.join(kind.targets)}, not {args.to!r}")
+    for name in ("best_of", "tokenizer"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for models of our own; leave it out with {source}")
+    size = None if args.size is None else _size(args.size)
+    asked = [[raw for _, raw in document] for document in documents for _ in range(args.num)]
+    device = default_device(args.device)
+    pipeline = kind.from_pretrained(source, device=device, dtype="float32" if device == "cpu" else "auto")
+    made: list[Generated] = []
+    for start in range(0, len(asked), args.batch_size):
+        part = asked[start : start + args.batch_size]
+        if args.to == "image":
+            seed = None if args.seed is None else args.seed + start
+            drawn = pipeline.draw(part, sizes=size, guidance=args.guidance, steps=args.steps, seed=seed)
+            made += [Generated(modality="image", raw=picture) for picture in drawn]
+        else:
+            chosen = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+            chosen = {name: value for name, value in chosen.items() if value is not None}
+            is_sampled = bool(chosen) and chosen.get("temperature") != 0
+            options = {**chosen, "do_sample": True} if is_sampled else {"do_sample": False}
+            if args.seed is not None:
+                torch.manual_seed(args.seed + start)
+            said = pipeline.answer(part, max_new_tokens=args.max_new_tokens or 512, **options)
+            made += [Generated(modality="text", raw=text) for text in said]
+    _tell(_write(made, documents, args), args, is_streamed=False)
+    return 0
+
+
+def _size(given: str) -> tuple[int, int]:
+    tall, cross, wide = given.lower().partition("x")
+    if not (cross and tall.isdigit() and wide.isdigit()):
+        raise ValueError(f"--size is HEIGHTxWIDTH in pixels, such as 768x1024, got {given!r}")
+    return int(tall), int(wide)
 
 
 def _check(args: argparse.Namespace, *, kind: str) -> None:

@@ -6,6 +6,7 @@ then as seen, as published; to answer it is seen alone. Documents of one call ar
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -17,13 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import omnimoe
-from omnimoe import OmniMoeForCausalLM
 from omnimoe.checkpoint import Hub, Source
 from omnimoe.denoise import denoise
 from omnimoe.encoders.raw import whole_pictures
 from omnimoe.encoders.siglip import fit_size
 from omnimoe.guidance import Guidance
+from omnimoe.hub import from_pretrained
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.pipelines.base import Part, Pipeline, register_pipeline
 from omnimoe.tokenizers import Tokenizer, TokenizerError
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
 from omnimoe.zoo.bagel.autoencoder import FILE, PIXELS, BagelAutoencoder
@@ -36,9 +38,6 @@ STEPS, SHIFT = 49, 3.0
 SHORTEST, LONGEST = 512, 1024
 """Sides in pixels that pictures are brought to before they are cut into latents."""
 
-Part = str | Any
-"""Words, or a picture: a path, a PIL image, or a uint8 array ``(H, W, 3)``."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
@@ -49,7 +48,8 @@ class _Batch:
     features: dict[str, Any]
 
 
-class Bagel:
+@register_pipeline("bagel")
+class Bagel(Pipeline):
     """A model with its tokenizer and its picture autoencoder.
 
     Args:
@@ -57,6 +57,8 @@ class Bagel:
         tokenizer: of its words.
         autoencoder: None for a copy that only answers.
     """
+
+    targets = ("text", "image")
 
     def __init__(
         self, model: OmniMoeForCausalLM, tokenizer: Tokenizer, autoencoder: BagelAutoencoder | None = None
@@ -92,7 +94,7 @@ class Bagel:
         hub = Hub(revision=revision, token=token, local_files_only=local_files_only)
         place = Source.find(source, hub=hub)
         folder = place.fetch(("*.json", "merges.txt", FILE))
-        model = omnimoe.from_pretrained(
+        model = from_pretrained(
             source,
             dtype=dtype,
             device=device,
@@ -107,10 +109,10 @@ class Bagel:
         documents: Sequence[Sequence[Part] | str],
         *,
         sizes: Sequence[tuple[int, int]] | tuple[int, int] | None = None,
-        guidance: float | Guidance = GUIDANCE,
-        steps: int = STEPS,
-        shift: float = SHIFT,
+        guidance: float | Guidance | None = None,
+        steps: int | None = None,
         seed: int | None = None,
+        shift: float = SHIFT,
     ) -> list[np.ndarray]:
         """A picture for each document: drawn from words, or a picture changed as the words say.
 
@@ -118,10 +120,11 @@ class Bagel:
             documents: words, or words and pictures in order.
             sizes: height and width in pixels, multiples of 16, one for all or one each; where None that of a document's
                 last picture, or 1024 x 1024.
-            guidance: see :func:`omnimoe.denoise.denoise`.
-            steps: forwards through the model.
-            shift: how much longer it stays at noisy times.
+            guidance: how far to push away from what is drawn without the words, or all of :class:`Guidance`;
+                :data:`GUIDANCE` where None.
+            steps: forwards through the model; :data:`STEPS` where None.
             seed: of the noise.
+            shift: how much longer it stays at noisy times.
 
         Returns:
             ``(H, W, 3)`` uint8 for each.
@@ -129,6 +132,11 @@ class Bagel:
         Raises:
             ValueError: if there is no autoencoder, a size does not fit, or a document is empty.
         """
+        if guidance is None:
+            guidance = GUIDANCE
+        elif not isinstance(guidance, Guidance):
+            words, sights = GUIDANCE.scales
+            guidance = dataclasses.replace(GUIDANCE, scales=((words[0], guidance), sights))
         if self.autoencoder is None:
             raise ValueError(f"this copy has no autoencoder to draw with; load one with {FILE}")
         read = [self._read(document) for document in documents]
@@ -142,7 +150,7 @@ class Bagel:
             features=batch.features,
             drawn=self._last_span(batch),
             sizes=shapes,
-            steps=steps,
+            steps=steps or STEPS,
             shift=shift,
             seed=seed,
             guidance=guidance,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import subprocess
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from omnimoe import CheckpointError
+from omnimoe.commands import generate as command
 from omnimoe.convert import to_published
 from omnimoe.denoise import denoise
 from omnimoe.guidance import Guidance
+from omnimoe.pipelines import Pipeline, find_pipeline
 from tests.tokenizers.test_hf_text import byte_level
 from tests.zoo.bagel.documents import Latent, Seen, Text, batch
 from tests.zoo.bagel.test_drawing import asked
@@ -22,11 +26,11 @@ from tests.zoo.bagel.test_parity import model as model  # a fixture
 
 pytest.importorskip("diffusers", reason="pip install 'omnimoe[diffusers]'")
 
+from omnimoe.pipelines.bagel import Bagel
 from omnimoe.zoo.bagel.autoencoder import FILE, BagelAutoencoder
-from omnimoe.zoo.bagel.pipeline import Bagel
 from tests.zoo.bagel.test_autoencoder import published
 
-PICTURE = sorted((Path(__file__).parents[2] / "fixtures" / "pictures").glob("*.png"))[0]
+PICTURE = sorted((Path(__file__).parents[1] / "fixtures" / "pictures").glob("*.png"))[0]
 FEW = {"steps": 2, "seed": 0, "sizes": (32, 48)}
 
 
@@ -117,3 +121,59 @@ def test_a_copy_without_an_autoencoder_answers_and_does_not_draw(bagel, folder, 
     (tmp_path / "copy" / FILE).unlink()
     with pytest.raises(CheckpointError, match=r"has no ae\.safetensors"):
         Bagel.from_pretrained(tmp_path / "copy")
+
+
+class TestFound:
+    """By the name of the zoo, by a folder, and not at all."""
+
+    def test_a_folder(self, folder):
+        assert find_pipeline(folder) == (Bagel, str(folder))
+
+    def test_a_model_of_ours_has_none(self, model, tmp_path):
+        model.save_pretrained(tmp_path / "ours")
+        assert find_pipeline(tmp_path / "ours") is None
+        assert find_pipeline("omni_nano") is None
+
+    def test_what_a_family_cannot_do_is_told(self):
+        with pytest.raises(ValueError, match="Pipeline makes  and draws no pictures"):
+            Pipeline().draw(["a"])
+
+
+class TestCommand:
+    """``omnimoe generate`` with a published checkpoint."""
+
+    def call(self, folder, *arguments) -> None:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        assert command.run(parser.parse_args(["--model", str(folder), *map(str, arguments)])) == 0
+
+    def test_words_to_pictures(self, folder, tmp_path, capsys):
+        out = tmp_path / "apple.png"
+        options = ("--size", "32x48", "--steps", 1, "--seed", 0, "--num", 2)
+        self.call(folder, "--from", "text", "a red apple", "--to", "image", "--out", out, *options)
+        made = [np.asarray(Image.open(tmp_path / f"apple_{number}.png")) for number in (1, 2)]
+        assert made[0].shape == (32, 48, 3)
+        assert not np.array_equal(*made)
+        assert "wrote" in capsys.readouterr().out
+
+    def test_a_picture_and_words_to_a_picture_and_to_words(self, folder, tmp_path, capsys):
+        given = ("--from", "image", PICTURE, "--from", "text", "what is it?")
+        out = tmp_path / "edited.png"
+        self.call(folder, *given, "--to", "image", "--out", out, "--size", "32x32", "--steps", 1, "--guidance", 2)
+        assert Image.open(out).size == (32, 32)
+        capsys.readouterr()
+        self.call(folder, *given, "--to", "text", "--max-new-tokens", 3, "--json")
+        told = json.loads(capsys.readouterr().out)
+        assert told["samples"][0]["modality"] == "text"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--to", "speech", "--out", "x.wav"), "makes text, image, not 'speech'"),
+            (("--to", "image", "--out", "x.png", "--size", "large"), "--size is HEIGHTxWIDTH"),
+            (("--to", "image", "--out", "x.png", "--best-of", "3"), "--best-of is for models of our own"),
+        ],
+    )
+    def test_what_it_cannot_do_is_refused(self, folder, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            self.call(folder, "--from", "text", "a", *arguments)

@@ -1,0 +1,92 @@
+"""What a family of published models does from end to end, and which family a checkpoint belongs to."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from omnimoe.checkpoint import CheckpointError, Hub, Source
+from omnimoe.convert import find_converter
+from omnimoe.hub import model_info
+from omnimoe.model import MODELS
+from omnimoe.registry import Registry
+
+Part = str | Any
+"""Words, or a picture: a path, a PIL image, or a uint8 array ``(H, W, 3)``."""
+
+_BUILT_IN = ("bagel",)
+
+
+class Pipeline:
+    """A model with all that it needs to read and to write what people do.
+
+    A subclass is filed under the name of its family's converter. What it cannot do raises, saying so.
+    """
+
+    targets: ClassVar[tuple[str, ...]] = ()
+    """What it makes: ``"text"``, ``"image"``."""
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str], *, dtype: Any = "auto", device: Any = None) -> Self:
+        """A checkpoint as it is published."""
+        raise NotImplementedError(f"{cls.__name__} does not define from_pretrained(source)")
+
+    def draw(
+        self,
+        documents: Sequence[Sequence[Part] | str],
+        *,
+        sizes: Sequence[tuple[int, int]] | tuple[int, int] | None = None,
+        guidance: Any = None,
+        steps: int | None = None,
+        seed: int | None = None,
+    ) -> list[np.ndarray]:
+        """A picture ``(H, W, 3)`` uint8 for each document; None takes what the family was published with."""
+        raise ValueError(f"{type(self).__name__} makes {', '.join(self.targets)} and draws no pictures")
+
+    def answer(
+        self, documents: Sequence[Sequence[Part] | str], *, max_new_tokens: int = 512, **options: Any
+    ) -> list[str]:
+        """A text for each document."""
+        raise ValueError(f"{type(self).__name__} makes {', '.join(self.targets)} and writes no text")
+
+
+PIPELINES: Registry[type[Pipeline]] = Registry("pipeline")
+register_pipeline = PIPELINES.register
+
+
+def _register_built_in() -> None:
+    for name in _BUILT_IN:
+        importlib.import_module(f"omnimoe.pipelines.{name}")
+
+
+PIPELINES.on_first_use(_register_built_in)
+
+
+def find_pipeline(source: str | PathLike[str]) -> tuple[type[Pipeline], str] | None:
+    """The pipeline of a checkpoint and where it lies; None where its family has none, or it is a model of ours.
+
+    Args:
+        source: a name of the zoo, an existing folder, or an id on the Hub, of which the JSON files are fetched.
+
+    Raises:
+        CheckpointError: if there is no such repository.
+    """
+    name = fspath(source)
+    if name in MODELS and not Path(name).is_dir():
+        weights = model_info(name).pretrained
+        if weights is None or weights.startswith("local-dir:"):
+            return None
+        name = weights
+    try:
+        place = Source.find(name, hub=Hub())
+    except CheckpointError:
+        return None  # whoever loads it says what it is not
+    converter = find_converter(place.fetch())
+    if converter is None or converter.name not in PIPELINES:
+        return None
+    return PIPELINES.get(converter.name), name
