@@ -18,14 +18,16 @@ POOLS = ("batch", "sequence")
 PRIORITIES = ("position", "score")
 
 
-def capacity_of(factor: float, top_k: int, num_rows: int, num_experts: int) -> int:
-    """Room of an expert: ``factor`` times its even share of the choices, rounded up."""
+def capacity_of(factor: float, top_k: int, num_rows: int | Tensor, num_experts: int) -> int | Tensor:
+    """Room of an expert: ``factor`` times its even share of the choices, rounded up. A tensor for rows in a tensor."""
     # a product such as 1.1 * 10 lies a little above the whole number it means
-    return math.ceil(round(factor * top_k * num_rows / num_experts, 9))
+    if isinstance(num_rows, Tensor):
+        return (num_rows.double() * (factor * top_k / num_experts) - 1e-9).ceil().long()
+    return math.ceil(num_rows * (factor * top_k / num_experts) - 1e-9)
 
 
 def with_room(
-    expert_ids: Tensor, num_experts: int, capacity: int, rows: RowLayout, *, pool: str, priority: Tensor | None
+    expert_ids: Tensor, num_experts: int, capacity: int | Tensor, rows: RowLayout, *, pool: str, priority: Tensor | None
 ) -> Tensor:
     """Which choices find room.
 

@@ -174,6 +174,8 @@ class TopKRouter(BalancedRouter):
         chosen = self.choose(scores, rows)
         if self.training and config.later_choice_threshold is not None:
             chosen = self._drawn(scores, chosen)
+        if rows.counted is not None:
+            chosen = chosen.where(rows.counted.unsqueeze(1), -1)
         dropped, kept = None, chosen
         if config.has_capacity and not rows.routes_causally:
             kept = chosen.where(self._with_room(scores, chosen, rows), -1)
@@ -229,9 +231,11 @@ class TopKRouter(BalancedRouter):
 
     def _with_room(self, scores: Tensor, chosen: Tensor, rows: RowLayout) -> Tensor:
         config = self.config
-        capacity = config.capacity
+        capacity: int | Tensor | None = config.capacity
         if capacity is None:
-            pool = len(chosen) if config.capacity_pool == "batch" else rows.sequence_length
+            pool: int | Tensor = len(chosen) if config.capacity_pool == "batch" else rows.sequence_length
+            if config.capacity_pool == "batch" and rows.counted is not None:
+                pool = rows.counted.sum()
             capacity = capacity_of(config.capacity_factor or 1.0, config.top_k, pool, self.num_experts)
         priority = scores.amax(-1) if config.capacity_priority == "score" else None
         return with_room(chosen, self.num_experts, capacity, rows, pool=config.capacity_pool, priority=priority)

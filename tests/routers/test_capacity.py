@@ -120,3 +120,26 @@ def test_the_peer_seats_the_same(top_k):
     table[routing.token_index[taken], routing.expert_ids[taken]] = routing.expert_weights[taken]
     assert int(routing.dropped) > 0
     torch.testing.assert_close(table, combine.sum(-1).view(40, 4))
+
+
+@pytest.mark.parametrize("pool", ["batch", "sequence"])
+def test_rows_that_do_not_count_take_no_room(pool):
+    x, counted = torch.randn(20, 6), torch.arange(20) % 3 > 0
+    config = TopKRouter.Config(capacity_factor=0.6, capacity_pool=pool, capacity_priority="score", expert_bias="shared")
+    router = config.build(hidden_size=6, num_experts=4, num_modalities=1)
+    router.scorer.weight.data.normal_()
+    rows = RowLayout.build(torch.zeros(1, 20, dtype=torch.int64), num_keys=1)
+    found = router(x, RowLayout(**{**vars(rows), "counted": counted}))
+    valid = RowLayout.build(torch.zeros(1, 20, dtype=torch.int64), num_keys=1, valid=counted.view(1, 20))
+    wanted = router(x[counted], valid)
+    assert torch.equal(found.expert_ids.view(20, 2)[counted], wanted.expert_ids.view(-1, 2))
+    assert (found.expert_ids.view(20, 2)[~counted] == -1).all()
+    assert int(found.dropped) == int(wanted.dropped) > 0
+    torch.testing.assert_close(found.expert_weights.view(20, 2)[counted], wanted.expert_weights.view(-1, 2))
+    for name, loss in wanted.losses.items():
+        torch.testing.assert_close(found.losses[name], loss)
+    router.update(found)
+    moved = router.expert_bias.clone()
+    router.expert_bias.zero_()
+    router.update(wanted)
+    assert torch.equal(moved, router.expert_bias)
