@@ -104,10 +104,15 @@ class _AsTransformers:
         else:
             self.up_proj = into
         self.activation = bank.activation
-        self.act_fn = OWN_ACTIVATIONS.get(bank.activation)
+        # a name that always has a gate is in the other table alone
+        self.act_fn = OWN_ACTIVATIONS.get(bank.activation, _needs_gate)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return GATED[self.activation](*gate_up.chunk(2, dim=-1))
+
+
+def _needs_gate(x: Tensor) -> Tensor:
+    raise BackendError("this activation acts on a gate, and the experts have none")
 
 
 def experts_function(name: str | None) -> Callable | None:

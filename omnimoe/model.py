@@ -19,6 +19,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationMixin,
 )
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -281,8 +282,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             past_key_values,
             observe=observe if kept else None,
         )
-        attentions = tuple(part for part in attentions if part is not None)
-        if output_attentions and not attentions and self._attends:
+        weights = tuple(part for part in attentions if part is not None)
+        if output_attentions and not weights and self._attends:
             raise InputError(f"attention {attends!r} gives no weights; call set_attn_implementation('eager') for them")
         hidden = rows.to_time(self.norm(x, rows))
         seen.append(hidden if config.num_layers in kept else None)
@@ -290,7 +291,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             last_hidden_state=hidden,
             past_key_values=past_key_values,
             hidden_states=tuple(seen) if kept else None,
-            attentions=attentions if output_attentions else None,
+            attentions=weights if output_attentions else None,
             router_logits=router_logits_of(rows, routings) if output_router_logits else None,
             routings=tuple(routings),
             rows=rows,
@@ -396,7 +397,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         )
 
 
-class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates):
+class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, GenerationMixin):
     """The model with its heads: one over the vocabulary, one for each continuous modality."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -31,7 +31,7 @@ class OmniMoeModelOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     routings: tuple[Routing | None, ...] | None = None
@@ -63,7 +63,7 @@ class OmniMoeOutput(ModelOutput):
     predictions: dict[str, Tensor] | None = None
     aux_loss: Tensor | None = None
     past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     routings: tuple[Routing | None, ...] | None = None

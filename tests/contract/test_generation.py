@@ -377,6 +377,12 @@ def test_guidance_of_transformers_own_is_the_mix_of_two_forwards(name):
     assert torch.equal(found, wanted)
 
 
+def test_continuous_batching_is_refused_at_once():
+    model = build(DENSE)
+    with pytest.raises(InputError, match="continuous batching keeps keys and values in pages"):
+        model.generate_batch([[9, 10, 11], [12, 13]])
+
+
 # -- when it ends -----------------------------------------------------------------------------------------------------
 
 
