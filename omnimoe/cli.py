@@ -26,7 +26,7 @@ COMMANDS = {
     "data": "build or look at a corpus",
     "bench": "time routed experts beside other libraries', after holding them against float64",
     "build": "compile the kernels now and not on first use",
-    "doctor": "say which kernels and devices are used, and why not others",
+    "doctor": "say what is installed and whether it fits, which kernels are used and why not others, what plugs in",
 }
 
 

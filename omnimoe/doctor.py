@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import dataclasses
 import os
 import platform
 from typing import Any
 
 import torch
 
+from omnimoe.installation import PACKAGES, attention, extras, misfits, version_of, weights_cache
 from omnimoe.ops import BACKENDS
 from omnimoe.ops._extension import Extension, cache_folder, extension
 from omnimoe.ops.experts_mlp import ROUTED
 from omnimoe.ops.grouped_mm import IMPLEMENTATIONS as GROUPED
+from omnimoe.plugins import load_plugins
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-PACKAGES = (
-    "torch", "transformers", "safetensors", "huggingface-hub", "xformers", "triton", "liger-kernel", "megablocks",
-    "grouped-gemm",
-)  # fmt: skip
 
 
 def examine() -> dict[str, Any]:
-    """Versions, devices, kernels, and which backend each op takes for each device and dtype.
+    """Versions and what does not fit, devices, kernels, which backend each op takes for each device and dtype, extras,
+    plugins, and where weights lie.
 
     Returns:
         JSON's own types. The kernels are built first, if they can be and were not.
     """
     devices = ["cpu", *([f"cuda: {torch.cuda.get_device_name()}"] if torch.cuda.is_available() else [])]
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}},
+        "misfits": misfits(),
         "devices": devices,
         "threads": torch.get_num_threads(),
         "cpu kernels": _kernels(extension()),
@@ -39,6 +39,10 @@ def examine() -> dict[str, Any]:
         "asked for": os.environ.get("OMNIMOE_BACKEND") or None,
         "ops": [_choice(op, order, device, dtype) for op, order in _ORDERS.items() for device in ("cpu", "cuda")
                 for dtype in DTYPES if device == "cpu" or torch.cuda.is_available()],
+        "attention": attention(),
+        "extras": extras(),
+        "plugins": [dataclasses.asdict(plugin) for plugin in load_plugins(again=True)],
+        "weights": weights_cache(),
     }  # fmt: skip
 
 
@@ -82,10 +86,3 @@ def _operands(op: str, device: str, dtype: str) -> tuple[Any, ...]:
     offsets = torch.zeros(2, dtype=torch.int32, device=device)
     rows = torch.zeros(4, dtype=torch.int64, device=device)
     return (x, down, offsets, None) if op == "grouped_mm" else (x, into, down, offsets, rows, None)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
