@@ -31,11 +31,16 @@ class _Torch(types.ModuleType):
         return getattr(torch, name)
 
 
-def _attend(query, key, value, *, cu_seqlens_q, **_):
+def _attend(q, k, v, *, cu_seqlens_q, cu_seqlens_k, causal, **_):
+    """What the kernel computes, sequence by sequence; a causal one has all its queries new, or one."""
     parts = []
-    for start, stop in itertools.pairwise(cu_seqlens_q.tolist()):
-        q, k, v = (part[start:stop].transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-        parts.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
+    spans = zip(*(itertools.pairwise(ends.tolist()) for ends in (cu_seqlens_q, cu_seqlens_k)), strict=True)
+    for (start, stop), (first, last) in spans:
+        query = q[start:stop].transpose(0, 1).unsqueeze(0)
+        key, value = (part[first:last].transpose(0, 1).unsqueeze(0) for part in (k, v))
+        whole = causal and stop - start == last - first
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=whole, enable_gqa=True)
+        parts.append(mixed[0].transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -50,6 +55,7 @@ def make_peer(monkeypatch, llm: dict = LLM, vit: dict = VIT) -> nn.Module:
     monkeypatch.setattr(modeling_siglip_navit, "torch", single)
     monkeypatch.setattr(modeling_qwen2_packed, "sdpa_kernel", lambda **_: contextlib.nullcontext())
     monkeypatch.setattr(modeling_siglip_navit, "_flash_attn_varlen", _attend)
+    monkeypatch.setattr(modeling_qwen2_packed, "_flash_attn_varlen", _attend)
     monkeypatch.setattr(model, "torch", _Torch(randn_like=torch.zeros_like))  # noise is in the rows already
     config = BagelConfig(
         vision_config=dict(vit),
