@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from omnimoe import from_pretrained
-from omnimoe.train import ResumeError, load_settings, save_checkpoint
+from omnimoe.train import ResumeError, Training, load_settings, save_checkpoint
 from omnimoe.train.checkpoint import checkpoints, load_checkpoint, load_state, restore
 from tests.train.runs import build, same_tensors, settings, tiny, training
 
@@ -125,17 +125,21 @@ DAMAGE = {
 }
 
 
+def run_of(corpus, out: Path | None = None, **changes) -> Training:
+    return training(corpus, "top_k", out=out, **{"save_every": 2, "evaluate_batches": 0, **changes})
+
+
 @pytest.fixture(scope="module")
 def half_way(corpus, tmp_path_factory) -> Path:
     """A run of six steps that was left at the fourth, its last two checkpoints kept."""
     folder = tmp_path_factory.mktemp("half-way")
-    training(corpus, "top_k", out=folder, save_every=2).run(until=4)
+    run_of(corpus, folder).run(until=4)
     return folder
 
 
 @pytest.fixture(scope="module")
 def unbroken(corpus) -> dict:
-    run = training(corpus, "top_k", save_every=2)
+    run = run_of(corpus)
     run.run()
     return {name: value.clone() for name, value in run.model.state_dict().items()}
 
@@ -149,7 +153,7 @@ def test_a_damaged_checkpoint_is_passed_by_and_the_one_before_it_is_taken(
     out = tmp_path / "run"
     shutil.copytree(half_way, out)
     damage(out / "checkpoint" / name)
-    run = training(corpus, "top_k", out=out, seed=1, save_every=2)
+    run = run_of(corpus, out, seed=1)
     with caplog.at_level(logging.WARNING, logger="omnimoe"):
         assert load_settings(out / "checkpoint") == run.settings
         run.resume()
@@ -170,7 +174,7 @@ def test_where_all_are_damaged_nothing_is_taken_and_nothing_is_deleted(corpus, t
     for folder in ("checkpoint", "checkpoint-000002"):
         flip(out / folder / "model.safetensors")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    run = training(corpus, "top_k", out=out)
+    run = run_of(corpus, out)
     with pytest.raises(ResumeError, match=r"no checkpoint in .* is whole: .*checkpoint/.*; .*checkpoint-000002/"):
         run.resume()
     assert run.step == 0
@@ -183,7 +187,7 @@ def test_a_missing_newest_checkpoint_leaves_the_one_before_it(corpus, tmp_path, 
     shutil.copytree(half_way, out)
     shutil.rmtree(out / "checkpoint")
     assert restore(out / "checkpoint")
-    run = training(corpus, "top_k", out=out)
+    run = run_of(corpus, out)
     run.resume()
     assert run.step == 2
     assert load_settings(out / "checkpoint") == load_settings(out / "checkpoint-000002")
@@ -194,13 +198,13 @@ def test_the_last_good_one_stays_while_saves_fail(corpus, tmp_path, half_way, mo
     out = tmp_path / "run"
     shutil.copytree(half_way, out)
     flip(out / "checkpoint" / "training_state.pt")
-    run = training(corpus, "top_k", out=out, save_every=2)
+    run = run_of(corpus, out)
     run.resume()
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
     with pytest.raises(OSError, match="the disk is gone"):
         run.run()
     monkeypatch.undo()
-    again = training(corpus, "top_k", out=out, save_every=2)
+    again = run_of(corpus, out)
     again.resume()
     assert again.step == 2
 
@@ -226,5 +230,5 @@ def test_kept_checkpoints_take_no_room_twice_and_are_model_folders(half_way):
 def test_another_run_in_the_same_folder_keeps_nothing_of_the_first(corpus, tmp_path, half_way):
     out = tmp_path / "run"
     shutil.copytree(half_way, out)
-    training(corpus, "top_k", out=out, save_every=1, evaluate_batches=0).run(until=2)
+    run_of(corpus, out, save_every=1).run(until=2)
     assert [load_state(path)["step"] for path in checkpoints(out / "checkpoint")] == [2, 1]
