@@ -174,7 +174,8 @@ class RoutedExperts(Experts):
     def _shared(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """``(N, D)`` rows to ``(N, D)``, the shared experts alone."""
         assert self.shared_experts is not None
-        ends = torch.arange(1, self.shared_experts.num_copies + 1, device=x.device, dtype=torch.int32) * len(x)
+        copies = self.config.num_gated_experts or 1  # an adapter may stand in the place of the bank
+        ends = torch.arange(1, copies + 1, device=x.device, dtype=torch.int32) * len(x)
         if self.shared_gate is not None:
             return self.shared_experts(x, ends) * torch.sigmoid(self.shared_gate(x)).to(x.dtype)
         if weights is None:
