@@ -20,30 +20,21 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from omnimoe.bars import bars_where_seen
-from omnimoe.checkpoint import (
-    CheckpointError,
-    Hub,
-    Source,
-    check_weights,
-    complaint,
-    read_index,
-    read_json,
-    weight_files,
-)
+from omnimoe.checkpoint import CheckpointError, check_weights, complaint
 from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.checkpoint.finite import check_choice
 from omnimoe.checkpoint.finite import check_finite as look_for_nan
 from omnimoe.checkpoint.fit import bytes_of, check_dtypes, layers_in, misfits, renamed
-from omnimoe.checkpoint.folder import check_config, check_pickles, has_pickles_alone, inside, is_of_ranks
-from omnimoe.checkpoint.header import Entry, read_header
+from omnimoe.checkpoint.folder import check_config, is_of_ranks
+from omnimoe.checkpoint.header import Entry
 from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.checkpoint.memory import check_memory
+from omnimoe.checkpoint.route import find_folder, is_pickle
 from omnimoe.model_card import README, text_of, write_card
-from omnimoe.publish import publish, settle
+from omnimoe.publish import publish
 from omnimoe.quantize import check_reach, named
 from omnimoe.upload import REPOSITORY, repository, upload_folder
 
-_PLACE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 _UPLOAD = (*REPOSITORY, "repo_id", "token", "commit_message", "commit_description", "revision", "create_pr")
 
 
@@ -97,22 +88,32 @@ class GuardedFiles(PreTrainedModel):
         wants_report = kwargs.pop("output_loading_info", False)
         if strict is None:
             strict = not (wants_report or kwargs.get("ignore_mismatched_sizes"))
-        folder, kwargs = _base_of_adapters(*_folder(pretrained_model_name_or_path, kwargs))
-        is_pickle = _is_pickle(folder, allow_pickle, kwargs)
+        folder, kwargs = find_folder(pretrained_model_name_or_path, kwargs)
+        from_pickle = is_pickle(folder, allow_pickle, kwargs)
         if config is None or (folder / "config.json").exists():
             check_config(folder)
         if not isinstance(config, PreTrainedConfig):
             if config is not None:
-                check_config(_folder(config, {})[0])
+                check_config(find_folder(config, {})[0])
             own = {spec.name for spec in dataclasses.fields(cls.config_class)}
             changes = {name: kwargs.pop(name) for name in own & kwargs.keys() - {"dtype"}}
             config = cls.config_class.from_pretrained(folder if config is None else config, **changes)
         if verify:
             verify_folder(folder)
-        entries = {} if is_pickle else check_weights(folder, variant=kwargs.get("variant"))
-        is_checked = not (is_pickle or is_of_ranks(folder) or _is_converted(config, kwargs))
-        cls._check_fit(config, model_args, entries if is_checked else {}, folder, strict, check_size, kwargs)
-        kwargs |= {"use_safetensors": not is_pickle, "weights_only": True, "trust_remote_code": False}
+        entries = {} if from_pickle else check_weights(folder, variant=kwargs.get("variant"))
+        is_quantised = getattr(config, "quantization_config", None) is not None
+        model = cls._on_meta(config, model_args, entries if strict and not is_quantised else {}, folder)
+        held = renamed(entries, model.state_dict().keys(), cls.base_model_prefix)
+        if check_size and not _is_spread(kwargs) and kwargs.get("quantization_config") is None:
+            needed = sum(entry.size for entry in entries.values()) if is_quantised else 0
+            check_memory(needed or bytes_of(model, _dtype(config, kwargs), held), fspath(folder / "config.json"))
+        # where names or dtypes of the file are not the model's, only transformers can tell what fits
+        if not (from_pickle or is_quantised or is_of_ranks(folder) or kwargs.get("key_mapping")):
+            misfit = misfits(held, model, getattr(model, "all_tied_weights_keys", None)) if strict else ""
+            if misfit:
+                raise _does_not_fit(folder, cls.__name__, misfit)
+            check_dtypes(held, model.state_dict())
+        kwargs |= {"use_safetensors": not from_pickle, "weights_only": True, "trust_remote_code": False}
         if not strict:
             kwargs["ignore_mismatched_sizes"] = True
         try:
@@ -133,52 +134,29 @@ class GuardedFiles(PreTrainedModel):
         return (model, report) if wants_report else model
 
     @classmethod
-    def _check_fit(
-        cls,
-        config: PreTrainedConfig,
-        model_args: tuple[Any, ...],
-        entries: Mapping[str, Entry],
-        folder: Path,
-        strict: bool,
-        check_size: bool,
-        kwargs: Mapping[str, Any],
-    ) -> None:
-        """Compares the declared weights with the model, which is built without memory.
+    def _on_meta(
+        cls, config: PreTrainedConfig, model_args: tuple[Any, ...], entries: Mapping[str, Entry], folder: Path
+    ) -> PreTrainedModel:
+        """The model without memory.
 
         Args:
             config: of the model.
             model_args: for the class.
-            entries: as declared; empty where they come in a form that is not the model's.
+            entries: weights whose number of layers must be that of the config.
             folder: for messages.
-            strict: refuse what does not fit.
-            check_size: refuse what is larger than the memory that is free.
-            kwargs: of loading.
         """
         layers = layers_in(entries, "backbone")
-        if strict and layers and layers != config.num_layers:
+        if layers and layers != config.num_layers:
             raise _does_not_fit(
                 folder, cls.__name__, f"config.json declares {config.num_layers} layers, the weights are of {layers}"
             )
         try:
             with torch.device("meta"):
-                model = cls(copy.deepcopy(config), *model_args)
+                return cls(copy.deepcopy(config), *model_args)
         except RuntimeError as error:
             raise CheckpointError(
                 f"{folder / 'config.json'} describes a model that cannot be built: {error}; fetch or save it again"
             ) from error
-        held = renamed(entries, model.state_dict().keys(), cls.base_model_prefix)
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        dtype = config.dtype if dtype is None or dtype == "auto" else dtype
-        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if check_size and kwargs.get("device_map") in (None, "cpu"):
-            needed = bytes_of(model, dtype if isinstance(dtype, torch.dtype) else None, held)
-            check_memory(needed, fspath(folder / "config.json"))
-        if not entries:
-            return
-        misfit = misfits(held, model, getattr(model, "all_tied_weights_keys", None)) if strict else ""
-        if misfit:
-            raise _does_not_fit(folder, cls.__name__, misfit)
-        check_dtypes(held, model.state_dict())
 
     def save_pretrained(
         self,
@@ -277,55 +255,19 @@ class GuardedFiles(PreTrainedModel):
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def _folder(source: str | PathLike[str], kwargs: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The folder of a checkpoint, and the arguments of loading without those that say where it is."""
-    rest = {name: value for name, value in kwargs.items() if name not in _PLACE}
-    subfolder = kwargs.get("subfolder") or ""
-    if Path(source).is_dir():
-        folder = Path(source) / subfolder
-        settle(folder)
-        return folder, rest
-    asked = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if kwargs.get(name) is not None}
-    hub = Hub(**asked, local_files_only=bool(kwargs.get("local_files_only")))
-    place = Source.find(source, subfolder=subfolder, hub=hub)
-    folder = place.fetch()
-    if (folder / "adapter_config.json").is_file():
-        return place.fetch(["adapter_model.safetensors"], at=folder), rest
-    return place.fetch(weight_files(read_index(folder, variant=kwargs.get("variant"))), at=folder), rest
+def _dtype(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> torch.dtype | None:
+    """Of the loaded weights; None where it is the file's."""
+    asked = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    asked = config.dtype if asked is None or asked == "auto" else asked
+    asked = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    return asked if isinstance(asked, torch.dtype) else None
 
 
-def _base_of_adapters(folder: Path, kwargs: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """For a folder of adapters the folder of their base, with adapters passed on to transformers."""
-    adapters = dict(kwargs.get("adapter_kwargs") or {})
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = read_json(inside(folder, "adapter_config.json"), CheckpointError).get("base_model_name_or_path")
-        if not isinstance(base, str) or not base:
-            raise CheckpointError(f"{folder / 'adapter_config.json'} names no base model; load that, then load_adapter")
-        adapters["_adapter_model_path"] = fspath(folder)
-        folder, kwargs = _folder(base, {**kwargs, "adapter_kwargs": adapters})
-    place = Path(adapters.get("_adapter_model_path") or folder)
-    if (place / "adapter_config.json").is_file():
-        if not (place / "adapter_model.safetensors").exists():
-            raise CheckpointError(f"{place} has adapters and no adapter_model.safetensors; save them again")
-        read_header(inside(place, "adapter_model.safetensors"))
-    return folder, kwargs
-
-
-def _is_pickle(folder: Path, allow_pickle: bool, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the weights are a pickle, which only who allows it gets."""
-    if kwargs.get("gguf_file"):
-        raise CheckpointError("weights are read from safetensors only; convert the GGUF file first")
-    if kwargs.get("use_safetensors") is False and not allow_pickle:
-        raise CheckpointError("use_safetensors=False asks for a pickle, which can run code; pass allow_pickle=True too")
-    is_pickle = allow_pickle and (kwargs.get("use_safetensors") is False or has_pickles_alone(folder))
-    if is_pickle:
-        check_pickles(folder)
-    return is_pickle
-
-
-def _is_converted(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:
-    """Whether names or dtypes in the file are not the model's, so that only transformers can tell what fits."""
-    return bool(kwargs.get("key_mapping") or getattr(config, "quantization_config", None))
+def _is_spread(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the weights go elsewhere than into the memory of this process alone."""
+    spread = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
+    on_cpu = kwargs.get("device_map") in (None, "cpu") and torch.get_default_device().type == "cpu"
+    return not on_cpu or any(kwargs.get(name) is not None for name in spread)
 
 
 def _does_not_fit(folder: Path, model: str, misfit: str) -> MisfitError:

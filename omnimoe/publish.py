@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def publish(folder: Path, *, needed: int = 0, replaces: Iterable[str] = ()) -> I
     folder.mkdir(parents=True, exist_ok=True)
     settle(folder)
     _sweep(folder)
-    fresh = Path(tempfile.mkdtemp(prefix=_OPEN, dir=folder))
+    fresh = Path(tempfile.mkdtemp(prefix=f"{_OPEN}{_host()}-{os.getpid()}-", dir=folder))
     try:
         with _locked(fresh):
             yield fresh
@@ -83,10 +84,12 @@ def settle(folder: Path) -> None:
     Raises:
         OSError: if the files cannot be moved.
     """
-    if (folder / SEALED).is_dir():
+    sealed = folder / SEALED
+    while sealed.is_dir() and not sealed.is_symlink():
         # where it is gone by now, the process that made it has ended it
-        with contextlib.suppress(FileNotFoundError), _locked(folder / SEALED):
-            _move(folder)
+        with contextlib.suppress(FileNotFoundError), _locked(sealed) as is_held:
+            if is_held:
+                _move(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -156,8 +159,6 @@ def _move(folder: Path) -> None:
     A folder may come from somebody else, with a seal in it: nothing outside of it is touched.
     """
     sealed, root = folder / SEALED, folder.resolve()
-    if sealed.is_symlink() or not sealed.is_dir():
-        return
     if (sealed / MANIFEST).is_file():
         files = read_manifest(sealed)
         families = {family_of(name) for name in files} - {None}
@@ -210,16 +211,40 @@ def _is_full(error: BaseException, folder: Path) -> bool:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what a killed save left: open folders that nobody holds any more."""
-    for left in folder.glob(f"{_OPEN}*"):
-        with _locked(left, wait=False) as is_free:
-            if is_free:
-                shutil.rmtree(left, ignore_errors=True)
+    """Removes what a killed save left: open folders of processes of this machine that are no more."""
+    for left in folder.glob(f"{_OPEN}{_host()}-*"):
+        owner = left.name.split("-")[-2]
+        if fcntl is not None and owner.isdigit() and not _is_alive(int(owner)):
+            with contextlib.suppress(FileNotFoundError), _locked(left, wait=False) as is_held:
+                if is_held:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def _host() -> str:
+    return re.sub(r"\W", "", socket.gethostname())
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a folder against other processes; the system lets go of it if this one dies."""
+    """Holds a folder against other processes, until the end or the death of this one.
+
+    Args:
+        folder: what is held.
+        wait: for whoever holds it; on a file system without locks, go on all the same.
+
+    Yields:
+        Whether it is held, and still the folder of that name.
+    """
     if fcntl is None:
         yield wait
         return
@@ -227,10 +252,10 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            is_free = True
-        except OSError:  # held by another, or a file system without locks
-            is_free = False
-        yield is_free
+            is_held = True
+        except OSError:
+            is_held = wait
+        yield is_held and os.path.samestat(os.fstat(handle), folder.stat())
     finally:
         os.close(handle)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from omnimoe.bars import bars_where_seen
 from omnimoe.checkpoint.errors import CheckpointError
+from omnimoe.checkpoint.folder import end_broken_save
 from omnimoe.checkpoint.refusals import hub_errors
-from omnimoe.publish import settle
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Source:
         if not folder.is_dir():
             raise CheckpointError(f"{self.name!r} has no folder {self.subfolder!r}; leave subfolder out or correct it")
         if self.is_folder:
-            settle(folder)
+            end_broken_save(folder)
         required = [name for name in files if name not in TEXTS and not re.search(r"[*?\[]", name)]
         missing = [name for name in required if not (folder / name).is_file()]
         if missing and not self.is_folder:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omnimoe.checkpoint.errors import CheckpointError, read_json
 from omnimoe.checkpoint.header import Entry, read_header
+from omnimoe.publish import settle
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp")
 _RANK_LOCAL = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -28,6 +29,20 @@ def check_folder(folder: Path, *, variant: str | None = None) -> dict[str, Entry
     """
     check_config(folder)
     return check_weights(folder, variant=variant)
+
+
+def end_broken_save(folder: Path) -> None:
+    """Ends a save that was broken off when its files were whole.
+
+    Raises:
+        CheckpointError: if that cannot be done.
+    """
+    try:
+        settle(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"a save into {folder} was broken off and cannot be ended: {error}; make the folder writable, or copy it"
+        ) from error
 
 
 def check_config(folder: Path) -> None:

@@ -16,13 +16,14 @@ import pytest
 import torch
 from transformers import modeling_utils
 
+from omnimoe import from_pretrained
 from omnimoe import publish as publishing
 from omnimoe.experts import FeedForward
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.publish import MANIFEST, SEALED, publish, read_manifest, settle
 from omnimoe.train.checkpoint import load_state, restore, save_checkpoint
 from omnimoe.train.settings import TrainSettings
-from tests.checkpoint.files import INDEX, WEIGHTS, ChildError, contents, in_child, load, same_weights, small
+from tests.checkpoint.files import INDEX, WEIGHTS, ChildError, contents, in_child, load, refused, same_weights, small
 from tests.declarations import build
 
 CALLS = (
@@ -357,3 +358,33 @@ class TestDiskFull:
         with pytest.raises(OSError, match="GB free"):
             heavy.save_pretrained(small_disk / "model")
         assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"files": {"a": 1}}'])
+def test_a_seal_that_cannot_be_ended_is_told(saved, content):
+    (saved / SEALED).mkdir()
+    (saved / SEALED / MANIFEST).write_text(content)
+    for by in (load, from_pretrained):
+        with refused(saved, "was broken off and cannot be ended"):
+            by(saved)
+
+
+def test_two_saves_at_once(model, newer, tmp_path):
+    """As when every rank of a run saves: one of the two is there at the end, whole, and no error."""
+    folder = tmp_path / "model"
+    children = []
+    for which in (model, newer) * 3:
+        child = os.fork()
+        if child == 0:  # pragma: no cover
+            status = 1
+            try:
+                for _ in range(3):
+                    which.save_pretrained(folder, max_shard_size="12KB")
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * len(children)
+    loaded = load(folder, verify=True)
+    assert same_weights(loaded, model) or same_weights(loaded, newer)
+    assert left_behind(folder) == []

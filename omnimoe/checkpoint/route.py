@@ -1,0 +1,84 @@
+"""From the arguments of transformers' ``from_pretrained`` to the folder that is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from omnimoe.checkpoint.errors import CheckpointError, read_json
+from omnimoe.checkpoint.fetch import Hub, Source, weight_files
+from omnimoe.checkpoint.folder import check_pickles, end_broken_save, has_pickles_alone, inside, read_index
+from omnimoe.checkpoint.header import read_header
+
+ADAPTERS = "adapter_model.safetensors"
+_OF_THE_HUB = ("cache_dir", "token", "local_files_only")
+_PLACE = (*_OF_THE_HUB, "subfolder", "revision", "force_download", "proxies")
+
+
+def find_folder(source: str | PathLike[str], given: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder of a model, fetched where it is not there; of adapters that of their base.
+
+    Args:
+        source: a folder, or an id on the Hub.
+        given: the arguments of loading.
+
+    Returns:
+        The folder, and the arguments without those that say where it is, with adapters among them.
+
+    Raises:
+        CheckpointError: if there is no such folder, or it holds adapters that are malformed or a pickle.
+    """
+    folder = _fetched(source, given)
+    rest = {name: value for name, value in given.items() if name not in _PLACE}
+    adapters = dict(rest.get("adapter_kwargs") or {})
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_json(inside(folder, "adapter_config.json"), CheckpointError).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise CheckpointError(f"{folder / 'adapter_config.json'} names no base model; load that, then load_adapter")
+        adapters["_adapter_model_path"] = fspath(folder)
+        rest["adapter_kwargs"] = adapters
+        folder = _fetched(base, {name: given[name] for name in _OF_THE_HUB if name in given})
+    place = Path(adapters.get("_adapter_model_path") or folder)
+    if (place / "adapter_config.json").is_file():
+        if not (place / ADAPTERS).exists():
+            raise CheckpointError(f"{place} has adapters and no {ADAPTERS}; save them again")
+        read_header(inside(place, ADAPTERS))
+    return folder, rest
+
+
+def is_pickle(folder: Path, allow_pickle: bool, given: Mapping[str, Any]) -> bool:
+    """Whether the weights are read from a pickle, which only who allows it gets.
+
+    Args:
+        folder: of the model.
+        allow_pickle: whether that is allowed.
+        given: the arguments of loading.
+
+    Raises:
+        CheckpointError: if one is asked for and not allowed, or its index leads out of the folder.
+    """
+    if given.get("gguf_file"):
+        raise CheckpointError("weights are read from safetensors only; convert the GGUF file first")
+    if given.get("use_safetensors") is False and not allow_pickle:
+        raise CheckpointError("use_safetensors=False asks for a pickle, which can run code; pass allow_pickle=True too")
+    is_asked = allow_pickle and (given.get("use_safetensors") is False or has_pickles_alone(folder))
+    if is_asked:
+        check_pickles(folder)
+    return is_asked
+
+
+def _fetched(source: str | PathLike[str], given: Mapping[str, Any]) -> Path:
+    subfolder = given.get("subfolder") or ""
+    if Path(source).is_dir():
+        folder = Path(source) / subfolder
+        end_broken_save(folder)
+        return folder
+    asked = {name: given[name] for name in ("revision", "cache_dir", "token") if given.get(name) is not None}
+    hub = Hub(**asked, local_files_only=bool(given.get("local_files_only")))
+    place = Source.find(source, subfolder=subfolder, hub=hub)
+    folder = place.fetch()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return place.fetch([ADAPTERS], at=folder)
+    return place.fetch(weight_files(read_index(folder, variant=given.get("variant"))), at=folder)
