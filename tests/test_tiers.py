@@ -64,7 +64,6 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     ),
     "shrink": ("model",),
     "export": ("model",),
-    "export": ("model",),
     "closest": ("checkpoint", "model"),
     "convert": ("checkpoint", "model", "publish"),
     "zoo": ("model", "tokenizers", "convert"),
