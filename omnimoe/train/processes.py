@@ -24,10 +24,13 @@ from omnimoe.train.errors import TrainingError
 
 T = TypeVar("T")
 
+LAUNCHED = frozenset({"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
+"""Variables by which a launcher tells a process of the others."""
+
 
 @contextmanager
 def joined(device: torch.device | str = "cpu", *, timeout: float = 600.0) -> Iterator[torch.device]:
-    """Joins the other processes of a run that ``torchrun`` started; without it there is nothing to join.
+    """Joins the other processes of a run that ``torchrun`` or its like started; without it there is nothing to join.
 
     Args:
         device: where to train; ``"cuda"`` becomes the process's own one.
@@ -42,11 +45,12 @@ def joined(device: torch.device | str = "cpu", *, timeout: float = 600.0) -> Ite
         device(type='cpu')
     """
     device = torch.device(device)
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    if dist.is_initialized() or not LAUNCHED.issubset(os.environ):
         yield device
         return
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count()
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     backend, wait = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=wait)))

@@ -105,13 +105,14 @@ def test_checkpoints_on_the_way_leave_the_run_as_it_is(corpus, tmp_path):
     assert same_tensors(dict(plain.model.state_dict()), dict(saving.model.state_dict()))
 
 
-def test_ctrl_c_ends_the_step_saves_and_returns(corpus, tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_a_schedulers_signal_ends_the_step_saves_and_returns(corpus, tmp_path, number):
+    before = signal.getsignal(number)
     run = training(corpus, out=tmp_path)
-    run.run(on_step=lambda held: held.step == 3 and signal.raise_signal(signal.SIGINT))
+    run.run(on_step=lambda held: held.step == 3 and signal.raise_signal(number))
     assert run.was_interrupted
     assert run.step == 3
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     resumed, unbroken = training(corpus, out=tmp_path), training(corpus)
     resumed.resume()
     resumed.run()
@@ -194,6 +195,20 @@ def test_ctrl_c_at_the_command_line_and_resume_end_at_the_same_weights(tmp_path,
         MODELS.remove("tiny_interrupted")
     weights = [load_file(tmp_path / out / "checkpoint" / "model.safetensors") for out in ("broken", "whole")]
     assert same_tensors(*weights)
+
+
+def test_the_same_line_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
+    declared = tmp_path / "tiny_again.json"
+    tiny().to_json_file(declared)
+    line = ["train", str(declared), "--out", str(tmp_path / "run"), "--auto-resume", "--evaluate-batches", "0"]
+    sizes = ["--batch-size", "2", "--sequence-length", "128", "--steps", "2"]
+    for steps in (2, 2):
+        assert main([*line, *sizes]) == 0
+        MODELS.remove("tiny_again")
+        state = torch.load(tmp_path / "run" / "checkpoint" / "training_state.pt", weights_only=True)
+        assert state["step"] == steps
+    assert main([name for name in line if name != "--auto-resume"] + sizes) == 2
+    assert "holds a checkpoint already; pass --resume to go on" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_move(corpus, tmp_path):

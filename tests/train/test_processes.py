@@ -68,7 +68,7 @@ def alive(folder: Path) -> list[str]:
 
 
 def test_one_process_has_nothing_to_share(monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
     with joined("cpu") as device:
         assert device == torch.device("cpu")
     alone, batch = Processes.current(), {"input_ids": torch.arange(4)}
@@ -115,8 +115,8 @@ def test_two_processes_are_one_with_as_many_forwards(tmp_path):
     model = declared(tmp_path, "top_k")
     options = ("--precision", "fp32", "--noise", "")
     runs = {
-        "one": start(tmp_path / "one", model, "--batch-size", "2", "--accumulate", "2", *options),
-        "two": start(tmp_path / "two", model, "--batch-size", "4", *options, launcher=two()),
+        "one": start(tmp_path / "one", model, "--batch-size", "2", "--accumulate", "4", *options),
+        "two": start(tmp_path / "two", model, "--batch-size", "4", "--accumulate", "2", *options, launcher=two()),
     }
     for process in runs.values():
         code, told = finish(process)
@@ -129,7 +129,7 @@ def test_two_processes_are_one_with_as_many_forwards(tmp_path):
     for mine, theirs in zip(*trained, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
     # a run of two processes may go on as one
-    code, told = finish(start(tmp_path / "two", model, "--batch-size", "4", *options, "--resume"))
+    code, told = finish(start(tmp_path / "two", model, "--resume"))
     assert code == 0, told
 
 
