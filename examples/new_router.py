@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from omnimoe import RoutedExperts, Router, Routing, load, register_router
+from omnimoe import RoutedExperts, Router, Routing, load, record_routing, register_router
 from omnimoe.routers import load_balance_loss
 from omnimoe.train import Training, TrainSettings
 
@@ -36,8 +36,12 @@ def main(steps: int) -> None:
     experts = RoutedExperts.Config(num_experts=8, intermediate_size=256, router=CosineRouter.Config())
     model = load("dense_nano", seed=0, experts=experts)
     settings = TrainSettings(steps=steps, batch_size=4, sequence_length=128, evaluate_every=0, evaluate_batches=2)
-    for modality, losses in Training(model, settings).run().held_out.items():
+    training = Training(model, settings)
+    for modality, losses in training.run().held_out.items():
         print(f"{modality:<8} {losses[0]:.3f} -> {losses[-1]:.3f} nats a token")
+    with record_routing(model) as trace, torch.no_grad():
+        model(training.held_out[0]["input_ids"])
+    print(trace)
 
 
 if __name__ == "__main__":

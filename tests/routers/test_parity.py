@@ -23,7 +23,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashRouter, DeepseekV4TopKRouter
 from transformers.models.ernie4_5_vl_moe.configuration_ernie4_5_vl_moe import Ernie4_5_VLMoeTextConfig
-from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import Ernie4_5_VLMoeMoeTopKRouter
+from transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe import (
+    Ernie4_5_VLMoeMoeBlock,
+    Ernie4_5_VLMoeMoeTopKRouter,
+)
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
@@ -37,7 +40,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from omnimoe.experts import RoutedExperts
 from omnimoe.layers import RowLayout
-from omnimoe.routers import HashRouter, Router, TopKRouter, load_balance_loss
+from omnimoe.routers import ByModalityRouter, HashRouter, Router, TopKRouter, load_balance_loss
 
 WIDTH, EXPERTS, ROWS = 16, 8, 40
 
@@ -193,6 +196,36 @@ def copied(layer: RoutedExperts, bank) -> None:
 def drawn_parameters(module: torch.nn.Module) -> None:
     for parameter in module.parameters():
         parameter.data.normal_(std=0.3)
+
+
+@pytest.mark.parametrize("mixed", [True, False], ids=["text and vision", "text alone"])
+def test_ernie_4_5_vl_keeps_two_pools_and_shares_an_expert(mixed):
+    """Its pools are of two widths, which a bank is not, so here both are of one."""
+    published = Ernie4_5_VLMoeTextConfig(
+        hidden_size=WIDTH, moe_num_experts=EXPERTS, moe_k=3, moe_intermediate_size=[24, 24], moe_num_shared_experts=2
+    )
+    module = Ernie4_5_VLMoeMoeBlock(published)
+    drawn_parameters(module)
+    inner = TopKRouter.Config(top_k=published.num_experts_per_tok, expert_bias="shared")
+    config = RoutedExperts.Config(
+        num_experts=2 * EXPERTS, intermediate_size=24, num_shared_experts=2,
+        router=ByModalityRouter.Config(experts=(EXPERTS, EXPERTS), router=inner),
+    )  # fmt: skip
+    layer = config.build(hidden_size=WIDTH, num_modalities=2, layer_idx=0)
+    for key, pool in enumerate((module.text_moe, module.vision_moe)):
+        own = slice(key * EXPERTS, (key + 1) * EXPERTS)
+        layer.experts.gate_up_proj.data[own].copy_(pool.experts.gate_up_proj)
+        layer.experts.down_proj.data[own].copy_(pool.experts.down_proj)
+        layer.router.routers[key].scorer.weight.data.copy_(pool.gate.weight)
+        layer.router.routers[key].expert_bias.copy_(pool.gate.moe_statics.e_score_correction_bias[0])
+    shared = module.shared_experts
+    layer.shared_experts.gate_up_proj.data[0].copy_(torch.cat((shared.gate_proj.weight, shared.up_proj.weight)))
+    layer.shared_experts.down_proj.data[0].copy_(shared.down_proj.weight)
+    kinds = torch.randint(0, 2, (2, 20)) * mixed
+    x = torch.randn(2, 20, WIDTH)
+    rows = RowLayout.build(kinds, num_keys=2)
+    found, _ = layer(rows.to_rows(x), rows)
+    torch.testing.assert_close(rows.to_time(found), module(x, kinds)[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
