@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from omnimoe.encoders.siglip import Siglip
 from omnimoe.layers import LatentAttention
+from omnimoe.modalities import Connected, GridPatches
 from omnimoe.model import OmniMoeConfig
 
 
@@ -16,10 +18,15 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         hidden_size: a multiple of 16.
         num_layers: layers to keep; ranges of changed layers are moved so that the first of each is kept.
     """
-    markers = iter(range(3, 64))
+    fresh = iter(range(3, 64))
+    markers: dict[int, int] = {}
 
     def moved(token: int | None) -> int | None:
-        return None if token is None else next(markers)
+        if token is None:
+            return None
+        if token not in markers:
+            markers[token] = next(fresh)
+        return markers[token]
 
     def attention(part: Any) -> Any:
         if part is None or not hasattr(part, "num_heads"):
@@ -47,6 +54,13 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         small: dict[str, Any] = {"begin_id": moved(modality.begin_id), "end_id": moved(modality.end_id)}
         if modality.num_tokens is not None:
             small["num_tokens"] = 4
+        if modality.placeholder_id is not None:
+            small["placeholder_id"] = moved(modality.placeholder_id)
+        if isinstance(modality, Connected.Config | GridPatches.Config) and modality.max_side:
+            small["max_side"] = 8
+        if isinstance(modality, Connected.Config) and isinstance(modality.encoder, Siglip.Config):
+            narrow = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 2, "max_side": 8}
+            small |= {"encoder": modality.encoder.replace(**narrow), "channels": 32}
         if modality.is_discrete:
             small |= {"vocab_size": 64 if not modalities else 16, "vocab_start": None}
         modalities.append(modality.replace(**small))

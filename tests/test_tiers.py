@@ -62,7 +62,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         "scoring",
         "steps",
     ),
-    "shrink": ("model",),
+    "shrink": ("model", "encoders"),
     "export": ("model",),
     "closest": ("checkpoint", "model"),
     "convert": ("checkpoint", "model", "publish"),

@@ -116,6 +116,9 @@ class Connected(Modality):
                     "Features with places, or what the encoder's prepare gives, and a connector that keeps all rows"
                 )
             rows = rows + self.place(places.to(rows.device)).to(rows.dtype)
+        if self.config.trains_encoder and not isinstance(inputs, Mapping):
+            # an encoder that was not run takes part too: its gradients are zero, not missing
+            rows = rows + 0 * sum(parameter.sum() for parameter in self.encoder.parameters()).to(rows.dtype)
         return rows.flatten(0, 1) if mask is None else rows[self.connector.row_mask(mask)]
 
     def row_counts(self, inputs: Any) -> list[int]:
