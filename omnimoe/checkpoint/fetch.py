@@ -35,12 +35,14 @@ class Hub:
         cache_dir: of downloads; huggingface_hub's own where None.
         token: for what is private or gated; that of ``hf auth login`` where None, none at all where False.
         local_files_only: look in the cache alone.
+        force_download: fetch again what is in the cache.
     """
 
     revision: str | None = None
     cache_dir: str | Path | None = None
     token: str | bool | None = None
     local_files_only: bool = False
+    force_download: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,7 @@ class Source:
                 cache_dir=self.hub.cache_dir,
                 token=self.hub.token,
                 local_files_only=self.hub.local_files_only,
+                force_download=self.hub.force_download,
                 allow_patterns=[inside + name for name in files],
                 ignore_patterns=[f"{inside}*/*"],
             )
