@@ -5,7 +5,7 @@ rules between parameter names. ``omnimoe.from_pretrained`` then loads such a che
 ``omnimoe convert`` writes it as ours, and back.
 """
 
-from omnimoe.convert.changes import Change, Deinterleave, Reshape, Transpose
+from omnimoe.convert.changes import Chain, Change, Deinterleave, Reshape, Transpose
 from omnimoe.convert.converter import CONVERTERS, Converter, find_converter, register_converter
 from omnimoe.convert.folders import to_omnimoe, to_published
 from omnimoe.convert.published import Published
@@ -13,6 +13,7 @@ from omnimoe.convert.rules import Part, Rows, Rule, RuleError, bank, make_plan, 
 
 __all__ = [
     "CONVERTERS",
+    "Chain",
     "Change",
     "Converter",
     "Deinterleave",

@@ -67,16 +67,18 @@ class Deinterleave(Change):
     Args:
         block: rows of one head, whose order is its own; all rows where None.
         first: rows of a block that come before those that are turned, and stay.
+        axis: the axis of the rows.
     """
 
     block: int | None = None
     first: int = 0
+    axis: int = 0
 
     def into(self, tensor: Tensor) -> Tensor:
-        return tensor[self._order(len(tensor), tensor.device)]
+        return tensor.index_select(self.axis, self._order(tensor.shape[self.axis], tensor.device))
 
     def back(self, tensor: Tensor) -> Tensor:
-        return tensor[self._order(len(tensor), tensor.device).argsort()]
+        return tensor.index_select(self.axis, self._order(tensor.shape[self.axis], tensor.device).argsort())
 
     def _order(self, count: int, device: torch.device) -> Tensor:
         # an index on the meta device would give a shape and nothing else, which is all that is asked of it there
@@ -84,3 +86,24 @@ class Deinterleave(Change):
         turned = torch.arange(self.first, block, device=device)
         order = torch.cat((torch.arange(self.first, device=device), turned[::2], turned[1::2]))
         return (torch.arange(0, count, block, device=device).unsqueeze(1) + order).flatten()
+
+
+@dataclass(frozen=True)
+class Chain(Change):
+    """One change after the other.
+
+    Args:
+        steps: in the order from the published form to ours.
+    """
+
+    steps: tuple[Change, ...]
+
+    def into(self, tensor: Tensor) -> Tensor:
+        for step in self.steps:
+            tensor = step.into(tensor)
+        return tensor
+
+    def back(self, tensor: Tensor) -> Tensor:
+        for step in reversed(self.steps):
+            tensor = step.back(tensor)
+        return tensor

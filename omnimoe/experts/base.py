@@ -9,7 +9,7 @@ from torch import nn
 
 from omnimoe.config import Config as ConfigBase
 from omnimoe.config import ConfigError, Configurable, register
-from omnimoe.ops import ACTIVATIONS
+from omnimoe.ops import ACTIVATIONS, GATED
 from omnimoe.registry import Registry
 from omnimoe.routers import Routing
 
@@ -21,7 +21,7 @@ def register_experts(name: str, *, exist_ok: bool = False):
     return register(EXPERTS, name, exist_ok=exist_ok)
 
 
-def check_network(intermediate_size: int, activation: str) -> None:
+def check_network(intermediate_size: int, activation: str, gated: bool = True) -> None:
     """Refuses a width or an activation that no network can have.
 
     Raises:
@@ -29,8 +29,9 @@ def check_network(intermediate_size: int, activation: str) -> None:
     """
     if intermediate_size < 1:
         raise ConfigError(f"intermediate_size must be at least 1, got {intermediate_size}")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    known = GATED if gated else ACTIVATIONS
+    if activation not in known:
+        raise ConfigError(f"unknown activation {activation!r}; known: {', '.join(known)}")
 
 
 class Experts(nn.Module, Configurable):

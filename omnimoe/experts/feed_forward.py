@@ -31,7 +31,7 @@ class FeedForward(Experts):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_network(self.intermediate_size, self.activation)
+            check_network(self.intermediate_size, self.activation, self.gated)
 
         @property
         def needs_key_order(self) -> bool:

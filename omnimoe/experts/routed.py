@@ -35,6 +35,8 @@ class RoutedExperts(Experts):
         """A name of ``omnimoe.ops.ACTIVATIONS``."""
         gated: bool = True
         """Multiply by the activated gate."""
+        bias: bool = False
+        """Biases in the experts' networks (gpt-oss)."""
         router: Router.Config = field(default_factory=TopKRouter.Config)
         """Which expert takes which row."""
         weights_on: str = "output"
@@ -55,7 +57,7 @@ class RoutedExperts(Experts):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_network(self.intermediate_size, self.activation)
+            check_network(self.intermediate_size, self.activation, self.gated)
             for name in (
                 "num_shared_experts",
                 "num_zero_experts",
@@ -67,7 +69,7 @@ class RoutedExperts(Experts):
             if self.num_experts < 1:
                 raise ConfigError(f"num_experts must be at least 1, got {self.num_experts}")
             if self.shared_intermediate_size is not None:
-                check_network(self.shared_intermediate_size, self.activation)
+                check_network(self.shared_intermediate_size, self.activation, self.gated)
             for name, known in (("shared_gate", SHARED_GATES), ("weights_on", WEIGHTS_ON)):
                 if getattr(self, name) not in known:
                     raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
@@ -116,10 +118,14 @@ class RoutedExperts(Experts):
 
         @property
         def tp_plan(self) -> dict[str, str]:
+            if self.bias:
+                return {}  # a bias after the second product would be added on every device
             return dict.fromkeys(("experts", "shared_experts") if self.num_shared_experts else ("experts",), "bank_mlp")
 
         @property
         def ep_plan(self) -> dict[str, str]:
+            if self.bias:
+                return {}
             parameters = dict.fromkeys(("experts.gate_up_proj", "experts.down_proj"), "grouped_gemm")
             return {"experts": "ep_dispatch_experts", **parameters}
 
@@ -143,7 +149,7 @@ class RoutedExperts(Experts):
         self.router = config.router.build(
             hidden_size=hidden_size, num_experts=config.num_experts, num_modalities=num_modalities, **given
         )
-        network = config.activation, config.gated
+        network = config.activation, config.gated, config.bias
         self.experts = BankMLP(config.num_experts, hidden_size, config.intermediate_size, *network)
         self.free_experts = FreeExperts(hidden_size, config.free_experts) if config.free_experts else None
         width, shared = config.shared_intermediate_size or config.intermediate_size, config.num_shared_experts

@@ -48,7 +48,7 @@ class SoftExperts(Experts):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            check_network(self.intermediate_size, self.activation)
+            check_network(self.intermediate_size, self.activation, self.gated)
             for name in ("num_experts", "num_slots"):
                 if getattr(self, name) < 1:
                     raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

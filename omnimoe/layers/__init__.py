@@ -11,6 +11,7 @@ from omnimoe.layers.rope import Rope
 from omnimoe.layers.rope_scaling import ROPE_SCALINGS, RopeScaling, register_rope_scaling
 from omnimoe.layers.rows import RowLayout
 from omnimoe.layers.sine_grid import SineGrid
+from omnimoe.layers.sink_attention import SinkAttention
 
 __all__ = [
     "ATTENTIONS",
@@ -30,6 +31,7 @@ __all__ = [
     "RopeScaling",
     "RowLayout",
     "SineGrid",
+    "SinkAttention",
     "TowerMap",
     "num_copies",
     "register_attention",

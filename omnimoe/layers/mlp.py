@@ -20,18 +20,27 @@ class BankMLP(Bank):
         intermediate_size: F.
         activation: a name of ``omnimoe.ops.ACTIVATIONS``.
         gated: multiply by the activated gate; without it the network has two matrices.
+        bias: add a bias after each product.
     """
 
-    initial = {"gate_up_proj": "normal", "down_proj": "normal"}
+    initial = {"gate_up_proj": "normal", "down_proj": "normal", "gate_up_bias": 0.0, "down_bias": 0.0}
 
     def __init__(
-        self, num_copies: int, hidden_size: int, intermediate_size: int, activation: str = "silu", gated: bool = True
+        self,
+        num_copies: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
     ) -> None:
         super().__init__(tuple(range(num_copies)))
         self.activation = activation
         rows = (2 if gated else 1) * intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_copies, rows, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_copies, hidden_size, intermediate_size))
+        self.gate_up_bias = nn.Parameter(torch.empty(num_copies, rows)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(num_copies, hidden_size)) if bias else None
         self.reset_parameters()
 
     def forward(
@@ -56,12 +65,16 @@ class BankMLP(Bank):
         Returns:
             ``(R, D)``, or ``(T, D)``.
         """
-        if compute is not None:
+        if compute is not None and self.gate_up_bias is None:
             return compute(self, x, offsets, token_index, weights)
+        if compute is not None:
+            raise ValueError("experts with biases run on our own ops alone; take set_experts_implementation('omnimoe')")
+        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
         gate_up_proj, down_proj = self.weights()
         if copies is not None and copies != list(range(self.num_copies)):
             gate_up_proj, down_proj = gate_up_proj[copies], down_proj[copies]
-        return experts_mlp(x, gate_up_proj, down_proj, offsets, self.activation, token_index, weights)
+            biases = {name: None if bias is None else bias[copies] for name, bias in biases.items()}
+        return experts_mlp(x, gate_up_proj, down_proj, offsets, self.activation, token_index, weights, **biases)
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """``gate_up_proj`` and ``down_proj`` as operations read them."""

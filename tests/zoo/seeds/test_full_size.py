@@ -21,9 +21,17 @@ from omnimoe import CheckpointError, OmniMoeForCausalLM, from_pretrained, list_m
 from omnimoe.convert import CONVERTERS
 from omnimoe.model import MODELS
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "olmoe", "deepseek")
+FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "olmoe", "deepseek", "gpt_oss")
 SEEDS = sorted(name for family in FAMILIES for name in list_models(family=family))
-LARGE = {"deepseek_v3", "moonlight_16b_a3b", "qwen3_30b_a3b", "mixtral_8x22b", "smollm2_360m", "qwen3_8b"}
+LARGE = {
+    "deepseek_v3",
+    "moonlight_16b_a3b",
+    "qwen3_30b_a3b",
+    "mixtral_8x22b",
+    "smollm2_360m",
+    "qwen3_8b",
+    "gpt_oss_120b",
+}
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in SEEDS]
 # Parameters as the authors or the files state them, where known; the bias of DeepSeek's routers is none.
 STATED = {
@@ -40,6 +48,8 @@ STATED = {
     "mixtral_8x22b": 140_620_634_112,
     "olmoe_1b_7b": 6_919_161_856,
     "deepseek_v3": 671_026_404_352,
+    "gpt_oss_20b": 20_914_757_184,
+    "gpt_oss_120b": 116_829_156_672,
 }
 
 

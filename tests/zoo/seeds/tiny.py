@@ -76,6 +76,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v3",
         _DEEPSEEK | scaled("yarn", original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7),
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 24,
+            "head_dim": 8,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "sliding_window": 4,
+        },
+    ),
 }
 """A case a family."""
 
@@ -94,6 +105,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v3 one query matrix": ("deepseek_v3", _DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
     "deepseek_v3 halves": ("deepseek_v3", _DEEPSEEK | {"rope_interleave": False, "norm_topk_prob": False}),
+    "gpt_oss windows first": (
+        "gpt_oss",
+        CASES["gpt_oss"][1] | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    ),
     "deepseek_v3 with biases": ("deepseek_v3", _DEEPSEEK | {"attention_bias": True, "first_k_dense_replace": 0}),
 }
 """Choices of a config that a family's released models do not all make alike."""
