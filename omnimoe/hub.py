@@ -233,8 +233,10 @@ def _near(folder: Path) -> str:
 def _source(source: str | PathLike[str], *, subfolder: str = "", hub: Hub) -> Source:
     """Where a checkpoint lies; a registered name is no place."""
     # plugins are loaded by the look-up: they may bring the parts that the config names
-    if isinstance(source, str) and source in MODELS and not Path(source).is_dir():
-        raise CheckpointError(f"{source!r} is a registered model, not a checkpoint; call load({source!r})")
+    if isinstance(source, str) and source in MODELS:
+        if not Path(source).is_dir():
+            raise CheckpointError(f"{source!r} is a registered model, not a checkpoint; call load({source!r})")
+        logger.warning("%r is a folder here and a registered model: the folder is read; load() gives the other", source)
     hint = "" if "/" in fspath(source) else f", and no registered model has that name{MODELS.hint(fspath(source))}"
     return Source.find(source, subfolder=subfolder, hub=hub, hint=hint)
 

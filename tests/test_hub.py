@@ -270,6 +270,12 @@ class TestFromPretrained:
         with pytest.raises(CheckpointError, match=r"call load\('mot_37m'\)"):
             from_pretrained("mot_37m")
 
+    def test_a_folder_of_a_registered_name_is_read_and_told(self, saved, monkeypatch, caplog):
+        monkeypatch.chdir(saved.rename(saved.with_name("mot_37m")).parent)
+        with caplog.at_level(logging.WARNING, logger="omnimoe.hub"):
+            assert from_pretrained("mot_37m").config.hidden_size == tiny().hidden_size
+        assert "'mot_37m' is a folder here and a registered model: the folder is read" in caplog.text
+
     @pytest.mark.parametrize(
         ("source", "message"),
         [("mot_37", "did you mean 'mot_37m'"), ("a/b/c", "neither"), ("local-dir:no", "no folder")],

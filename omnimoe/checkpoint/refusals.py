@@ -69,6 +69,8 @@ def _sentence(error: Exception, name: str, revision: str | None, token: str | bo
         return f"{name!r} is no id of the Hub: {error}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk of the cache is full, so {name!r} could not be fetched; free some space or pass cache_dir="
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return f"{name!r} cannot be kept in the cache: {error}; pass another folder as cache_dir="
     return (
         f"the transfer of {name!r} broke off: {error}. Call again: what is whole is kept, and nothing is read that "
         "is not"

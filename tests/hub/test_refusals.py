@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,29 @@ def test_a_download_that_breaks_off(hub, saved, model):
     assert not [path for path in snapshot() if path.endswith(".safetensors")], "nothing that is not whole is read"
     hub.faults.clear()
     assert from_pretrained(NAME, verify=True).config.modality_names == model.config.modality_names
+
+
+@pytest.mark.parametrize(
+    ("error", "fragment"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk of the cache is full"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be kept in the cache"),
+    ],
+)
+def test_a_cache_that_cannot_be_written(hub, saved, monkeypatch, error, fragment):
+    hub.add(NAME, saved)
+
+    def fail(*args, **given):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.file_download._chmod_and_move", fail)
+    refused(fragment, "cache_dir=")
+
+
+def test_a_cache_that_is_a_file(hub, saved, tmp_path):
+    hub.add(NAME, saved)
+    (tmp_path / "file").write_text("no folder")
+    refused("cannot be kept in the cache", "pass another folder as cache_dir=", cache_dir=tmp_path / "file")
 
 
 def test_a_download_goes_on_where_it_broke_off(hub, saved):
