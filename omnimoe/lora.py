@@ -18,6 +18,7 @@ from torch import nn
 from omnimoe.experts import FeedForward, RoutedExperts
 from omnimoe.layers import BankLinear, BankMLP
 from omnimoe.model import OmniMoeConfig
+from omnimoe.quantize import is_quantized
 from omnimoe.routers import ByModalityRouter, Router, StaticRouter
 
 DEFAULT_SITES = ("attention", "experts")
@@ -35,12 +36,14 @@ class _Site:
         labels: what ``sites`` may call it.
         keys: the keys whose rows may meet each copy.
         is_parameter: False for a plain linear layer, which PEFT adapts as a module.
+        is_quantized: its numbers are held in another form.
     """
 
     name: str
     labels: frozenset[str]
     keys: _Keys
     is_parameter: bool
+    is_quantized: bool = False
 
     def copies_of(self, towers: frozenset[int]) -> list[int]:
         """The copies that no key outside of ``towers`` meets."""
@@ -64,7 +67,7 @@ def lora_targets(
         ``target_modules``, ``target_parameters`` and, as said above, ``inference_mode``.
 
     Raises:
-        ValueError: if a tower or a site is unknown, or nothing is left.
+        ValueError: if a tower or a site is unknown, nothing is left, or a bank is quantised.
 
     Example:
         >>> from omnimoe import load
@@ -79,6 +82,12 @@ def lora_targets(
         raise ValueError(
             f"rows of other towers meet every weight of the chosen sites ({found[0].name}, ...), so an adapter of "
             f"{', '.join(names or ())} alone has no place; leave towers out, or choose other sites"
+        )
+    frozen = [site.name for site in kept if site.is_quantized]
+    if frozen:
+        raise ValueError(
+            f"{frozen[0]} is quantised, and an adapter of a bank is added to plain numbers; put the adapter on first, "
+            "merge it and quantise then"
         )
     targets: dict[str, Any] = {
         "target_modules": [site.name for site in kept if not site.is_parameter],
@@ -223,7 +232,7 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
                 if value.ndim == (2 if "router" in labels else 3):
                     keys = owners.get(name, every * len(value)) if value.ndim == 3 else every
                     own = labels if parameter == "weight" else labels | {parameter}
-                    yield _Site(f"{name}.{parameter}", own, keys, is_parameter=True)
+                    yield _Site(f"{name}.{parameter}", own, keys, is_parameter=True, is_quantized=is_quantized(value))
 
 
 def _plain(name: str) -> str:

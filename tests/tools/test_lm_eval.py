@@ -67,10 +67,10 @@ def bpe():
 
 class TestLikelihoods:
     @pytest.mark.parametrize("name", KINDS)
-    @pytest.mark.parametrize("batch_size", [1, 3])
+    @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
     def test_they_are_the_models_own(self, name, batch_size, bpe):
         model = build(declared(name))
-        found = adapter(model, device="cpu", batch_size=batch_size).loglikelihood(
+        found = adapter(model, device="cpu", batch_size=batch_size, max_batch_size=4).loglikelihood(
             requests("loglikelihood", PAIRS), disable_tqdm=True
         )
         for (context, continuation), (log_likelihood, is_greedy) in zip(PAIRS, found, strict=True):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from omnimoe import Modality, add_lora, confine_lora, from_pretrained, lora_targets, register_modality
+from omnimoe import Modality, add_lora, confine_lora, from_pretrained, lora_targets, quantize, register_modality
 from omnimoe.layers.norm import BankHeadLayerNorm
 from omnimoe.modalities import MODALITIES
 from tests.declarations import CACHED, DECLARATIONS, TEXT, build, ids_like
@@ -84,6 +84,21 @@ def test_sites(name, sites, fragments, modules):
     assert {end for place in targets["target_parameters"] for end in fragments if place.endswith(end)} == fragments
     assert all(place.endswith(tuple(fragments)) for place in targets["target_parameters"])
     assert set(targets["target_modules"]) == modules
+
+
+def test_a_model_without_heads():
+    model, ids = build(DECLARATIONS["moma"]).model, ids_like(DECLARATIONS["moma"])
+    base = model(ids).last_hidden_state
+    found = add_lora(model, r=2, init_lora_weights=False)
+    hidden = found(ids).last_hidden_state
+    assert not torch.allclose(hidden, base, atol=1e-2)
+    torch.testing.assert_close(found.merge_and_unload()(ids).last_hidden_state, hidden)
+
+
+def test_an_adapter_that_was_there_is_seen_through():
+    plain = build(DECLARATIONS["mot_post"])
+    wanted = lora_targets(plain)
+    assert lora_targets(adapted(plain)) == wanted
 
 
 class TestSavedReloadedMerged:
@@ -293,6 +308,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             add_lora(model, **given)
         assert set(model.state_dict()) == set(before)
+
+    def test_a_quantised_bank(self):
+        pytest.importorskip("torchao")
+        model = quantize(build(DECLARATIONS["mot_post"]))
+        with pytest.raises(ValueError, match=r"q_proj.weight is quantised.*merge it and quantise then"):
+            add_lora(model)
 
     def test_a_model_of_another_kind(self):
         with pytest.raises(ValueError, match="a model of omnimoe is needed, got Linear"):
