@@ -18,7 +18,9 @@ def complaint(report: dict[str, Any]) -> str:
         groups: dict[str, list[str]] = {}
         for key in keys:
             groups.setdefault(re.sub(r"[.]\d+[.]", ".*.", key), []).append(key)
-        lines = [found[0] if len(found) == 1 else f"{pattern} ({len(found)} times)" for pattern, found in groups.items()]
+        lines = [
+            found[0] if len(found) == 1 else f"{pattern} ({len(found)} times)" for pattern, found in groups.items()
+        ]
         parts += _listed(kind, len(keys), lines)
     shapes = sorted(report.get("mismatched_keys") or ())
     lines = [f"{key}: {tuple(held)} in the file, {tuple(want)} in the model" for key, held, want in shapes]

@@ -76,8 +76,8 @@ def _fetched(source: str | PathLike[str], given: Mapping[str, Any]) -> Path:
         end_broken_save(folder)
         return folder
     asked = {name: given[name] for name in ("revision", "cache_dir", "token") if given.get(name) is not None}
-    flags = {name: bool(given.get(name)) for name in ("local_files_only", "force_download")}
-    hub = Hub(**asked, **flags)
+    asked |= {name: bool(given.get(name)) for name in ("local_files_only", "force_download")}
+    hub = Hub(**asked)
     place = Source.find(source, subfolder=subfolder, hub=hub)
     folder = place.fetch()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
