@@ -77,8 +77,8 @@ class RoutedExperts(Experts):
                 raise ConfigError(f"shared_gate {self.shared_gate!r} gates nothing; set num_shared_experts")
             if (self.free_experts or self.num_gated_experts) and not self.router.takes_free_experts:
                 raise ConfigError(
-                    f"{type(self.router).__qualname__} chooses among the experts of the bank alone; drop zero, identity "
-                    "and constant experts and shared_gate='softmax', or take TopKRouter"
+                    f"{type(self.router).__qualname__} chooses among the experts of the bank alone; drop zero, "
+                    "identity and constant experts and shared_gate='softmax', or take TopKRouter"
                 )
 
         @property

@@ -109,7 +109,7 @@ class SoftExperts(Experts):
         grouped = slots.unflatten(1, (config.num_experts, config.num_slots)).transpose(0, 1).flatten(0, 2)
         each = rows.batch_size * config.num_slots
         ends = torch.arange(1, config.num_experts + 1, device=x.device, dtype=torch.int32) * each
-        worked = self.experts(grouped, ends).view(config.num_experts, rows.batch_size, config.num_slots, -1)
+        worked = self.experts(grouped, ends).view(config.num_experts, rows.batch_size, config.num_slots, x.shape[1])
         combine = timed.softmax(-1)
         y = rows.to_rows(combine.to(x.dtype) @ worked.transpose(0, 1).flatten(1, 2))
         return y, self._routing(logits, x.dtype)

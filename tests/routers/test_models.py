@@ -100,6 +100,21 @@ def test_a_batch_of_one_modality_is_finite(name):
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_batch_and_low_precision_are_finite(name, dtype):
+    config = config_of(name)
+    model = build(config).to(dtype).train()
+    for ids in (ids_like(config), torch.zeros(0, 5, dtype=torch.int64)):
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        model.update_routers(out.routings)
+        assert out.loss.isfinite()
+        assert out.logits.dtype == dtype
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_causal_router_does_not_see_later_tokens(name):
     config = config_of(name)
