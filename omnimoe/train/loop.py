@@ -254,13 +254,13 @@ class Training:
 
     def _take_step(self) -> dict[str, float]:
         place = self.batches.state_dict()
-        told = f"at step {self.step + 1}"
+        told, stop = f"at step {self.step + 1}", self._stop_requested or self.processes.is_orphan
         try:
             with (
                 self.processes.held_together(told),
                 explain_out_of_memory(self.model, self.settings, self._own_batch, where=told),
             ):
-                taken = self._stepper.take(self.batches, self.step, stop=self._stop_requested)
+                taken = self._stepper.take(self.batches, self.step, stop=stop)
         except Exception:
             # the step was not taken, so its batches are still to come
             self.batches.load_state_dict(place)

@@ -69,15 +69,25 @@ class Processes:
     Args:
         rank: its number.
         world_size: how many there are.
+        launcher: the process that started this one and looks after it; None where nobody does.
     """
 
     rank: int = 0
     world_size: int = 1
+    launcher: int | None = None
 
     @classmethod
     def current(cls) -> Processes:
         """Those that were joined, or this one alone."""
-        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+        if not dist.is_initialized():
+            return cls()
+        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        return cls(dist.get_rank(), dist.get_world_size(), launcher)
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the launcher was killed, so that nobody would end this process where another is lost."""
+        return self.launcher is not None and os.getppid() != self.launcher
 
     @property
     def is_first(self) -> bool:

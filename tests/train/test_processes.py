@@ -73,6 +73,7 @@ def test_one_process_has_nothing_to_share(monkeypatch):
         assert device == torch.device("cpu")
     alone, batch = Processes.current(), {"input_ids": torch.arange(4)}
     assert alone == Processes(rank=0, world_size=1)
+    assert not alone.is_orphan
     assert alone.share(batch) is batch
     assert alone.gather(3) == [3]
     assert alone.sum(torch.ones(2)).tolist() == [1, 1]
@@ -129,7 +130,7 @@ def test_two_processes_are_one_with_as_many_forwards(tmp_path):
     for mine, theirs in zip(*trained, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
     # a run of two processes may go on as one
-    code, told = finish(start(tmp_path / "two", model, "--resume"))
+    code, told = finish(start(tmp_path / "two", model, *options, "--resume"))
     assert code == 0, told
 
 
@@ -190,3 +191,21 @@ def test_a_lost_or_stuck_process_ends_all_of_them(tmp_path, how, rank):
         assert f"process {1 - rank} of 2 lost another at step 4" in told
     state = torch.load(tmp_path / "run" / "checkpoint" / "training_state.pt", weights_only=True)
     assert state["step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.hazard(25)
+def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
+    process = start(
+        tmp_path / "run", declared(tmp_path, "dense"), "--batch-size", "4", "--steps", "100000", launcher=two()
+    )
+    log, limit = tmp_path / "run" / "log.jsonl", time.monotonic() + 200
+    while not (log.exists() and '"kind": "train"' in log.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    process.kill()
+    while alive(tmp_path / "run-pids"):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    assert f"stopped at step {result(tmp_path / 'run')['state']['step']} of 100000" in finish(process)[1]
