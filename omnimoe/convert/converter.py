@@ -40,7 +40,8 @@ class Converter:
             or these for a config.
         optional: patterns of published names that a file may lack; what they give then keeps its start.
         fresh: names of ours that no published tensor gives.
-        notice: what the licence of the weights restricts; logged when they are loaded.
+        notice: what the licence of the weights restricts, logged when they are loaded; where empty, a licence in the
+            checkpoint's own card that may restrict is.
     """
 
     name: str

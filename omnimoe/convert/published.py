@@ -20,6 +20,7 @@ from omnimoe.checkpoint.fit import bytes_of
 from omnimoe.checkpoint.memory import check_memory
 from omnimoe.convert.converter import Converter
 from omnimoe.convert.files import Weights, main_dtype
+from omnimoe.convert.licence import tell
 from omnimoe.convert.rules import Piece, Plan, Shape
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 
@@ -50,8 +51,7 @@ class Published:
         except BaseException:
             self.weights.close()
             raise
-        if converter.notice:
-            logger.warning("%s: %s", folder.name, converter.notice)
+        tell(folder, converter.notice)
 
     def __enter__(self) -> Published:
         return self

@@ -97,6 +97,25 @@ def test_the_licence_is_told_where_it_restricts(tmp_path, caplog):
         assert "for research only" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        ("license: apache-2.0", False),
+        ("license: llama3.2", True),
+        ("license: other\nlicense_name: qwen-research", True),
+        ("tags: [a]", False),
+        ("license: [unclosed", False),
+        (None, False),
+    ],
+)
+def test_a_licence_in_the_card_is_told_where_it_may_restrict(head, told, tmp_path, caplog):
+    write_twins(tmp_path)
+    if head is not None:
+        (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# Twins\n")
+    with Published(tmp_path, TWINS):
+        assert ("which may restrict its use" in caplog.text) == told
+
+
 def test_which_family_a_folder_belongs_to(twins, tmp_path, llama):
     assert find_converter(write_twins(tmp_path / "twins")) is TWINS
     assert find_converter(llama).name == "llama"

@@ -1,0 +1,40 @@
+"""Published checkpoints by id: the real client of the Hub, against a server of our own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from omnimoe import CheckpointError, convert_checkpoint, from_pretrained, load
+from tests.hub.conftest import hub  # noqa: F401 - a fixture
+from tests.zoo.seeds.tiny import publish, published_model
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    """In shards, with a file that nothing needs."""
+    folder = publish(published_model("mixtral"), tmp_path_factory.mktemp("mixtral"), max_shard_size="100KB")
+    (folder / "consolidated.00.pth").write_bytes(b"a pickle")
+    return folder
+
+
+def test_a_checkpoint_by_id(hub, mixtral, tmp_path):  # noqa: F811
+    hub.add("mistralai/tiny", mixtral)
+    model, local = from_pretrained("mistralai/tiny"), from_pretrained(mixtral)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in local.state_dict().items())
+    assert "consolidated.00.pth" not in hub.fetched()
+    assert load("mistralai/tiny", device="meta").config.published["family"] == "mixtral"
+    assert convert_checkpoint("hf-hub:mistralai/tiny", tmp_path / "ours").family == "mixtral"
+    again = from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in local.state_dict().items())
+
+
+def test_a_shard_that_was_not_uploaded(hub, mixtral, tmp_path):  # noqa: F811
+    folder = tmp_path / "partial"
+    folder.mkdir()
+    for path in mixtral.iterdir():
+        if not path.name.startswith("model-00002"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    hub.add("mistralai/partial", folder)
+    with pytest.raises(CheckpointError, match=r"'mistralai/partial' has no model-00002"):
+        from_pretrained("mistralai/partial")
