@@ -74,7 +74,7 @@ def lora_targets(
         >>> lora_targets(load("mot_nano", device="meta", num_layers=1), sites=["q_proj"])
         {'target_modules': [], 'target_parameters': ['model.backbone.layers.0.self_attn.q_proj.weight']}
     """
-    names = None if towers is None else towers if isinstance(towers, str) else list(towers)
+    names = _listed(towers)
     chosen = _towers(_config(model), names)
     found = _chosen_sites(model, sites)
     kept = [site for site in found if site.copies_of(chosen)]
@@ -113,7 +113,7 @@ def confine_lora(model: nn.Module, towers: Iterable[str], adapter_name: str = "d
     """
     from peft.tuners.lora.layer import LoraLayer
 
-    names = towers if isinstance(towers, str) else list(towers)
+    names = _listed(towers)
     chosen = _towers(_config(model), names)
     layers: dict[str, LoraLayer] = {}
     for name, module in _base(model).named_modules():
@@ -171,7 +171,7 @@ def add_lora(
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("LoRA needs PEFT: pip install 'omnimoe[peft]'") from error
-    names = None if towers is None else towers if isinstance(towers, str) else list(towers)
+    names = _listed(towers)
     config = LoraConfig(**{**lora_targets(model, towers=names, sites=sites), **options})
     adapted = get_peft_model(model, config, adapter_name=adapter_name)
     if names is not None:
@@ -189,6 +189,11 @@ def _config(model: nn.Module) -> OmniMoeConfig:
 def _base(model: nn.Module) -> nn.Module:
     """The model under PEFT's own wrapper, if there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _listed(names: Iterable[str] | None) -> Any:
+    """Names that can be read twice; a single string stays one, to be refused."""
+    return names if names is None or isinstance(names, str) else list(names)
 
 
 def _towers(config: OmniMoeConfig, names: Iterable[str] | None) -> frozenset[int]:
