@@ -58,7 +58,8 @@ def _sentence(error: Exception, name: str, revision: str | None, token: str | bo
         return f"{name!r} has no revision {revision!r}{_near_revisions(name, revision, token)}"
     if isinstance(error, errors.HfHubHTTPError):
         return _of_status(error, name, address)
-    if isinstance(error, errors.IncompleteSnapshotError):
+    # older releases look no further than for the folder
+    if isinstance(error, getattr(errors, "IncompleteSnapshotError", ())):
         return f"only a part of {name!r} is in the cache, and {_no_network(error)}; call again with network"
     if isinstance(error, errors.LocalEntryNotFoundError):
         at = f" at revision {revision!r}" if revision else ""
