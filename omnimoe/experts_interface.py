@@ -141,9 +141,9 @@ def experts_function(name: str | None) -> Callable | None:
         place = torch.arange(len(rows), device=x.device, dtype=offsets.dtype)
         ids = torch.searchsorted(offsets, place, right=True)
         # the last rows may be nobody's
-        counts = (ids < bank.num_copies).to(x.dtype)
+        counts = (ids < len(offsets)).to(x.dtype)
         counts = counts if weights is None else counts * weights
-        ids = ids.clamp(max=bank.num_copies - 1)
+        ids = ids.clamp(max=len(offsets) - 1)
         y = function(_AsTransformers(bank), rows, ids.unsqueeze(1), counts.unsqueeze(1))
         return y if token_index is None else combine(y, token_index, torch.ones_like(counts), len(x))
 

@@ -155,7 +155,12 @@ class OmniMoeConfig(PreTrainedConfig):
                     f"a range of layers starts at {held.start}, but the model has {self.num_layers} layers; "
                     "they count from 0"
                 )
-        _ = self.blocks  # each block checks itself
+        for layer, block in enumerate(self.blocks):
+            if 0 < block.experts.num_token_ids < self.vocab_size:
+                raise ConfigError(
+                    f"the table of the router in layer {layer} has {block.experts.num_token_ids} ids for a vocabulary "
+                    f"of {self.vocab_size}; set num_ids={self.vocab_size}"
+                )
         if self.mask not in MASK_RULES:
             raise ConfigError(f"unknown mask rule {self.mask!r}{MASK_RULES.hint(self.mask)}")
         if self.positions not in ("time", "blocks"):
@@ -263,7 +268,7 @@ class OmniMoeConfig(PreTrainedConfig):
     @property
     def needs_token_ids(self) -> bool:
         """Whether a router looks up the token of a row."""
-        return any(block.experts.needs_token_ids for block in self.blocks)
+        return any(block.experts.num_token_ids for block in self.blocks)
 
     @property
     def num_attention_heads(self) -> int:
@@ -292,16 +297,19 @@ class OmniMoeConfig(PreTrainedConfig):
     }
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """How tensor parallelism splits the model: the plans of its attention and experts; see docs/scaling.md."""
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """How tensor parallelism splits the model: the plans of its attention and experts; None where nothing has one.
+
+        See docs/scaling.md.
+        """
         return self._plan("tp_plan")
 
     @property
-    def base_model_ep_plan(self) -> dict[str, str]:
-        """How expert parallelism does."""
+    def base_model_ep_plan(self) -> dict[str, str] | None:
+        """How expert parallelism does; None without experts that a router chooses."""
         return self._plan("ep_plan")
 
-    def _plan(self, kind: str) -> dict[str, str]:
+    def _plan(self, kind: str) -> dict[str, str] | None:
         found: dict[str, str] = {}
         for block in self.blocks:
             for part, config in (("self_attn", block.attention), ("mlp", block.experts)):
@@ -312,7 +320,7 @@ class OmniMoeConfig(PreTrainedConfig):
                             f"the layers disagree on the {kind} of {path}: {found[path]!r} and {style!r}; give parts "
                             "that are split in another way another name"
                         )
-        return found
+        return found or None
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; the vocabulary follows the modalities unless it is given.

@@ -207,35 +207,43 @@ for _name, _style in (
     ALL_PARALLEL_STYLES.register(_name, _style)
 
 
-def as_experts(bank: Any) -> None:
-    """Lets transformers call a bank as it calls experts: ``(hidden_states, top_k_index, top_k_weights)``, ids local.
+class _DispatchedBank:
+    """Puts transformers' dispatch of rows to ranks between our layers and a bank.
+
+    transformers calls experts with ids and weights of each row, our layers with rows in runs. So the bank's forward is
+    first made :meth:`by_ids`, which transformers encloses, and that is enclosed by :meth:`by_runs`.
 
     Args:
-        bank: a ``BankMLP``, whose forward is replaced; :func:`by_runs` follows once transformers has put its dispatch
-            around it.
+        bank: a ``BankMLP``.
     """
-    bank.num_experts = bank.num_copies
-    own = bank.forward
 
-    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        plan = route_plan(top_k_index, bank.num_experts)
+    def __init__(self, bank: Any) -> None:
+        self.bank, self.own, self.dispatch = bank, bank.forward, bank.forward
+        self.compute: Callable | None = None
+        bank.num_experts = bank.num_copies  # transformers sets it to those of a rank
+        bank.forward = self.by_ids
+
+    def enclose(self) -> None:
+        """Takes what transformers made of the bank's forward."""
+        self.dispatch, self.bank.forward = self.bank.forward, self.by_runs
+
+    def by_ids(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``(T, D)`` rows by ``(T, K)`` ids of this rank's experts; ids past the last have no result."""
+        plan = route_plan(top_k_index, self.bank.num_experts)
         weights = top_k_weights.reshape(-1)[plan.order]
-        return own(hidden_states, plan.offsets, token_index=plan.token_index, weights=weights)
+        given = {"token_index": plan.token_index, "weights": weights, "compute": self.compute}
+        return self.own(hidden_states, plan.offsets, **given)
 
-    bank.forward = forward
-
-
-def by_runs(bank: Any) -> None:
-    """Lets our layers call a bank that transformers dispatches to as they call any ``BankMLP``: with rows in runs."""
-    dispatch = bank.forward
-
-    def forward(
+    def by_runs(
+        self,
         x: Tensor,
         offsets: Tensor,
         copies: list[int] | None = None,
         token_index: Tensor | None = None,
         weights: Tensor | None = None,
+        compute: Callable | None = None,
     ) -> Tensor:
+        """As ``BankMLP.forward``."""
         num_rows = len(x) if token_index is None else len(token_index)
         run = torch.searchsorted(offsets, torch.arange(num_rows, device=x.device, dtype=offsets.dtype), right=True)
         is_held = run < len(offsets)  # rows past the last run go to no expert, and count nothing
@@ -244,10 +252,12 @@ def by_runs(bank: Any) -> None:
             ids = torch.tensor(copies, device=x.device)[ids]
         given = x.new_ones(num_rows) if weights is None else weights
         rows = x if token_index is None else x.index_select(0, token_index)
-        y = dispatch(rows, ids.unsqueeze(1), torch.where(is_held, given, 0).unsqueeze(1))
+        self.compute = compute
+        try:
+            y = self.dispatch(rows, ids.unsqueeze(1), torch.where(is_held, given, 0).unsqueeze(1))
+        finally:
+            self.compute = None
         return y if token_index is None else combine(y, token_index, torch.ones_like(given), len(x))
-
-    bank.forward = forward
 
 
 class ParallelMixin:
@@ -281,12 +291,11 @@ class ParallelMixin:
         banks = []
         if mesh_manager is not None and distributed_config.ep_size > 1:
             plan = model._expand_parallel_plan(model.ep_plan | (distributed_config.ep_plan or {}))
-            banks = [model.get_submodule(name) for name, style in plan.items() if style == EP_STYLES[0]]
-        for bank in banks:
-            as_experts(bank)
+            names = [name for name, style in plan.items() if style == EP_STYLES[0]]
+            banks = [_DispatchedBank(model.get_submodule(name)) for name in names]
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
         for bank in banks:
-            by_runs(bank)
+            bank.enclose()
         return model
 
     def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

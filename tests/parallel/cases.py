@@ -125,8 +125,12 @@ def expert_parallel(folder: Path, kind: str) -> None:
         assert split.model.backbone.layers[1].self_attn.q_proj.weight.placements[0].dim == 1
         assert bank.gate_up_proj.to_local().shape[0] * 2 == bank.gate_up_proj.shape[0]
         assert not torch.equal(*gathered(bank.gate_up_proj.to_local()))  # each rank has its own experts
-        whole.zero_grad(set_to_none=True)
-        check_step(whole.eval(), split, batch(kind))
+        for kernels in ("omnimoe", "eager"):
+            whole.set_experts_implementation(kernels)
+            split.set_experts_implementation(kernels)
+            whole.zero_grad(set_to_none=True)
+            split.zero_grad(set_to_none=True)
+            check_step(whole.eval(), split.eval(), batch(kind))
     check_saved(split, source, folder / f"{kind}_again")
 
 
