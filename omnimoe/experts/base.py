@@ -65,9 +65,9 @@ class Experts(nn.Module, Configurable):
             return self.is_causal
 
         @property
-        def needs_token_ids(self) -> bool:
-            """Whether it reads ``rows.token_ids``."""
-            return False
+        def num_token_ids(self) -> int:
+            """Token ids that it can look up, where it reads ``rows.token_ids``; 0 where it does not."""
+            return 0
 
         @property
         def tp_plan(self) -> dict[str, str]:

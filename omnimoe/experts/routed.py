@@ -113,8 +113,8 @@ class RoutedExperts(Experts):
             return self.router.has_causal_form
 
         @property
-        def needs_token_ids(self) -> bool:
-            return self.router.needs_token_ids
+        def num_token_ids(self) -> int:
+            return self.router.num_token_ids
 
         @property
         def tp_plan(self) -> dict[str, str]:

@@ -125,9 +125,9 @@ class Router(nn.Module, Configurable):
             return self.is_causal
 
         @property
-        def needs_token_ids(self) -> bool:
-            """Whether it reads ``rows.token_ids``."""
-            return False
+        def num_token_ids(self) -> int:
+            """Token ids that it can look up, where it reads ``rows.token_ids``; 0 where it does not."""
+            return 0
 
         @property
         def takes_free_experts(self) -> bool:

@@ -42,8 +42,8 @@ class ByModalityRouter(Router):
             return self.router.has_causal_form or self.is_causal
 
         @property
-        def needs_token_ids(self) -> bool:
-            return self.router.needs_token_ids
+        def num_token_ids(self) -> int:
+            return self.router.num_token_ids
 
         @property
         def takes_free_experts(self) -> bool:

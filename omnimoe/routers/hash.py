@@ -53,8 +53,8 @@ class HashRouter(TopKRouter):
                 raise ConfigError(f"unknown table {self.table!r}; known: {', '.join(TABLES)}")
 
         @property
-        def needs_token_ids(self) -> bool:
-            return True
+        def num_token_ids(self) -> int:
+            return self.num_ids
 
         def router_params(self, hidden_size: int, num_experts: int, modality: int | None = None) -> int:
             return super().router_params(hidden_size, num_experts, modality) if self.is_learned else 0

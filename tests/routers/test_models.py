@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import omnimoe
+from omnimoe.config import ConfigError
 from omnimoe.experts import SoftExperts
 from omnimoe.inputs import InputError
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
@@ -192,6 +193,41 @@ def test_a_hash_table_needs_ids_and_says_so():
     embeds, kinds = model.get_input_embeddings()(ids), model.model.modality_ids_of(ids)
     with pytest.raises(ValueError, match="pass input_ids"):
         model(inputs_embeds=embeds, modality_ids=kinds)
+
+
+def test_a_table_smaller_than_the_vocabulary_is_refused_before_it_is_read():
+    small = routed(4, HashRouter.Config(num_ids=DENSE.vocab_size - 1))
+    with pytest.raises(ConfigError, match=r"layer 1 has 39 ids for a vocabulary of 40; set num_ids=40"):
+        DENSE.replace(layers=(omnimoe.LayerRange(start=1, experts=small),))
+
+
+ROLES = ("und", "gen")
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        routed(4, StaticRouter.Config(experts_of_keys=(3, (0, 1)))),
+        routed(4, TopKRouter.Config(expert_bias="key", load_balance_by_key=True)),
+        routed(4, ByModalityRouter.Config(experts=(1, 3), router=TopKRouter.Config(top_k=1, expert_bias="shared"))),
+        routed(4, AttributeRouter.Config()),
+        SoftExperts.Config(num_experts=3, intermediate_size=12, experts=(1, 2)),
+    ],
+    ids=["static", "top_k", "groups", "attributes", "soft"],
+)
+def test_the_key_may_be_a_role_instead_of_the_modality(experts):
+    model = build(DENSE.replace(keys=ROLES, experts=experts)).train()
+    ids = ids_like(DENSE)
+    keys = torch.randint(0, 2, ids.shape, generator=torch.Generator().manual_seed(0))
+    with omnimoe.record_routing(model) as trace:
+        out = model(ids, labels=ids, key_ids=keys)
+    out.loss.backward()
+    model.update_routers(out.routings)
+    assert trace.tokens("key").tolist() == torch.bincount(keys.flatten()).tolist()
+    load = trace.load("key")[0]
+    if load.shape[1] == 4 and isinstance(getattr(experts, "router", None), ByModalityRouter.Config):
+        assert load[0].tolist() == [1, 0, 0, 0]
+        assert load[1, 0] == 0
 
 
 def test_bands_of_layers_may_have_routers_of_their_own():

@@ -122,7 +122,7 @@ def test_learned_weights_follow_the_row_and_the_choice_does_not():
 
 
 def test_a_table_needs_token_ids():
-    assert hashed().config.needs_token_ids
+    assert hashed().config.num_token_ids == 24
     with pytest.raises(ValueError, match="pass input_ids"):
         hashed()(torch.randn(4, 5), rows_of())
     with pytest.raises(ConfigError, match="size of the vocabulary"):
