@@ -49,8 +49,8 @@ class StaticRouter(Router):
         named = [expert for chosen in sets for expert in chosen]
         if len(sets) != num_modalities or not all(sets) or min(named) < 0 or max(named) >= num_experts:
             raise ConfigError(
-                f"experts_of_keys {given} must name one of {num_experts} experts, or a set of them, for each of "
-                f"{num_modalities} keys"
+                f"experts_of_keys {given} must name one of {num_experts} experts for each of {num_modalities} keys, "
+                "or a set of them"
             )
         if any(len(set(chosen)) < len(chosen) for chosen in sets):
             raise ConfigError(f"experts_of_keys {config.experts_of_keys} names an expert twice in one set")
