@@ -84,22 +84,25 @@ def left_behind(folder: Path) -> list[str]:
 PARTS = 6
 
 
+@pytest.fixture(scope="module")
+def steps(newer, tmp_path_factory) -> int:
+    """How many calls a save in shards makes over a model that is there."""
+    folder = tmp_path_factory.mktemp("counted")
+    newer.save_pretrained(folder)
+    return steps_of(lambda: newer.save_pretrained(folder, max_shard_size="12KB"))
+
+
 @pytest.mark.hazard(13)
 @pytest.mark.parametrize("part", range(PARTS))
-def test_killed_at_every_step(saved, model, newer, tmp_path, part):
+def test_killed_at_every_step(saved, model, newer, steps, part):
     """The old model or the new one loads, whole, and the next save sweeps up."""
-
-    def save_into(folder: Path) -> Callable[[], object]:
-        return lambda: newer.save_pretrained(folder, max_shard_size="12KB")
-
     user = saved / "notes.txt"
     user.write_text("mine")
-    steps = steps_of(save_into(saved.parent / "counted"))
     outcomes = []
     for step in range(1 + part, steps + 1, PARTS):
         if any(outcomes):
             model.save_pretrained(saved)
-        killed_at(step, save_into(saved))
+        killed_at(step, lambda: newer.save_pretrained(saved, max_shard_size="12KB"))
         loaded = load(saved, verify=True)
         assert same_weights(loaded, model) or same_weights(loaded, newer), f"neither model at step {step}"
         assert user.read_text() == "mine"
