@@ -178,7 +178,8 @@ def from_pretrained(
     if converter is not None:
         is_selected = towers is not None or bool(without)
         with _explained(folder, is_whole=False), bars_where_seen():
-            return load_converted(place, folder, converter, device=device, is_selected=is_selected, **given)
+            model = load_converted(place, folder, converter, device=device, is_selected=is_selected, **given)
+        return _named(model, place)
     if towers is not None or without:
         check_config(folder)
         selection = select(_read_config(folder), towers, without)
@@ -201,7 +202,14 @@ def from_pretrained(
     misfit = complaint(report)
     if misfit:
         logger.warning("the weights in %s do not fit its config.json; what is missing is fresh.\n%s", folder, misfit)
-    return model if device is None else model.to(device)
+    return _named(model if device is None else model.to(device), place)
+
+
+def _named(model: OmniMoeForCausalLM, place: Source) -> OmniMoeForCausalLM:
+    """A model that knows the id it was loaded by, which its adapters write down; not where the cache keeps it."""
+    if not place.is_folder:
+        model.name_or_path = model.config.name_or_path = place.name
+    return model
 
 
 def _files_to_read(folder: Path, allow_pickle: bool) -> list[str]:

@@ -77,7 +77,7 @@ class Selection:
 
     def finish(self, model: OmniMoeForCausalLM, folder: Path) -> None:
         """Gives the model the settings of generation that lie in its folder, cut likewise."""
-        model.config._name_or_path = str(folder)
+        model.name_or_path = model.config.name_or_path = str(folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         silent = {*self.silent_ids, *(model.generation_config.suppress_tokens or ())}

@@ -25,6 +25,7 @@ def test_by_id(hub, saved, model, form):
     found = from_pretrained(form.format(NAME))
     assert same(found, model)
     assert not found.training
+    assert found.name_or_path == from_pretrained(NAME, towers=["text"]).config.name_or_path == NAME
     assert hub.fetched() >= {"config.json", "model.safetensors"}
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
-from omnimoe import CheckpointError, from_pretrained
+from omnimoe import CheckpointError, from_pretrained, lora_targets
 from omnimoe.model_card import MARK
 from tests.declarations import MOT, build
 from tests.hub.conftest import same
@@ -129,3 +130,23 @@ def test_what_is_refused_changes_nothing(writer, model, token, pattern, status, 
     with pytest.raises(CheckpointError, match=fragment):
         build(MOT, seed=1).push_to_hub(NAME, token=token)
     assert (dict(repository.branches), len(repository.commits)) == before
+
+
+def test_adapters_by_their_id(writer, model, tmp_path):
+    """A repository of adapters brings the base model that it names."""
+    peft = pytest.importorskip("peft")
+    model.push_to_hub(NAME)
+    base = from_pretrained(NAME)
+    assert base.name_or_path == NAME
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_parameters=lora_targets(base)["target_parameters"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    adapted.save_pretrained(tmp_path / "lora")
+    writer.add("org/lora", tmp_path / "lora")
+    writer.requests.clear()
+    found = from_pretrained("org/lora")
+    assert "adapter_model.safetensors" in writer.fetched()
+    ids = torch.tensor([[1, 9, 12, 8]])
+    torch.testing.assert_close(found(ids).logits, adapted.eval()(ids).logits)
+    assert not torch.equal(found(ids).logits, model(ids).logits)
