@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from omnimoe import Modality, add_lora, confine_lora, from_pretrained, lora_targets, quantize, register_modality
 from omnimoe.layers.norm import BankHeadLayerNorm
@@ -131,6 +132,21 @@ class TestSavedReloadedMerged:
         model.save_pretrained(tmp_path)
         ids = ids_like(config)
         assert torch.equal(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+    @pytest.mark.parametrize("way", ["load_adapter", "the Auto class", "from_pretrained"])
+    def test_transformers_and_omnimoe_read_it_too(self, way, tmp_path):
+        config = DECLARATIONS["moma"]
+        ids = ids_like(config)
+        build(config).save_pretrained(tmp_path / "base")
+        model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), init_lora_weights=False)
+        model.save_pretrained(tmp_path / "adapter")
+        if way == "load_adapter":
+            again = from_pretrained(tmp_path / "base")
+            again.load_adapter(str(tmp_path / "adapter"))
+        else:
+            read = from_pretrained if way == "from_pretrained" else AutoModelForCausalLM.from_pretrained
+            again = read(tmp_path / "adapter")
+        assert torch.equal(again.eval()(ids).logits, model(ids).logits)
 
     @pytest.mark.parametrize("name", ["moe", "moma", "expert_choice"])
     def test_routing_of_the_first_layer_is_that_of_the_base_model(self, name):
