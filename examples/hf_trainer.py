@@ -33,12 +33,11 @@ class OmniTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # where gradients are accumulated, the loss is a batch's part of the mean over all tokens of the step
-        counted = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        out = model(**inputs, **counted)
+        # the loss is a batch's part of the mean over all tokens of the step, scaled for as many processes as there are
+        loss, out = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         self.routings = out.routings
-        self.by_modality = {f"loss_{name}": loss.detach() for name, loss in out.losses.items()}
-        return (out.loss, out) if return_outputs else out.loss
+        self.by_modality = {f"loss_{name}": part.detach() for name, part in out.losses.items()}
+        return (loss, out) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
         held = {name: loss.item() for name, loss in self.by_modality.items()} if "loss" in logs else {}
