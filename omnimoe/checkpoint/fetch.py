@@ -6,6 +6,7 @@ be read are fetched, all of one commit, and every failure says what to do.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Collection, Sequence
@@ -157,8 +158,12 @@ class Source:
 
     def _say_if_renamed(self) -> None:
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError
 
-        now = HfApi(token=self.hub.token).model_info(self.name).id
+        now = self.name
+        # all that is needed is there by now; a Hub that does not answer this takes nothing away
+        with contextlib.suppress(HTTPError, OSError):
+            now = HfApi(token=self.hub.token).model_info(self.name).id
         if now != self.name:
             logger.warning(
                 "%r is now called %r on the Hub; write that name, the old one may be given away", self.name, now

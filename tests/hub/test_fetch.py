@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from omnimoe import OmniMoeForCausalLM, from_pretrained, list_models, load, model_info, register_model
 from omnimoe.model import MODELS
 from tests.hub.conftest import same
+from tests.hub.server import Fault
 
 NAME = "org/tiny"
 
@@ -118,6 +119,13 @@ def test_a_renamed_repository_is_found_and_its_new_name_told(hub, saved, model, 
     with caplog.at_level(logging.WARNING, logger="omnimoe"):
         assert same(from_pretrained("org/old"), model)
     assert "'org/old' is now called 'org/new' on the Hub; write that name" in caplog.text
+
+
+def test_whether_it_was_renamed_is_no_condition(hub, saved, model):
+    hub.add(NAME, saved)
+    hub.faults.append(Fault(f"GET /api/models/{NAME}$", status=503))
+    assert same(from_pretrained(NAME), model)
+    assert hub.faults[0].times < 1000
 
 
 @pytest.mark.hazard(31)

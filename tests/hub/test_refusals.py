@@ -59,6 +59,11 @@ def test_a_token_that_is_no_more(hub, saved):
     refused("the token was refused", "Invalid credentials", "Make a new one", token="expired")
 
 
+def test_a_stored_token_that_is_not_there(hub, saved):
+    hub.add(NAME, saved)
+    refused("token=True asks for a stored token, and there is none", "`hf auth login`", token=True)
+
+
 @pytest.mark.parametrize(
     ("revision", "fragment"),
     [("v11", "did you mean 'v1.1'?"), ("f" * 40, "It has main, next, v1.1")],
