@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from omnimoe.checkpoint.errors import CheckpointError, read_json
 from omnimoe.checkpoint.header import Entry, read_header
@@ -58,16 +61,37 @@ def check_config(folder: Path) -> None:
             f"{folder / 'config.json'} names its weights {plain['transformers_weights']!r}; only model.safetensors and "
             "its shards are read, so remove transformers_weights"
         )
+    _check_values(folder / "config.json", plain)
+    if (folder / "generation_config.json").exists():
+        # transformers goes on without one that it cannot read
+        read_json(inside(folder, "generation_config.json"), CheckpointError)
+    if (folder / "manifest.json").exists():
+        inside(folder, "manifest.json")
+
+
+def _check_values(path: Path, plain: dict[str, Any]) -> None:
+    """Refuses fields that transformers reads, and that would run code or let weights pass unchecked."""
     for name, value in plain.items():
         # transformers takes "org/name" for a repository of kernels, and imports what it finds there
         if name.endswith(("implementation", "implementation_internal")) and "/" in str(value):
             raise CheckpointError(
-                f"{folder / 'config.json'} asks for code from elsewhere by {name} {value!r}; remove the field, and "
+                f"{path} asks for code from elsewhere by {name} {value!r}; remove the field, and "
                 "pass it as an argument if you trust that code"
             )
-    for name in ("generation_config.json", "manifest.json"):
-        if (folder / name).exists():
-            inside(folder, name)
+    for name in ("dtype", "torch_dtype"):
+        value = plain.get(name)
+        held = getattr(torch, value, None) if isinstance(value, str) else None
+        if value is not None and not (isinstance(held, torch.dtype) and held.is_floating_point):
+            raise CheckpointError(f"{path} gives {name} {value!r}; write 'float32', 'bfloat16' or 'float16'")
+    quantisation = plain.get("quantization_config")
+    if quantisation is not None:
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            raise CheckpointError(
+                f"{path} was quantised by {method!r}, which transformers does not know; remove the field"
+            )
 
 
 def check_weights(folder: Path, *, variant: str | None = None) -> dict[str, Entry]:

@@ -41,12 +41,26 @@ def test_an_absent_config_is_no_default(saved, by):
         ('{"model_type": "omnimoe", "model_type": "llama"}', "the key 'model_type' stands there twice"),
         ('{"model_type": "omnimoe", "transformers_weights": "../evil.bin"}', "names its weights '../evil.bin'"),
         ('{"a":' * 50_000, "cannot be read as JSON"),
+        ('{"model_type": "omnimoe", "dtype": "int8"}', "gives dtype 'int8'; write 'float32'"),
+        ('{"model_type": "omnimoe", "dtype": "__import__"}', "gives dtype '__import__'"),
+        ('{"model_type": "omnimoe", "torch_dtype": 16}', "gives torch_dtype 16"),
+        ('{"model_type": "omnimoe", "quantization_config": {"quant_method": "x"}}', "was quantised by 'x'"),
+        ('{"model_type": "omnimoe", "quantization_config": "int8"}', "was quantised by 'int8'"),
+        ('{"model_type": "omnimoe", "quantization_config": {"quant_method": []}}', "was quantised by []"),
     ],
-    ids=range(9),
+    ids=range(15),
 )
 def test_a_broken_config(saved, text, fragment):
     (saved / "config.json").write_text(text)
     with refused(saved, fragment):
+        load(saved)
+
+
+@pytest.mark.hazard(12)
+def test_a_broken_config_of_generation(saved):
+    """transformers goes on without it, and generates otherwise than was meant."""
+    (saved / "generation_config.json").write_text("{")
+    with refused(saved, "generation_config.json cannot be read as JSON"):
         load(saved)
 
 
