@@ -19,6 +19,8 @@ from transformers import (
     Qwen3MoeConfig,
     SwitchTransformersConfig,
 )
+from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashRouter, DeepseekV4TopKRouter
@@ -145,6 +147,21 @@ def test_deepseek_v3(groups, kept, normalize):
         expert_bias="shared", **TOP,
     )  # fmt: skip
     torch.testing.assert_close(ours(config, weight, x, bias), theirs(ids, weights))
+
+
+def test_deepseek_v2():
+    x, weight, _ = drawn()
+    published = DeepseekV2Config(
+        num_local_experts=EXPERTS, n_routed_experts=EXPERTS, n_group=4, topk_group=2, routed_scaling_factor=16.0,
+        topk_method="group_limited_greedy", num_attention_heads=4, **SIZES,
+    )  # fmt: skip
+    module = DeepseekV2TopkRouter(published)
+    module.weight.data.copy_(weight)
+    _, weights, ids = module(x)
+    config = TopKRouter.Config(
+        normalize=False, num_groups=4, num_groups_kept=2, group_score="best", routed_scaling_factor=16.0, **TOP
+    )
+    torch.testing.assert_close(ours(config, weight, x), theirs(ids, weights))
 
 
 def test_deepseek_v4():
