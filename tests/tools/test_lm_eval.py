@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -66,8 +67,7 @@ def bpe():
 
 
 class TestLikelihoods:
-    @pytest.mark.parametrize("name", KINDS)
-    @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
+    @pytest.mark.parametrize(("name", "batch_size"), [*itertools.product(KINDS, [1, 3]), ("moma", "auto")])
     def test_they_are_the_models_own(self, name, batch_size, bpe):
         model = build(declared(name))
         found = adapter(model, device="cpu", batch_size=batch_size, max_batch_size=4).loglikelihood(
