@@ -90,6 +90,21 @@ def test_greedy_generation_of_a_padded_batch(pair):
     assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
 
 
+def test_beams_a_static_cache_and_attention_weights(pair):
+    theirs, _, ours = pair
+    ids = ids_of(length=6)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids, num_beams=3, **options), theirs.generate(ids, num_beams=3, **options))
+    greedy = ours.generate(ids, **options)
+    assert torch.equal(ours.generate(ids, cache_implementation="static", **options), greedy)
+    ours.set_attn_implementation("eager")
+    with torch.no_grad():
+        found, wanted = (model(ids, output_attentions=True).attentions for model in (ours, theirs))
+    ours.set_attn_implementation("sdpa")
+    for mine, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients(pair, tmp_path):
     """Their gradients, published as if they were weights, are ours."""
     theirs, _, ours = pair
