@@ -54,7 +54,7 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         small: dict[str, Any] = {"begin_id": moved(modality.begin_id), "end_id": moved(modality.end_id)}
         if modality.num_tokens is not None:
             small["num_tokens"] = 4
-        if modality.placeholder_id is not None:
+        if modality.placeholder_id is not None and modality.placeholder_id >= 64:
             small["placeholder_id"] = moved(modality.placeholder_id)
         if isinstance(modality, Connected.Config | GridPatches.Config) and modality.max_side:
             small["max_side"] = 8
