@@ -7,9 +7,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,7 +40,8 @@ def attention_function(name: str, interface: Callable[[str, Any], Callable | Non
     implementation = interface(name, None)
     if implementation is None:
         raise ValueError(f"no attention implementation {name!r}; take 'sdpa', 'eager' or one that transformers lists")
-    is_flash = "flash" in name
+    if "flash" in name:
+        return functools.partial(_flash, name, implementation)
 
     def attend(
         module: Attention, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
@@ -45,18 +49,83 @@ def attention_function(name: str, interface: Callable[[str, Any], Callable | Non
         given: Any = None
         if "flex" in name:
             given = mask.flex()
-        elif is_flash and not (mask.is_plain_causal or mask.needs_no_mask):
-            raise ValueError(
-                f"{name!r} takes no mask, but the rule {mask.rule!r} with padding or packing needs one; take 'sdpa' or "
-                "'flex_attention'"
-            )
-        elif not is_flash and not mask.needs_no_mask:
+        elif not mask.needs_no_mask:
             given = mask.additive(query.dtype)
-        is_causal = is_flash and mask.is_plain_causal
-        options = {"scaling": module.scaling, "dropout": 0.0, "is_causal": is_causal}
-        return implementation(module, query, key, value, given, **options)
+        return implementation(module, query, key, value, given, scaling=module.scaling, dropout=0.0, is_causal=False)
 
     return attend
+
+
+def check_attention(name: str | None) -> None:
+    """Refuses an implementation whose package is not installed, when it is chosen and not at the first forward.
+
+    Raises:
+        ImportError: with the package, and what to take instead.
+    """
+    for part, (packages, remedy) in PACKAGES.items():
+        if name is not None and part in name and not any(importlib.util.find_spec(package) for package in packages):
+            raise ImportError(
+                f"attention implementation {name!r} needs the package {' or '.join(packages)}; {remedy} or take 'sdpa'"
+            )
+
+
+PACKAGES = {
+    "xformers": (("xformers",), "install omnimoe[xformers]"),
+    "flash_attention": (("flash_attn", "flash_attn_interface", "kernels"), "install one of them"),
+}
+"""What a name with this in it needs, one of these packages, and where it comes from."""
+FLASH_RULES = {"causal": True, "bidirectional": False}
+"""The mask rules that flash attention has, and whether it is causal under them."""
+
+
+def _flash(
+    name: str,
+    implementation: Callable,
+    module: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+) -> tuple[Tensor, Tensor | None]:
+    """Flash attention takes no mask, but sequences of any length, one behind the other: documents without padding."""
+    is_causal = FLASH_RULES.get(mask.rule)
+    if is_causal is None:
+        raise ValueError(
+            f"{name!r} cannot express the mask rule {mask.rule!r}, only {' and '.join(FLASH_RULES)}; take 'sdpa' or "
+            "'flex_attention'"
+        )
+    options: dict[str, Any] = {"scaling": module.scaling, "dropout": 0.0, "is_causal": is_causal}
+    batch_size, _, length, _ = query.shape
+    valid = mask.valid
+    if mask.has_unwritten:
+        if isinstance(mask.past_length, Tensor):
+            raise ValueError(f"{name!r} cannot read a cache of fixed size in a traced graph; take 'sdpa'")
+        stop = mask.past_length + length
+        key, value = key[:, :, :stop], value[:, :, :stop]
+        valid = None if valid is None else valid[:, :stop]
+    if key.shape[2] != length or (valid is None and mask.segment_ids is None):
+        return implementation(module, query, key, value, valid, **options)
+    kept, ends = _documents(valid, mask.segment_ids, batch_size, length, query.device)
+    longest = int(ends.diff().max()) if len(kept) else 0
+    options |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    flat = (part.transpose(1, 2).flatten(0, 1)[kept].transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+    mixed, weights = implementation(module, *flat, None, **options)
+    spread = mixed.new_zeros(batch_size * length, *mixed.shape[2:]).index_copy(0, kept, mixed.squeeze(0))
+    return spread.view(batch_size, length, *mixed.shape[2:]), weights
+
+
+def _documents(
+    valid: Tensor | None, segment_ids: Tensor | None, batch_size: int, length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The positions that are no padding, ``(N,)`` into B·T, and ``(S + 1,)`` int32, where each document starts and ends
+    among them."""
+    real = torch.ones(batch_size, length, dtype=torch.bool, device=device) if valid is None else valid
+    kept = real.reshape(-1).nonzero().squeeze(1)
+    documents = torch.zeros_like(real, dtype=torch.int64) if segment_ids is None else segment_ids
+    named = torch.stack((kept // length, documents.reshape(-1)[kept]))
+    changes = (named[:, 1:] != named[:, :-1]).any(0).nonzero().squeeze(1) + 1
+    edges = [changes.new_zeros(1), changes, changes.new_full((1,), len(kept))]
+    return kept, torch.cat(edges).to(torch.int32)
 
 
 def xformers_attention(

@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from omnimoe.attend import attention_function, xformers_attention
+from omnimoe.attend import attention_function, check_attention, xformers_attention
 from omnimoe.backbone import Backbone, Block
 from omnimoe.blocks import block_ids_of, block_positions
 from omnimoe.experts_interface import NAME as OWN_EXPERTS
@@ -72,6 +72,7 @@ class OmniMoePreTrainedModel(ParallelMixin, GuardedFiles):
     _no_split_modules = ["Layer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": Block, "attentions": BaseAttention, "router_logits": Router}
@@ -93,6 +94,10 @@ class OmniMoePreTrainedModel(ParallelMixin, GuardedFiles):
         for module in self.modules():
             if isinstance(module, Layer):
                 module._gradient_checkpointing_func = partial(recompute, gradient_checkpointing_func)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        check_attention(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -200,13 +200,13 @@ class AttentionMask:
     @property
     def needs_no_mask(self) -> bool:
         """Every query may see every key: a step of plain causal decoding, or a plain encoder."""
-        if self._has_unwritten:
+        if self.has_unwritten:
             return False
         whole = self.rule == "bidirectional" and self.valid is None and self.segment_ids is None
         return whole or (self.is_plain_causal and self.query_length == 1)
 
     @property
-    def _has_unwritten(self) -> bool:
+    def has_unwritten(self) -> bool:
         """Whether keys stand for places of a cache of fixed size that nothing may have been written to."""
         return isinstance(self.past_length, Tensor) or self.key_length > self.past_length + self.query_length
 
@@ -226,7 +226,7 @@ class AttentionMask:
         seen = MASK_RULES.get(self.rule)(asking, asked)
         if self.segment_ids is not None:
             seen = seen & (self.segment_ids[batch, order] == self.segment_ids[batch, key])
-        if self._has_unwritten:
+        if self.has_unwritten:
             seen = seen & (key < self.past_length + self.query_length)
         if self.valid is not None:
             seen = (seen & self.valid[batch, key]) | (order == key)
