@@ -7,6 +7,7 @@ not skipped.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from transformers.utils import (
     is_flash_attn_3_available,
     is_flash_attn_4_available,
     is_kernels_available,
+    is_torchao_available,
 )
 
 KINDS = ("DenseTest", "MotTest", "MomaTest", "MoeTest")
@@ -40,6 +42,10 @@ class Skips:
 
 def _no_accelerator() -> bool:
     return torch_device == "cpu"
+
+
+def _devices() -> int:
+    return (os.cpu_count() or 1) if _no_accelerator() else backend_device_count(torch_device)
 
 
 MODEL = (
@@ -153,7 +159,87 @@ MODEL = (
         kinds=("DenseTest", "MotTest", "MomaTest"),
     ),
 )
-PARALLEL: tuple[Skips, ...] = ()
+EXPERT_PARALLEL = (
+    *(f"test_ep_forward_{case}" for case in range(6)),
+    "test_ep_backward_0_eager",
+    "test_ep_backward_1_grouped_mm",
+    "test_ep_backward_2_batched_mm",
+)
+ROUTED, UNROUTED = ("MomaTest", "MoeTest"), ("DenseTest", "MotTest")
+PARALLEL = (
+    Skips(
+        "has no experts to spread",
+        (
+            *EXPERT_PARALLEL,
+            "test_fsdp2_expert_parallel_2d_vs_ddp",
+            "test_fsdp2_expert_parallel_bf16_grads_0_experts_sharded",
+            "test_fsdp2_expert_parallel_bf16_grads_1_experts_not_sharded",
+            "test_hsdp_grad_accumulation_vs_single_device_2_expert_parallel",
+        ),
+        kinds=UNROUTED,
+    ),
+    Skips(
+        "knows experts by an attribute of transformers' own classes; tests/parallel looks at our plans",
+        ("test_moe_parallel_plans_shard_experts",),
+    ),
+    Skips(
+        "needs four devices",
+        (
+            "test_hsdp_grad_accumulation_vs_single_device_0_replicate_and_shard",
+            "test_hsdp_save_load",
+            "test_hsdp_save_load_dcp",
+        ),
+        when=lambda: _devices() < 4,
+    ),
+    Skips(
+        "needs four devices for its experts",
+        ("test_fsdp2_expert_parallel_2d_vs_ddp", "test_fsdp2_expert_parallel_bf16_grads_0_experts_sharded"),
+        kinds=ROUTED,
+        when=lambda: _devices() < 4,
+    ),
+    Skips(
+        "needs eight devices",
+        ("test_hsdp_grad_accumulation_vs_single_device_2_expert_parallel",),
+        kinds=ROUTED,
+        when=lambda: _devices() < 8,
+    ),
+    Skips(
+        "needs two devices",
+        (
+            "test_fsdp2_bf16_training",
+            "test_fsdp2_plan_vs_ddp_0_untied",
+            "test_fsdp2_plan_vs_ddp_1_tied",
+            "test_fsdp2_save_load",
+            "test_fsdp2_save_load_dcp",
+            "test_fsdp2_sharding_structure_0_untied",
+            "test_fsdp2_sharding_structure_1_tied",
+            "test_hsdp_grad_accumulation_vs_single_device_1_replicate_only",
+        ),
+        when=lambda: _devices() < 2,
+    ),
+    Skips(
+        "runs on CPUs alone, where there are two",
+        ("test_tp_backward", "test_tp_forward_0", "test_tp_forward_1", "test_tp_generation"),
+        when=lambda: not _no_accelerator() or _devices() < 2,
+    ),
+    Skips(
+        "runs on CPUs alone, where there are two and torchao",
+        ("test_tp_generation_quantized",),
+        when=lambda: not _no_accelerator() or _devices() < 2 or not is_torchao_available(),
+    ),
+    Skips(
+        "spreads experts on CPUs alone, where there are two",
+        EXPERT_PARALLEL,
+        kinds=ROUTED,
+        when=lambda: not _no_accelerator() or _devices() < 2,
+    ),
+    Skips(
+        "needs two devices for its experts",
+        ("test_fsdp2_expert_parallel_bf16_grads_1_experts_not_sharded",),
+        kinds=ROUTED,
+        when=lambda: _devices() < 2,
+    ),
+)
 EXPECTED = {"model": MODEL, "parallel": PARALLEL}
 
 
