@@ -246,7 +246,10 @@ def test_parts_that_do_not_fit_are_refused_when_the_model_is_built(case):
 
 
 FIELDS = {
-    "qk norm": (lambda: Attention.Config(qk_norm="batch"), "unknown qk_norm 'batch'; known: none, rms, rms_joint, layer"),
+    "qk norm": (
+        lambda: Attention.Config(qk_norm="batch"),
+        "unknown qk_norm 'batch'; known: none, rms, rms_joint, layer",
+    ),
     "kv heads": (lambda: Attention.Config(num_heads=4, num_kv_heads=3), "must be a multiple of num_kv_heads 3"),
     "no heads": (lambda: Attention.Config(num_heads=0), "num_heads must be at least 1, got 0"),
     "no kv heads": (lambda: Attention.Config(num_kv_heads=0), "num_kv_heads must be at least 1, got 0"),

@@ -143,8 +143,8 @@ def bidirectional(query: Positions, key: Positions) -> Tensor:
 def block_causal(query: Positions, key: Positions) -> Tensor:
     """Causal, but bidirectional inside a block: Transfusion's rule, with a block a picture.
 
-    Nothing outside of a private block, one whose id is below -1, sees it: BAGEL's rule for pictures being drawn. A cache
-    keeps no blocks, so a private one must not be left in it.
+    Nothing outside of a private block, one whose id is below -1, sees it: BAGEL's rule for pictures being drawn. A
+    cache keeps no blocks, so a private one must not be left in it.
     """
     inside = (query.block_ids == key.block_ids) & (key.block_ids != -1)
     return ((query.order >= key.order) & (key.block_ids >= -1)) | inside
