@@ -23,7 +23,7 @@ def shared_suite(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("job", ["model", "parallel"])
+@pytest.mark.parametrize("job", ["model", pytest.param("parallel", marks=pytest.mark.ranks)])
 def test_the_shared_suite_passes_with_the_expected_skips(job):
     ended = shared_suite(job)
     # a machine without an index gives 2, which is no success either

@@ -9,7 +9,7 @@ import pytest
 from tests.parallel.cases import CASES
 from tests.parallel.ranks import run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
 GROUPS: dict[str, list[str]] = {}
 for _name in CASES:

@@ -45,6 +45,7 @@ def work(rank: int, path: str, results) -> None:
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_load_is_counted_over_all_ranks(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -111,6 +111,7 @@ def unbroken(tmp_path_factory) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_two_processes_are_one_with_as_many_forwards(tmp_path):
     """A process's rows are those of one of the forwards that a single process takes after each other."""
     model = declared(tmp_path, "top_k")
@@ -143,6 +144,7 @@ KILLS = {
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.hazard(26)
 @pytest.mark.parametrize("case", KILLS)
 def test_a_run_that_torchrun_restarts_is_bitwise_the_unbroken_one(tmp_path, unbroken, case):
@@ -156,6 +158,7 @@ def test_a_run_that_torchrun_restarts_is_bitwise_the_unbroken_one(tmp_path, unbr
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.hazard(26)
 @pytest.mark.parametrize("during", ["step", "save"])
 def test_a_killed_process_and_the_one_after_it_make_the_run_of_one(tmp_path, during):
@@ -171,6 +174,7 @@ def test_a_killed_process_and_the_one_after_it_make_the_run_of_one(tmp_path, dur
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.hazard(25)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
@@ -194,6 +198,7 @@ def test_a_lost_or_stuck_process_ends_all_of_them(tmp_path, how, rank):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.hazard(25)
 def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
     process = start(
