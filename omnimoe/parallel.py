@@ -260,6 +260,19 @@ class _DispatchedBank:
         return y if token_index is None else combine(y, token_index, torch.ones_like(given), len(x))
 
 
+def _gather_with_embedding(head: nn.Module, embedding: nn.Module, model: nn.Module) -> None:
+    """Makes a tied head, which was kept from FSDP2, read the weight that FSDP2 gathers for the embedding."""
+    from torch.distributed.fsdp import FSDPModule
+
+    head.weight = embedding.weight
+    states = [part._get_fsdp_state() for part in model.modules() if isinstance(part, FSDPModule)]
+    groups = [state._fsdp_param_group for state in states]
+    for held in {id(held): held for group in groups if group is not None for held in group.fsdp_params}.values():
+        if held._module_info.module is embedding:
+            held._module_info.shared_modules.append(head)
+            held._module_info.shared_param_names.append("weight")
+
+
 class ParallelMixin:
     """What a model adds to transformers' own distribution of models."""
 
@@ -293,7 +306,16 @@ class ParallelMixin:
             plan = model._expand_parallel_plan(model.ep_plan | (distributed_config.ep_plan or {}))
             names = [name for name, style in plan.items() if style == EP_STYLES[0]]
             banks = [_DispatchedBank(model.get_submodule(name)) for name in names]
+        is_sharded = mesh_manager is not None and distributed_config.dp_size > 1
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        has_tied_head = is_sharded and head is not None and bool(model.all_tied_weights_keys)
+        if has_tied_head:
+            # transformers wraps the embedding alone, so the root would take the head's weight for another one, with a
+            # copy of its own of a part that is padded: the optimizer's step would not reach it
+            head._parameters["weight"] = None
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
+        if has_tied_head:
+            _gather_with_embedding(head, embedding, model)
         for bank in banks:
             bank.enclose()
         return model

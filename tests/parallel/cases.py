@@ -25,6 +25,10 @@ from omnimoe.parallel import ParallelError
 from tests.declarations import DECLARATIONS, build, ids_like
 
 CASES: dict[str, Callable[[Path], None]] = {}
+TIED = DECLARATIONS["dense_tied"]
+ODD = (*TIED.modalities[:-1], TIED.modalities[-1].replace(vocab_size=9))
+KINDS = {**DECLARATIONS, "dense_tied": TIED.replace(modalities=ODD)}
+"""Two ranks cannot halve the vocabulary of the tied one."""
 
 
 def case(*kinds: str) -> Callable[[Callable[[Path, str], None]], None]:
@@ -39,7 +43,7 @@ def case(*kinds: str) -> Callable[[Callable[[Path, str], None]], None]:
 
 def batch(kind: str) -> dict[str, Tensor]:
     """Two rows, one of them padded on the left."""
-    ids = ids_like(DECLARATIONS[kind])
+    ids = ids_like(KINDS[kind])
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     return {"input_ids": ids, "labels": ids, "attention_mask": mask}
@@ -49,7 +53,7 @@ def saved(folder: Path, kind: str) -> Path:
     """A folder with the model's weights, written by the first rank."""
     target = folder / kind
     if dist.get_rank() == 0:
-        build(DECLARATIONS[kind]).save_pretrained(target)
+        build(KINDS[kind]).save_pretrained(target)
     dist.barrier()
     return target
 
@@ -134,13 +138,13 @@ def expert_parallel(folder: Path, kind: str) -> None:
     check_saved(split, source, folder / f"{kind}_again")
 
 
-@case("dense", "mot", "moe", "moma_top_k")
+@case("dense", "dense_tied", "mot", "moe", "moma_top_k")
 def fully_sharded(folder: Path, kind: str) -> None:
     """Each rank has a row of its own: gradients are the mean of both. Then a batch without pictures on one of them."""
     source = saved(folder, kind)
     split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=DistributedConfig(fsdp_size=2))
-    check_ranks(folder, kind, split)
     check_saved(split, source, folder / f"{kind}_again")
+    check_ranks(folder, kind, split)
 
 
 @case("mot", "transfusion")
@@ -166,19 +170,27 @@ def fully_sharded_with_expert_parallel(folder: Path, kind: str) -> None:
 
 
 def check_ranks(folder: Path, kind: str, split: OmniMoeForCausalLM) -> None:
-    """Gradients are the mean of what both ranks would have alone, with every modality and with text alone on one."""
+    """Gradients are the mean of what both ranks would have alone, with every modality and with text alone on one.
+
+    After each of these a step, which the next one starts from.
+    """
     whole = OmniMoeForCausalLM.from_pretrained(folder / kind)
-    for inputs in (rank_batches(kind), lopsided_batches(kind)):
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, foreach=False) for model in (whole, split)]
+    for inputs in (rank_batches(kind), lopsided_batches(kind), rank_batches(kind)):
         whole.zero_grad(set_to_none=True)
         split.zero_grad(set_to_none=True)
-        for part in inputs:
-            (whole.train()(**part).loss / 2).backward()
-        split.train()(**inputs[dist.get_rank()]).loss.backward()
+        losses = [whole.train()(**part).loss for part in inputs]
+        (sum(losses) / 2).backward()
+        loss = split.train()(**inputs[dist.get_rank()]).loss
+        torch.testing.assert_close(full(loss), losses[dist.get_rank()])
+        loss.backward()
         check_gradients(whole, split)
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def rank_batches(kind: str) -> list[dict[str, Tensor]]:
-    return [given(kind, ids_like(DECLARATIONS[kind], 2, 10, seed=seed)) for seed in (0, 1)]
+    return [given(kind, ids_like(KINDS[kind], 2, 10, seed=seed)) for seed in (0, 1)]
 
 
 def lopsided_batches(kind: str) -> list[dict[str, Tensor]]:
@@ -212,7 +224,7 @@ def gathered(local: Tensor) -> list[Tensor]:
 @case("dense")
 def refusals(folder: Path, kind: str) -> None:
     """What cannot be split is said before a weight is read."""
-    dense = DECLARATIONS[kind]
+    dense = KINDS[kind]
     source = saved(folder, kind)
     if dist.get_rank() == 0:
         odd = dense.attention.replace(num_heads=3, num_kv_heads=3, head_dim=4)
