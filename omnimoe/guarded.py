@@ -109,7 +109,8 @@ class GuardedFiles(PreTrainedModel):
             check_memory(needed or bytes_of(model, _dtype(config, kwargs), held), fspath(folder / "config.json"))
         # where names or dtypes of the file are not the model's, only transformers can tell what fits
         if not (from_pickle or is_quantised or is_of_ranks(folder) or kwargs.get("key_mapping")):
-            misfit = misfits(held, model, getattr(model, "all_tied_weights_keys", None)) if strict else ""
+            tied, beside = getattr(model, "all_tied_weights_keys", None), _of_the_library(model)
+            misfit = misfits(held, model, tied, beside) if strict else ""
             if misfit:
                 raise _does_not_fit(folder, cls.__name__, misfit)
             check_dtypes(held, model.state_dict())
@@ -272,3 +273,12 @@ def _is_spread(kwargs: Mapping[str, Any]) -> bool:
 
 def _does_not_fit(folder: Path, model: str, misfit: str) -> MisfitError:
     return MisfitError(f"the weights in {folder} do not fit {model}.\n{misfit}\nstrict=False loads the rest")
+
+
+def _of_the_library(model: PreTrainedModel) -> list[str]:
+    """Models of transformers inside of ours, such as encoders: it writes some under the names of old releases."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and not isinstance(module, GuardedFiles)
+    ]

@@ -41,15 +41,23 @@ def renamed(entries: Mapping[str, Entry], wanted: Collection[str], prefix: str) 
     return dict(entries)
 
 
-def misfits(entries: Mapping[str, Entry], model: nn.Module, tied: Mapping[str, str] | None = None) -> str:
+def misfits(
+    entries: Mapping[str, Entry],
+    model: nn.Module,
+    tied: Mapping[str, str] | None = None,
+    beside: Collection[str] = (),
+) -> str:
     """What does not fit between weights and a model, in words; empty where all does.
 
     Args:
         entries: as declared, under the model's names.
         model: may be on the meta device.
         tied: weights that are another's, by name; one of the two is enough.
+        beside: names of modules whose weights a file may hold under other names, which are not looked at.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    starts = tuple(f"{name}." for name in beside)
+    entries = {name: entry for name, entry in entries.items() if not name.startswith(starts)}
+    wanted = {name: tuple(held.shape) for name, held in model.state_dict().items() if not name.startswith(starts)}
     missing = {name for name in wanted if name not in entries}
     for name, other in (tied or {}).items():
         if name in entries or other in entries:

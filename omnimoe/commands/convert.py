@@ -6,8 +6,6 @@ import argparse
 import dataclasses
 import json
 
-from omnimoe.checkpoint.memory import in_units
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -22,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts a checkpoint and says what was written."""
+    from omnimoe.checkpoint.memory import in_units
     from omnimoe.conversion import convert_checkpoint
 
     done = convert_checkpoint(

@@ -221,9 +221,12 @@ def scaled_dot_product(
     if module.num_key_value_groups > 1:
         key = key.repeat_interleave(module.num_key_value_groups, dim=1)
         value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    is_causal = mask.is_plain_causal and bool(mask.query_length == key.shape[2]) and bool(mask.query_length > 1)
-    bias = None if is_causal or mask.needs_no_mask else mask.dense()
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=is_causal, scale=module.scaling)
+    # a branch, since a traced comparison of open sizes is no Boolean for the kernel
+    if mask.is_plain_causal and mask.query_length == key.shape[2] and mask.query_length > 1:
+        seen: dict[str, Any] = {"is_causal": True}
+    else:
+        seen = {"attn_mask": None if mask.needs_no_mask else mask.dense()}
+    mixed = F.scaled_dot_product_attention(query, key, value, scale=module.scaling, **seen)
     return mixed.transpose(1, 2), None
 
 
