@@ -141,7 +141,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             if buffer.is_floating_point()
         }
         self.gradient_checkpointing = False
-        self._tables: dict[torch.device, Tensor] = {}
+        with torch.device("cpu"):  # before anything is traced, since a graph that adds to it is traced again
+            self._tables: dict[torch.device, Tensor] = {torch.device("cpu"): config.modality_of_ids()}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
