@@ -117,6 +117,16 @@ class Generates(GenerationMixin):
             "prompts on the left and call generate(input_ids, attention_mask=...)"
         )
 
+    def _validate_generation_mode(self, mode: Any, generation_config: Any, *rest: Any) -> None:
+        """Refuses drafts of the first layers: transformers shortens the config, from which no layers are read."""
+        layers = generation_config.assistant_early_exit
+        if layers is not None:
+            raise InputError(
+                f"assistant_early_exit={layers} would draft with the first layers alone, which this model cannot run; "
+                "pass a smaller model as assistant_model="
+            )
+        super()._validate_generation_mode(mode, generation_config, *rest)
+
     def _prepare_model_inputs(
         self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
     ) -> tuple[Tensor, str | None, dict[str, Any]]:

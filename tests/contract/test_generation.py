@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
+from omnimoe.inputs import InputError
 from omnimoe.model import OmniMoeForCausalLM
 from tests.contract.loops import FREE, GREEDY, KINDS, greedy, log_probs, made
 from tests.declarations import DECLARATIONS, DENSE, build
@@ -150,6 +151,16 @@ def test_drafts_and_sampling_go_together():
     found = model.generate(ids, assistant_model=build(DENSE, seed=7), do_sample=True, max_new_tokens=8, **FREE)
     assert found.shape == (1, 13)
     assert torch.equal(found[:, :5], ids)
+
+
+def test_a_draft_of_the_first_layers_is_refused_and_changes_nothing():
+    model, ids = made("mot", 1)
+    wanted = greedy(model, ids, 3)
+    for given in ({"assistant_early_exit": 1}, {"generation_config": GenerationConfig(assistant_early_exit=1)}):
+        with pytest.raises(InputError, match="assistant_early_exit=1 .* pass a smaller model as assistant_model="):
+            model.generate(ids, max_new_tokens=3, **given, **GREEDY)
+    assert model.config.num_layers == 2
+    assert torch.equal(model.generate(ids, max_new_tokens=3, **GREEDY), wanted)
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------
