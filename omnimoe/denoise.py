@@ -83,6 +83,9 @@ def denoise(
     if not shift > 0:
         raise InputError(f"shift must be above 0, got {shift}")
     guide = as_guidance(guidance)
+    unknown = {name for names in guide.left_out for name in names or ()} - set(config.modality_names)
+    if unknown:
+        raise InputError(f"guidance without {sorted(unknown)}; the modalities are {', '.join(config.modality_names)}")
     if modality_ids is None:
         modality_ids = model.model.modality_ids_of(input_ids)
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()

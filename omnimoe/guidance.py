@@ -42,6 +42,14 @@ class Guidance:
         for _, scale in self.scales:
             if not 0 <= scale < math.inf:
                 raise InputError(f"guidance must be 0 or more, got {scale}")
+        for names, _ in self.scales:
+            if isinstance(names, str):
+                raise InputError(f"scales name what is left out in a tuple, got {names!r}; write ({names!r},)")
+        low, high = self.interval
+        if not low < high:
+            raise InputError(f"interval must be (low, high), got {self.interval}")
+        if not 0 <= self.renorm_min <= 1:
+            raise InputError(f"renorm_min must be in [0, 1], got {self.renorm_min}")
         if self.renorm not in RENORMS:
             raise InputError(f"unknown renorm {self.renorm!r}; known: {', '.join(RENORMS)}")
 

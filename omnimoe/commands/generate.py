@@ -121,7 +121,9 @@ def _run_published(kind: type[Pipeline], source: str, documents: list, args: arg
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for models of our own; leave it out with {source}")
     size = None if args.size is None else _size(args.size)
-    asked = [[raw for _, raw in document] for document in documents for _ in range(args.num)]
+    # a picture may be given by its path, and a text is never one
+    read = [[Path(raw) if kind != "text" and isinstance(raw, str) else raw for kind, raw in held] for held in documents]
+    asked = [document for document in read for _ in range(args.num)]
     device = default_device(args.device)
     pipeline = kind.from_pretrained(source, device=device, dtype="float32" if device == "cpu" else "auto")
     made: list[Generated] = []

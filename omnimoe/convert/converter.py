@@ -40,6 +40,7 @@ class Converter:
             or these for a config.
         optional: patterns of published names that a file may lack; what they give then keeps its start.
         fresh: names of ours that no published tensor gives.
+        beside: further files that go along as they are where a folder is converted.
         notice: what the licence of the weights restricts, logged when they are loaded; where empty, a licence in the
             checkpoint's own card that may restrict is.
     """
@@ -54,6 +55,7 @@ class Converter:
     ignored: Mapping[str, str] | Callable[[OmniMoeConfig], Mapping[str, str]] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     fresh: Callable[[OmniMoeConfig], Iterable[str]] = _nothing_tied
+    beside: tuple[str, ...] = ()
     notice: str = ""
 
     def read(self, folder: Path) -> OmniMoeConfig:

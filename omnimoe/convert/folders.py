@@ -74,7 +74,7 @@ def to_omnimoe(
         with publish(destination, needed=_bytes(tensors.values())) as fresh:
             config.save_pretrained(fresh)
             write_weights(fresh, tensors, lambda name: held.parts(by_ours[name]), max_shard_size=max_shard_size)
-            _copy_beside(folder, fresh)
+            _copy_beside(folder, fresh, converter)
         return held.plan
 
 
@@ -151,7 +151,7 @@ def _export(
             read = _reader(by_published, prefix, parts)
             write_weights(fresh, stored, read, file=file, max_shard_size=max_shard_size)
         if beside is not None:
-            _copy_beside(beside, fresh)
+            _copy_beside(beside, fresh, converter)
 
 
 def _reader(
@@ -193,7 +193,7 @@ def _bytes(tensors: Iterable[tuple[torch.dtype, Shape]]) -> int:
     return sum(dtype.itemsize * prod(shape) for dtype, shape in tensors)
 
 
-def _copy_beside(folder: Path, destination: Path) -> None:
-    for name in BESIDE:
+def _copy_beside(folder: Path, destination: Path, converter: Converter) -> None:
+    for name in (*BESIDE, *converter.beside):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, destination / name)

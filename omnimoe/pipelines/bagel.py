@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,18 @@ from omnimoe.denoise import denoise
 from omnimoe.encoders.raw import whole_pictures
 from omnimoe.encoders.siglip import fit_size
 from omnimoe.guidance import Guidance
-from omnimoe.hub import from_pretrained
-from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.hub import from_pretrained, model_info
+from omnimoe.model import MODELS, OmniMoeForCausalLM
 from omnimoe.pipelines.base import Part, Pipeline, register_pipeline
 from omnimoe.tokenizers import Tokenizer, TokenizerError
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
 from omnimoe.zoo.bagel.autoencoder import FILE, PIXELS, BagelAutoencoder
-from omnimoe.zoo.bagel.convert import BEGIN, BOS, DRAWN, END, EOS, SEEN
+from omnimoe.zoo.bagel.convert import BEGIN, BOS, DRAWN, END, EOS, LATENT_CHANNELS, LATENT_PATCH, SEEN
 
-GUIDANCE = Guidance(scales=((("text",), 4.0), (("vision", "image"), 1.5)), interval=(0.4, 1.0), renorm="global")
-"""As published: away from what is drawn without the words, then from what is drawn without the pictures."""
+DRAWING = Guidance(scales=((("text",), 4.0),), interval=(0.4, 1.0), renorm="global")
+"""For pictures from words, as in the notebook of the published code: away from what is drawn without them."""
+EDITING = Guidance(scales=((("text",), 4.0), (("vision", "image"), 2.0)), interval=(0.0, 1.0), renorm="first_channel")
+"""For documents with pictures, as there: away from what is drawn without the words, then without the pictures."""
 STEPS, SHIFT = 49, 3.0
 """Forwards of a picture and the shift of their times, as published."""
 SHORTEST, LONGEST = 512, 1024
@@ -81,7 +83,7 @@ class Bagel(Pipeline):
         """A published checkpoint: a folder or an id on the Hub.
 
         Args:
-            source: as for :func:`omnimoe.from_pretrained`.
+            source: as for :func:`omnimoe.from_pretrained`, or a name of the zoo.
             dtype: of the model; the autoencoder stays in float32.
             device: where to put both.
             revision: branch, tag or commit, on the Hub.
@@ -91,6 +93,8 @@ class Bagel(Pipeline):
         Raises:
             CheckpointError: if a file is missing, malformed, or does not fit.
         """
+        if source in MODELS and not Path(source).is_dir():
+            source = model_info(fspath(source)).pretrained or source
         hub = Hub(revision=revision, token=token, local_files_only=local_files_only)
         place = Source.find(source, hub=hub)
         folder = place.fetch(("*.json", "merges.txt", FILE))
@@ -121,9 +125,9 @@ class Bagel(Pipeline):
             sizes: height and width in pixels, multiples of 16, one for all or one each; where None that of a document's
                 last picture, or 1024 x 1024.
             guidance: how far to push away from what is drawn without the words, or all of :class:`Guidance`;
-                :data:`GUIDANCE` where None.
+                :data:`EDITING` where None and a document holds a picture, else :data:`DRAWING`.
             steps: forwards through the model; :data:`STEPS` where None.
-            seed: of the noise.
+            seed: of the noise; document i has that of ``seed + i`` alone, whatever it is drawn with.
             shift: how much longer it stays at noisy times.
 
         Returns:
@@ -132,14 +136,18 @@ class Bagel(Pipeline):
         Raises:
             ValueError: if there is no autoencoder, a size does not fit, or a document is empty.
         """
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        read = _documents(documents)
+        has_pictures = any(not isinstance(part, str) for document in read for part in document)
+        published = EDITING if has_pictures else DRAWING
         if guidance is None:
-            guidance = GUIDANCE
+            guidance = published
         elif not isinstance(guidance, Guidance):
-            words, sights = GUIDANCE.scales
-            guidance = dataclasses.replace(GUIDANCE, scales=((words[0], guidance), sights))
+            (words, _), *rest = published.scales
+            guidance = dataclasses.replace(published, scales=((words, guidance), *rest))
         if self.autoencoder is None:
             raise ValueError(f"this copy has no autoencoder to draw with; load one with {FILE}")
-        read = [self._read(document) for document in documents]
         shapes = [self._shape(document, size) for document, size in zip(read, _each(sizes, len(read)), strict=True)]
         batch = self._batch(read, drawn=shapes)
         rows = denoise(
@@ -152,7 +160,7 @@ class Bagel(Pipeline):
             sizes=shapes,
             steps=steps or STEPS,
             shift=shift,
-            seed=seed,
+            noise=_noise(shapes, seed).to(self.model.device),
             guidance=guidance,
         )
         counts = [tall * wide for tall, wide in shapes]
@@ -173,7 +181,7 @@ class Bagel(Pipeline):
         Returns:
             A text for each.
         """
-        read = [self._read(document) for document in documents]
+        read = _documents(documents)
         batch = self._batch(read, is_answered=True)
         # the table is longer than the tokenizer's list, and a row without a text cannot be told
         silent = [token for token in range(self.tokenizer.vocab_size, self.model.config.vocab_size) if token != EOS]
@@ -192,20 +200,6 @@ class Bagel(Pipeline):
         for row in found[:, batch.input_ids.shape[1] :].tolist():
             said.append(self.tokenizer.decode(torch.tensor(row[: row.index(EOS)] if EOS in row else row)))
         return said
-
-    def _read(self, document: Sequence[Part] | str) -> list[str | Image.Image]:
-        parts = [document] if isinstance(document, str) else list(document)
-        if not parts:
-            raise ValueError("a document is empty; give it words or a picture")
-        read: list[str | Image.Image] = []
-        for part in parts:
-            if isinstance(part, str):
-                read.append(part)
-                continue
-            (picture,) = whole_pictures([part])
-            size = fit_size(*picture.size, patch_size=PIXELS, shortest=SHORTEST, longest=LONGEST)
-            read.append(picture.resize(size, Image.Resampling.BICUBIC))
-        return read
 
     def _shape(self, document: list[str | Image.Image], size: tuple[int, int] | None) -> tuple[int, int]:
         if size is None:
@@ -263,6 +257,36 @@ class Bagel(Pipeline):
         return mine & (order == order.amax(dim=1, keepdim=True))
 
 
+def _documents(given: Any) -> list[list[str | Image.Image]]:
+    """Documents with their pictures opened and brought to a size that the autoencoder takes.
+
+    Raises:
+        ValueError: if what was given is one document or one part of it, or a document is empty.
+    """
+    if isinstance(given, str | PathLike | np.ndarray | Tensor | Image.Image):
+        raise ValueError(f"documents must be a list of documents, got one {type(given).__name__}; put it into a list")
+    if not len(given):
+        raise ValueError("there is no document; pass one or more")
+    read = []
+    for place, document in enumerate(given):
+        if isinstance(document, PathLike | np.ndarray | Tensor | Image.Image):
+            raise ValueError(
+                f"document {place} is a {type(document).__name__}; a document is words, or a list of words and "
+                "pictures: [[picture, 'make it green']]"
+            )
+        parts = [document] if isinstance(document, str) else list(document)
+        if not parts:
+            raise ValueError(f"document {place} is empty; give it words or a picture")
+        read.append([part if isinstance(part, str) else _fitted(part) for part in parts])
+    return read
+
+
+def _fitted(picture: Any) -> Image.Image:
+    (whole,) = whole_pictures([picture])
+    size = fit_size(*whole.size, patch_size=PIXELS, shortest=SHORTEST, longest=LONGEST)
+    return whole.resize(size, Image.Resampling.BICUBIC)
+
+
 def read_tokenizer(folder: Path) -> HfTextTokenizer:
     """Qwen2's tokenizer of a checkpoint, whose own ``config.json`` may be none.
 
@@ -280,12 +304,25 @@ def read_tokenizer(folder: Path) -> HfTextTokenizer:
     return HfTextTokenizer(HfTextTokenizer.Config(add_markers=False), model=model)
 
 
+def _noise(shapes: Sequence[tuple[int, int]], seed: int | None) -> Tensor:
+    """Rows of all pictures; document i of a call has the noise of a call of its own with ``seed + i``."""
+    parts = []
+    for place, (tall, wide) in enumerate(shapes):
+        generator = None if seed is None else torch.Generator().manual_seed(seed + place)
+        parts.append(torch.randn(tall * wide, LATENT_CHANNELS * LATENT_PATCH**2, generator=generator))
+    return torch.cat(parts)
+
+
 def _each(sizes: Any, count: int) -> list[tuple[int, int] | None]:
-    if sizes is None or isinstance(sizes[0], int):
-        return [sizes] * count
-    if len(sizes) != count:
-        raise ValueError(f"sizes must be one for all or one for each of {count} documents, got {len(sizes)}")
-    return list(sizes)
+    if sizes is None:
+        return [None] * count
+    found = np.asarray(sizes)
+    if found.dtype.kind not in "iu" or found.shape not in ((2,), (count, 2)):
+        raise ValueError(
+            f"sizes must be (height, width) for all or one for each of {count} documents, got {str(sizes)[:60]}"
+        )
+    pairs = found.tolist()
+    return [(pairs[0], pairs[1])] * count if found.ndim == 1 else [(tall, wide) for tall, wide in pairs]
 
 
-__all__ = ["GUIDANCE", "SHIFT", "STEPS", "Bagel"]
+__all__ = ["DRAWING", "EDITING", "SHIFT", "STEPS", "Bagel"]

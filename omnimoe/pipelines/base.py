@@ -17,7 +17,7 @@ from omnimoe.model import MODELS
 from omnimoe.registry import Registry
 
 Part = str | Any
-"""Words, or a picture: a path, a PIL image, or a uint8 array ``(H, W, 3)``."""
+"""Words, a str; or a picture: a ``pathlib.Path``, a PIL image, or a uint8 array ``(H, W, 3)``."""
 
 _BUILT_IN = ("bagel",)
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from omnimoe import CheckpointError
+from omnimoe import CheckpointError, convert_checkpoint
 from omnimoe.commands import generate as command
 from omnimoe.convert import to_published
 from omnimoe.denoise import denoise
@@ -26,7 +26,7 @@ from tests.zoo.bagel.test_parity import model as model  # a fixture
 
 pytest.importorskip("diffusers", reason="pip install 'omnimoe[diffusers]'")
 
-from omnimoe.pipelines.bagel import Bagel
+from omnimoe.pipelines.bagel import EDITING, Bagel, _documents
 from omnimoe.zoo.bagel.autoencoder import FILE, BagelAutoencoder
 from tests.zoo.bagel.test_autoencoder import published
 
@@ -59,7 +59,7 @@ def test_words_to_a_picture_is_the_layout_that_was_proved(bagel, model):
     words = Text(bagel.tokenizer.encode("a red apple").tolist())
     noise = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     given = asked(model, [[words, Latent(noise.view(2, 3, 64), 1.0)]])
-    guide = Guidance(scales=((("text",), 4.0), (("vision", "image"), 1.5)), interval=(0.4, 1.0), renorm="global")
+    guide = Guidance(scales=((("text",), 4.0),), interval=(0.4, 1.0), renorm="global")
     rows = denoise(model, "image", given.pop("input_ids"), steps=2, shift=3.0, guidance=guide, **given)
     (wanted,) = bagel.autoencoder.decode([rows.view(2, 3, 64)])
     assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
@@ -67,16 +67,16 @@ def test_words_to_a_picture_is_the_layout_that_was_proved(bagel, model):
 
 def test_a_picture_is_changed_at_its_own_size(bagel):
     tall = Image.open(PICTURE).convert("RGB").resize((300, 560))
-    bagel_size = bagel._read([tall])[0].size
-    assert bagel_size == (512, 960), "the shorter side is brought to 512 pixels"
+    read = _documents([[tall]])[0]
+    assert read[0].size == (512, 960), "the shorter side is brought to 512 pixels"
     (found,) = bagel.draw([[PICTURE, "make it blue"]], steps=1, seed=0, sizes=(32, 32))
     assert found.shape == (32, 32, 3)
-    assert bagel._shape(bagel._read([tall]), None) == (60, 32)
+    assert bagel._shape(read, None) == (60, 32)
 
 
 def test_what_an_edit_lays_out(bagel):
     """The picture as latents, then as seen, then the words, then what is drawn."""
-    read = bagel._read([PICTURE, "blue"])
+    read = _documents([[PICTURE, "blue"]])[0]
     made = bagel._batch([read], drawn=[(1, 1)])
     seen = bagel.model.model.modalities["vision"].get_encoder().patches(read[0])
     (cells,) = bagel.autoencoder.encode([np.asarray(read[0])])
@@ -85,6 +85,27 @@ def test_what_an_edit_lays_out(bagel):
     assert torch.equal(made.input_ids, wanted["input_ids"])
     assert torch.equal(made.features["image"][0], cells)
     assert torch.equal(made.features["vision"]["patches"], wanted["features"]["vision"]["patches"])
+
+
+def test_a_document_is_drawn_in_a_call_of_several_as_alone(bagel):
+    together = bagel.draw(["a", "b"], steps=1, seed=7, sizes=np.array([32, 32]))
+    alone = bagel.draw(["b"], steps=1, seed=8, sizes=(32, 32))
+    assert np.abs(together[1].astype(int) - alone[0].astype(int)).max() <= 1
+
+
+def test_documents_with_pictures_are_guided_as_edits(bagel):
+    given = {"steps": 2, "seed": 0, "sizes": (32, 32)}
+    (found,), (wanted,) = (bagel.draw([[PICTURE, "blue"]], **given, **more) for more in ({}, {"guidance": EDITING}))
+    assert np.array_equal(found, wanted)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        bagel.draw(["a"], steps=0)
+
+
+def test_a_folder_of_ours_and_back_keeps_the_autoencoder(folder, tmp_path):
+    convert_checkpoint(folder, tmp_path / "ours")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "back", to="published")
+    assert (tmp_path / "back" / FILE).read_bytes() == (folder / FILE).read_bytes()
+    assert Bagel.from_pretrained(tmp_path / "back").draw(["a"], steps=1, sizes=(16, 16))
 
 
 def test_answers_of_a_batch_are_those_of_each_alone(bagel):
@@ -102,9 +123,14 @@ def test_several_pictures_of_unequal_size_at_once(bagel):
 @pytest.mark.parametrize(
     ("documents", "sizes", "message"),
     [
-        ([[]], None, "a document is empty"),
+        ([[]], None, "document 0 is empty"),
+        ([], None, "there is no document"),
+        ("a red apple", None, "must be a list of documents, got one str"),
+        (np.zeros((32, 32, 3), np.uint8), None, "got one ndarray"),
+        ([np.zeros((32, 32, 3), np.uint8), "blue"], None, "document 0 is a ndarray; a document is words"),
+        (["a"], 32, "for each of 1 documents, got 32"),
         (["a"], (20, 32), r"multiples of 16 up to 1024 pixels, got \(20, 32\)"),
-        (["a", "b"], [(16, 16)], "one for each of 2 documents, got 1"),
+        (["a", "b"], [(16, 16)], "one for each of 2 documents, got"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(bagel, documents, sizes, message):
@@ -165,6 +191,21 @@ class TestCommand:
         self.call(folder, *given, "--to", "text", "--max-new-tokens", 3, "--json")
         told = json.loads(capsys.readouterr().out)
         assert told["samples"][0]["modality"] == "text"
+
+    def test_pictures_are_seen_and_a_missing_one_is_refused(self, folder, monkeypatch, capsys):
+        seen = []
+        batch_of = Bagel._batch
+
+        def spied(pipeline, documents, **options):
+            made = batch_of(pipeline, documents, **options)
+            seen.append(sorted(made.features))
+            return made
+
+        monkeypatch.setattr(Bagel, "_batch", spied)
+        self.call(folder, "--from", "image", PICTURE, "--from", "text", "a", "--to", "text", "--max-new-tokens", 1)
+        assert seen == [["vision"]]
+        with pytest.raises(ValueError, match="no picture at"):
+            self.call(folder, "--from", "image", "no.png", "--to", "text")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -163,6 +163,7 @@ BAGEL = register_converter(
         weight_files={"": "ema.safetensors"},
         config=bagel_config,
         rules=bagel_rules,
+        beside=("ae.safetensors",),
         optional=(r"vit_model\..*", r"connector\..*", r"vit_pos_embed\..*"),
     )
 )
