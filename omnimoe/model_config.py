@@ -311,16 +311,24 @@ class OmniMoeConfig(PreTrainedConfig):
 
     def _plan(self, kind: str) -> dict[str, str] | None:
         found: dict[str, str] = {}
-        for block in self.blocks:
-            for part, config in (("self_attn", block.attention), ("mlp", block.experts)):
-                for name, style in getattr(config, kind, {}).items():
-                    path = f"backbone.layers.*.{part}.{name}".rstrip(".")
-                    if found.setdefault(path, style) != style:
-                        raise ConfigError(
-                            f"the layers disagree on the {kind} of {path}: {found[path]!r} and {style!r}; give parts "
-                            "that are split in another way another name"
-                        )
+        for plan in self.layer_plans(kind):
+            for name, style in plan.items():
+                path = f"backbone.layers.*.{name}"
+                if found.setdefault(path, style) != style:
+                    raise ConfigError(
+                        f"the layers disagree on the {kind} of {path}: {found[path]!r} and {style!r}; give parts "
+                        "that are split in another way another name"
+                    )
         return found or None
+
+    def layer_plans(self, kind: str) -> list[dict[str, str]]:
+        """The ``"tp_plan"`` or ``"ep_plan"`` of each layer, with names as below the layer."""
+        plans = []
+        for block in self.blocks:
+            parts = {"self_attn": getattr(block.attention, kind, {}), "mlp": getattr(block.experts, kind, {})}
+            held = {f"{part}.{name}".rstrip("."): plan[name] for part, plan in parts.items() for name in plan}
+            plans.append(held)
+        return plans
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; the vocabulary follows the modalities unless it is given.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.distributed.parallel_utils import _get_parameter_plan
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from omnimoe.ops import combine, route_plan
@@ -288,15 +289,22 @@ class ParallelMixin:
             )
 
     def _expand_parallel_plan(self, plan: dict) -> dict:
-        """Leaves out banks that no router chooses from, which are called alike in layers of another kind."""
+        """A rule of the config, which names all layers, holds in those whose own parts have it."""
         expanded = super()._expand_parallel_plan(plan)  # type: ignore[misc]
-        blocks = self.config.blocks  # type: ignore[attr-defined]
+        is_expert_plan = any(style in EP_STYLES for style in plan.values())
+        config, kind = self.config, "ep_plan" if is_expert_plan else "tp_plan"  # type: ignore[attr-defined]
+        common, own = getattr(config, f"base_model_{kind}") or {}, config.layer_plans(kind)
+        parameters = {name for name, _ in self.named_parameters()}  # type: ignore[attr-defined]
 
-        def is_routed(name: str) -> bool:
-            layer = re.search(r"\.layers\.(\d+)\.", f".{name}")
-            return layer is None or bool(blocks[int(layer.group(1))].experts.ep_plan)
+        def holds(name: str, style: str) -> bool:
+            place = re.match(r"(?:model\.)?backbone\.layers\.(\d+)\.(.+)", name)
+            if place is None:
+                return True
+            rule = functools.partial(_get_parameter_plan, is_weight=name in parameters)
+            is_of_config = style in EP_STYLES or style == rule(f"backbone.layers.*.{place[2]}", common)
+            return not is_of_config or style == rule(place[2], own[int(place[1])])
 
-        return {name: held for name, held in expanded.items() if held not in EP_STYLES or is_routed(name)}
+        return {name: style for name, style in expanded.items() if holds(name, style)}
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
