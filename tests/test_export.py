@@ -111,3 +111,14 @@ def test_attention_that_cannot_be_exported_names_the_remedy():
 def test_a_model_with_continuous_modalities_asks_for_an_example():
     with pytest.raises(ExportError, match="the model may take features of 'latent'; pass an example"):
         export(build(DECLARATIONS["transfusion"]))
+
+
+def test_torch_export_takes_the_model_itself_with_its_routings_and_rows(tmp_path):
+    model, ids = build(DECLARATIONS["moe"]), ids_like(DECLARATIONS["moe"])
+    given = {"input_ids": ids, "use_cache": False}
+    torch.export.save(torch.export.export(model, (), given, strict=False), tmp_path / "model.pt2")
+    found, wanted = torch.export.load(tmp_path / "model.pt2").module()(**given), model(**given)
+    torch.testing.assert_close(found.logits, wanted.logits, atol=1e-5, rtol=1e-4)
+    for one, other in zip(found.routings, wanted.routings, strict=True):
+        assert torch.equal(one.expert_ids, other.expert_ids)
+    assert torch.equal(found.rows.to_time(found.rows.modality_ids), wanted.rows.to_time(wanted.rows.modality_ids))

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 from omnimoe.ops import permute, route_plan
 
@@ -228,3 +229,11 @@ class RowLayout:
     def with_rotary(self, cos: Tensor, sin: Tensor) -> RowLayout:
         """A copy that carries the rotary table of its rows."""
         return dataclasses.replace(self, cos=cos, sin=sin)
+
+
+register_dataclass(
+    RowLayout,
+    field_names=[held.name for held in dataclasses.fields(RowLayout) if held.name != "_per_towers"],
+    drop_field_names=["_per_towers"],  # made again where it is missed
+    serialized_type_name="omnimoe.RowLayout",
+)

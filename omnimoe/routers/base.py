@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from omnimoe.config import Config as ConfigBase
 from omnimoe.config import Configurable, register
@@ -50,6 +51,9 @@ class Routing:
     key_ids: Tensor | None = None
     shared_weights: Tensor | None = None
     dropped: Tensor | None = None
+
+
+register_dataclass(Routing, serialized_type_name="omnimoe.Routing")
 
 
 def join_routings(steps: Sequence[Sequence[Routing | None]]) -> tuple[Routing | None, ...]:
