@@ -10,12 +10,14 @@ from typing import Any
 
 from omnimoe.checkpoint import CheckpointError, read_json
 from omnimoe.checkpoint.folder import inside
-from omnimoe.config import ConfigError
+from omnimoe.config import COUNT_LIMIT, SIZE_LIMIT, ConfigError
 from omnimoe.convert.rules import Plan, Rule, make_plan
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.registry import Registry
 
 CONFIG = "config.json"
+_LAYER_LIMIT = 4096
+"""Layers of the deepest model, as in our own configs."""
 JsonFiles = Mapping[str, dict[str, Any]]
 
 
@@ -79,11 +81,12 @@ class Converter:
             CheckpointError: if a value is missing, malformed, or asks for what the parts here do not do.
         """
         held = dict(files) if set(files) == set(self.json_files) else {self.json_files[0]: dict(files)}
+        check_counts(held)
         try:
             config = self.config(held)
         except ConfigError as error:
             raise CheckpointError(f"the config of this {self.name} checkpoint does not fit: {error}") from error
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"the config of this {self.name} checkpoint is malformed: {error!r}") from error
         config.published = {"family": self.name, "files": held}
         return config
@@ -108,6 +111,32 @@ class Converter:
         if self.model_types:
             return _model_type(folder) in self.model_types
         return all((folder / name).is_file() for name in self.json_files)
+
+
+def check_counts(files: JsonFiles) -> None:
+    """Refuses whole numbers past those of any model, for which lists of their length would be made.
+
+    Args:
+        files: the JSON files by name.
+
+    Raises:
+        CheckpointError: with the file, the field and its value.
+    """
+    rest: list[tuple[str, str, Any]] = [(file, "", plain) for file, plain in files.items()]
+    while rest:
+        file, name, value = rest.pop()
+        if isinstance(value, Mapping):
+            rest += [(file, str(key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            rest += [(file, name, item) for item in value]
+        elif isinstance(value, int) and abs(value) > (limit := _limit(name)):
+            raise CheckpointError(f"{file} gives {name} {value:,}, beyond any model; at most {limit:,} is taken")
+
+
+def _limit(name: str) -> int:
+    if re.search(r"layers?$", name):
+        return _LAYER_LIMIT
+    return COUNT_LIMIT if name.startswith("num_") else SIZE_LIMIT
 
 
 CONVERTERS: Registry[Converter] = Registry("converter")

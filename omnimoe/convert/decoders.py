@@ -31,12 +31,17 @@ def read_config(plain: dict[str, Any]) -> PreTrainedConfig:
         CheckpointError: if transformers does not know its type or refuses a value, or the weights are quantised.
     """
     plain = {key: value for key, value in plain.items() if key not in ("auto_map", "architectures")}
-    if plain.get("quantization_config"):
-        method = plain["quantization_config"].get("quant_method", "an unknown method")
+    quantised = plain.get("quantization_config")
+    if quantised:
+        known = quantised if isinstance(quantised, dict) else {}
+        method = known.get("quant_method", "an unknown method")
         raise CheckpointError(f"the weights are quantised ({method}), which is not converted; take a copy in bfloat16")
+    for name in ("dtype", "torch_dtype"):
+        if not isinstance(plain.get(name), str | None):
+            raise CheckpointError(f"the published config is refused: {name} {plain[name]!r} is no name of a dtype")
     try:
         return AutoConfig.for_model(plain.pop("model_type"), **plain)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise CheckpointError(f"the published config is refused: {error}") from error
 
 

@@ -216,6 +216,12 @@ def test_tables_of_rotary_frequencies_are_left_out(llama, tmp_path):
         ({"hidden_size": "wide"}, "the published config is refused"),
         ({"num_attention_heads": 5}, "refused|fit"),
         ({"num_hidden_layers": -1}, "fit|malformed|refused"),
+        ({"num_attention_heads": 0}, "malformed: ZeroDivisionError|refused"),
+        ({"dtype": [1]}, r"dtype \[1\] is no name of a dtype"),
+        ({"num_hidden_layers": 10**9}, "gives num_hidden_layers 1,000,000,000, beyond any model; at most 4,096"),
+        ({"num_hidden_layers": 2 * 10**7}, "beyond any model"),
+        ({"num_labels": 10**9}, "gives num_labels 1,000,000,000, beyond any model"),
+        ({"vocab_size": 2**41}, "beyond any model"),
     ],
 )
 def test_a_config_that_is_not_converted_says_why(values, message, llama, tmp_path):
