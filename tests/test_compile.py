@@ -76,11 +76,16 @@ def test_generation_with_a_cache_of_fixed_size_compiles_its_steps(kind):
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
-    counter = CompileCounter()
-    compiling = CompileConfig(fullgraph=True, backend=counter, mode=None)
+    traced = []
+
+    def counting(graph, inputs):  # the config of a compilation is copied, and what is no function with it
+        traced.append(graph)
+        return graph.forward
+
+    compiling = CompileConfig(fullgraph=True, backend=counting, mode=None)
     compiling._compile_all_devices = True
     found = model.generate(ids, cache_implementation="static", compile_config=compiling, **settings)
-    assert counter.frame_count >= 1
+    assert traced
     assert torch.equal(found, model.generate(ids, **settings))
 
 

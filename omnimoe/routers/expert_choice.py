@@ -9,8 +9,8 @@ foretell the choice, says which rows it takes (MoMa). Either way the weight is t
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -123,14 +123,15 @@ class ExpertChoiceRouter(Router):
 
         All are taken where all rows count; in a traced graph there may be room for more than are taken.
         """
-        factor, number = self.config.capacity_factor / self.num_experts, len(scores)
-        most = min(number, math.ceil(factor * number))
+        # in whole numbers: 0.1 of 80 rows are 8, and a graph with open sizes has no ceiling of fractions
+        share, number = Fraction(self.config.capacity_factor).limit_denominator(10_000) / self.num_experts, len(scores)
+        most = min(number, -(-number * share.numerator // share.denominator))
         if rows.counted is None:
             weights, token_index = scores.t().topk(most, dim=-1)
             cutoff = weights[:, -1].detach() if most else None
             return weights, token_index, torch.ones_like(token_index, dtype=torch.bool), cutoff
         counted = rows.counted.sum()
-        capacity = torch.minimum((factor * counted.double()).ceil().long(), counted)
+        capacity = torch.minimum((counted * share.numerator + share.denominator - 1) // share.denominator, counted)
         weights, token_index = scores.masked_fill(~rows.counted.unsqueeze(1), float("-inf")).t().topk(most, dim=-1)
         taken = (torch.arange(most, device=scores.device) < capacity).expand(self.num_experts, -1)
         last = weights.detach().gather(1, (capacity - 1).clamp_min(0).expand(self.num_experts, 1)).squeeze(1)
