@@ -25,11 +25,11 @@ from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.checkpoint.finite import check_choice
 from omnimoe.checkpoint.finite import check_finite as look_for_nan
 from omnimoe.checkpoint.fit import bytes_of, check_dtypes, layers_in, misfits, renamed
-from omnimoe.checkpoint.folder import check_config, is_of_ranks
+from omnimoe.checkpoint.folder import check_config, files_read, is_of_ranks
 from omnimoe.checkpoint.header import Entry
 from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.checkpoint.memory import check_memory
-from omnimoe.checkpoint.route import find_folder, is_pickle
+from omnimoe.checkpoint.route import ADAPTERS, CONFIG_OF_ADAPTERS, find_folder, folder_of_adapters, is_pickle
 from omnimoe.model_card import README, text_of, write_card
 from omnimoe.publish import publish
 from omnimoe.quantize import check_reach, named
@@ -99,7 +99,7 @@ class GuardedFiles(PreTrainedModel):
             changes = {name: kwargs.pop(name) for name in own & kwargs.keys() - {"dtype"}}
             config = cls.config_class.from_pretrained(folder if config is None else config, **changes)
         if verify:
-            verify_folder(folder)
+            cls._verify(folder, folder_of_adapters(folder, kwargs), kwargs.get("variant"), from_pickle)
         entries = {} if from_pickle else check_weights(folder, variant=kwargs.get("variant"))
         is_quantised = getattr(config, "quantization_config", None) is not None
         model = cls._on_meta(config, model_args, entries if strict and not is_quantised else {}, folder)
@@ -133,6 +133,15 @@ class GuardedFiles(PreTrainedModel):
         if quantization_config is not None and not allow_partial:
             check_reach(model)
         return (model, report) if wants_report else model
+
+    @staticmethod
+    def _verify(folder: Path, adapters: Path | None, variant: str | None, from_pickle: bool) -> None:
+        """Compares what will be loaded with the manifests, of adapters too."""
+        needed = files_read(folder, variant=variant, from_pickle=from_pickle)
+        of_adapters = {ADAPTERS, CONFIG_OF_ADAPTERS}
+        if adapters is not None and adapters != folder:
+            verify_folder(adapters, needed=of_adapters)
+        verify_folder(folder, needed=needed | of_adapters if adapters == folder else needed)
 
     @classmethod
     def _on_meta(

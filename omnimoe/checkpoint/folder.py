@@ -135,6 +135,23 @@ def check_weights(folder: Path, *, variant: str | None = None) -> dict[str, Entr
     return found
 
 
+def files_read(folder: Path, *, variant: str | None = None, from_pickle: bool = False) -> set[str]:
+    """Names of the files that loading a model reads; some may not be there.
+
+    Args:
+        folder: of the checkpoint.
+        variant: of the weights.
+        from_pickle: the weights are those of transformers' own pickle.
+    """
+    found = {"config.json", "generation_config.json"}
+    if from_pickle:
+        path = folder / "pytorch_model.bin.index.json"
+        return found | {"pytorch_model.bin", path.name, *(_weight_map(path, "bin").values() if path.exists() else ())}
+    index = read_index(folder, variant=variant)
+    local = (path.name for path in folder.iterdir() if _RANK_LOCAL.fullmatch(path.name))
+    return found | {_named("model.safetensors", variant), _index_name(variant), *(index or {}).values(), *local}
+
+
 def is_of_ranks(folder: Path) -> bool:
     """Whether each rank of a run wrote its own part of the weights, which transformers puts together."""
     return any(_RANK_LOCAL.fullmatch(path.name) for path in folder.iterdir())

@@ -11,15 +11,16 @@ from omnimoe.checkpoint.folder import inside
 from omnimoe.publish import MANIFEST, digest, read_manifest
 
 
-def verify_folder(folder: Path, files: Collection[str] | None = None) -> None:
+def verify_folder(folder: Path, files: Collection[str] | None = None, *, needed: Collection[str] = ()) -> None:
     """Reads every file that the manifest lists and compares its hash; other files are not looked at.
 
     Args:
         folder: of the checkpoint.
         files: names of those to read; all where None.
+        needed: names of files that must be listed if they are there, beside ``files``: those that will be loaded.
 
     Raises:
-        CheckpointError: if a file is missing or another one, or there is no manifest.
+        CheckpointError: if a file is missing, another one or not listed, or there is no manifest.
     """
     try:
         listed = read_manifest(folder)
@@ -27,6 +28,12 @@ def verify_folder(folder: Path, files: Collection[str] | None = None) -> None:
         raise CheckpointError(str(error)) from error
     if not listed:
         raise CheckpointError(f"{folder} has no {MANIFEST} to verify it by; leave verify out, or save the model again")
+    for name in sorted({*needed, *(files or ())} - set(listed)):
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder / name} would be loaded, and {MANIFEST} does not list it, so nothing tells whether it is of "
+                "the save; remove or fetch it again, save the model again, or leave verify out"
+            )
     for name, wanted in listed.items():
         if files is not None and name not in files:
             continue

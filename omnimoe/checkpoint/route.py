@@ -13,6 +13,7 @@ from omnimoe.checkpoint.folder import check_pickles, end_broken_save, has_pickle
 from omnimoe.checkpoint.header import read_header
 
 ADAPTERS = "adapter_model.safetensors"
+CONFIG_OF_ADAPTERS = "adapter_config.json"
 _OF_THE_HUB = ("cache_dir", "token", "local_files_only")
 _PLACE = (*_OF_THE_HUB, "subfolder", "revision", "force_download", "proxies")
 
@@ -33,19 +34,30 @@ def find_folder(source: str | PathLike[str], given: Mapping[str, Any]) -> tuple[
     folder = _fetched(source, given)
     rest = {name: value for name, value in given.items() if name not in _PLACE}
     adapters = dict(rest.get("adapter_kwargs") or {})
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = read_json(inside(folder, "adapter_config.json"), CheckpointError).get("base_model_name_or_path")
+    if (folder / CONFIG_OF_ADAPTERS).is_file() and not (folder / "config.json").is_file():
+        base = read_json(inside(folder, CONFIG_OF_ADAPTERS), CheckpointError).get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
-            raise CheckpointError(f"{folder / 'adapter_config.json'} names no base model; load that, then load_adapter")
+            raise CheckpointError(f"{folder / CONFIG_OF_ADAPTERS} names no base model; load that, then load_adapter")
         adapters["_adapter_model_path"] = fspath(folder)
         rest["adapter_kwargs"] = adapters
         folder = _fetched(base, {name: given[name] for name in _OF_THE_HUB if name in given})
-    place = Path(adapters.get("_adapter_model_path") or folder)
-    if (place / "adapter_config.json").is_file():
+    place = folder_of_adapters(folder, rest)
+    if place is not None:
         if not (place / ADAPTERS).exists():
             raise CheckpointError(f"{place} has adapters and no {ADAPTERS}; save them again")
         read_header(inside(place, ADAPTERS))
     return folder, rest
+
+
+def folder_of_adapters(folder: Path, given: Mapping[str, Any]) -> Path | None:
+    """Where the adapters lie that are loaded with a model: in its folder or one of their own; None without any.
+
+    Args:
+        folder: of the model.
+        given: the arguments of loading, as :func:`find_folder` returns them.
+    """
+    place = Path((given.get("adapter_kwargs") or {}).get("_adapter_model_path") or folder)
+    return place if (place / CONFIG_OF_ADAPTERS).is_file() else None
 
 
 def is_pickle(folder: Path, allow_pickle: bool, given: Mapping[str, Any]) -> bool:
@@ -80,6 +92,6 @@ def _fetched(source: str | PathLike[str], given: Mapping[str, Any]) -> Path:
     hub = Hub(**asked)
     place = Source.find(source, subfolder=subfolder, hub=hub)
     folder = place.fetch()
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / CONFIG_OF_ADAPTERS).is_file() and not (folder / "config.json").is_file():
         return place.fetch([ADAPTERS], at=folder)
     return place.fetch(weight_files(read_index(folder, variant=given.get("variant"))), at=folder)

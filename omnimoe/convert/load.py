@@ -65,7 +65,8 @@ def load_converted(
             )
     fetch_weights(place, folder, converter)
     if verify:
-        verify_folder(folder)
+        weights = file_names(folder, converter.weight_files).values()
+        verify_folder(folder, needed={*converter.json_files, *(name for names in weights for name in names)})
     with Published(folder, converter, strict=strict) as held:
         model = held.load(dtype=dtype, device=device, attn_implementation=attn_implementation, check_size=check_size)
     look_for_nan(model, check_finite, folder)

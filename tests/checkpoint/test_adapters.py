@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from omnimoe.model import OmniMoeForCausalLM
-from omnimoe.publish import read_manifest
+from omnimoe.publish import MANIFEST, read_manifest
 from tests.checkpoint.files import WEIGHTS, edit_json, load, refused, same_weights
 from tests.declarations import ids_like
 
@@ -74,3 +74,20 @@ def test_adapters_that_name_no_base(adapted, tmp_path):
     with refused(folder, "names no base model"):
         load(folder)
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.hazard(15)
+def test_adapters_are_verified_with_their_base(adapted, saved, tmp_path):
+    folder = tmp_path / "adapters"
+    adapted.save_pretrained(folder)
+    content = (folder / ADAPTERS).read_bytes()
+    for place in (folder, saved):
+        adapted.save_pretrained(place)
+        assert torch.equal(answers(load(folder, verify=True)), answers(adapted))
+        (place / ADAPTERS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with refused(place, f"{ADAPTERS} is not the file that was saved"):
+            load(place, verify=True)
+        (place / ADAPTERS).write_bytes(content)
+    (folder / MANIFEST).unlink()
+    with refused(folder, "has no manifest.json to verify it by"):
+        load(folder, verify=True)

@@ -32,11 +32,34 @@ def test_every_file_of_a_save_is_listed(saved):
 
 @pytest.mark.hazard(15)
 @pytest.mark.parametrize("by", [load, from_pretrained, AutoModelForCausalLM.from_pretrained])
-@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "generation_config.json"])
-def test_one_bit(saved, by, name):
-    flip(saved / name)
-    with refused(saved, name, Exception):
+@pytest.mark.parametrize(
+    ("name", "value"), [(WEIGHTS, None), ("config.json", b'"eos_token_id": 2'), ("generation_config.json", b": 2,")]
+)
+def test_one_bit(saved, by, name, value):
+    """In a JSON file that of a digit: what it says then is as good as before, and only the hash tells."""
+    if value is None:
+        flip(saved / name)
+    else:
+        content = (saved / name).read_bytes()
+        flip(saved / name, content.index(value) + value.index(b"2"))
+        by(saved)
+    with refused(saved, f"{name} is not the file that was saved: its SHA-256 differs"):
         by(saved, verify=True)
+
+
+@pytest.mark.hazard(15)
+@pytest.mark.parametrize("by", [load, from_pretrained, AutoModelForCausalLM.from_pretrained])
+def test_weights_that_are_not_listed(saved, sharded, by):
+    """They would be loaded unverified, from whoever put them there."""
+    names = [(saved, WEIGHTS), (sharded, min(json.loads((sharded / INDEX).read_text())["weight_map"].values()))]
+    for folder, name in [*names, (saved, "generation_config.json")]:
+        plain = json.loads((folder / MANIFEST).read_text())
+        held = plain["files"].pop(name)
+        (folder / MANIFEST).write_text(json.dumps(plain))
+        with refused(folder, f"{name} would be loaded, and manifest.json does not list it"):
+            by(folder, verify=True)
+        plain["files"][name] = held
+        (folder / MANIFEST).write_text(json.dumps(plain))
 
 
 @pytest.mark.hazard(15)
