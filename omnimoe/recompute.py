@@ -8,12 +8,14 @@ would then be those of other experts. So what was chosen in the forward pass is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
 
@@ -53,6 +55,15 @@ def _copied(result: Any) -> Any:
     return tree_map_only(torch.Tensor, torch.clone, result)
 
 
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    chooses = getattr(op, "overloadpacket", None) in CHOOSING
+    return CheckpointPolicy.MUST_SAVE if chooses else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_kept_in_graph = functools.partial(create_selective_checkpoint_contexts, _policy)
+"""What :class:`Choices` does, for a graph that a compiler cuts into forward and backward."""
+
+
 def recompute(checkpoint: Callable, run: Callable, x: Any, rows: Any, *rest: Any) -> tuple[Any, Any, Any]:
     """A block under ``checkpoint``: the same routing each time, and all of it with its graph.
 
@@ -69,12 +80,18 @@ def recompute(checkpoint: Callable, run: Callable, x: Any, rows: Any, *rest: Any
     Returns:
         What ``run`` gives.
     """
-    choices = None if torch.compiler.is_compiling() else Choices()
+    if torch.compiler.is_compiling():
+
+        def traced(x: Any, rows: Any, *rest: Any) -> tuple[Any, Any, Any]:
+            # what rows remember must not leave the region that is recomputed
+            return run(x, dataclasses.replace(rows, _per_towers={}), *rest)
+
+        return checkpoint(traced, x, rows, *rest, use_reentrant=False, context_fn=_kept_in_graph)
+    choices = Choices()
     form: list[Any] = []
 
     def flat(x: Any, rows: Any, *rest: Any) -> tuple[Any, ...]:
-        if choices is not None:
-            choices.rewind()
+        choices.rewind()
         x, routing, weights = run(x, dataclasses.replace(rows, choices=choices), *rest)
         fields = () if routing is None else dataclasses.fields(routing)
         held = {field.name: getattr(routing, field.name) for field in fields}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
-from omnimoe.recompute import Choices
+from omnimoe.recompute import CHOOSING, Choices
 from tests.declarations import DECLARATIONS, build, ids_like
 
 ROUTED = ("moe", "moe_sigmoid", "moma_top_k", "moma", "expert_choice")
@@ -115,3 +117,40 @@ def test_only_every_second_layer_is_recomputed_where_that_is_asked():
     model.activation_checkpointing_enable(every_n_layers=2)
     calls = [len(runs) for runs in choices_of(model, ids)]
     assert calls == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "use_reentrant"),
+    [
+        ("moe", False),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("mot", *ROUTED[1:])),
+        pytest.param("moe", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_step_recomputes_layers_by_choices_of_its_forward(name, use_reentrant):
+    torch._dynamo.reset()
+    config = DECLARATIONS[name].replace(num_layers=1)
+    plain, traced, ids = build(config).train(), build(config).train(), ids_like(config)
+    traced.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    ran: dict[str, list] = {"forward": [], "backward": []}
+
+    def note(side: str):
+        def compiler(graph: torch.fx.GraphModule, given: list):
+            ran[side] += [getattr(node.target, "overloadpacket", None) for node in graph.graph.nodes]
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=note("forward"), bw_compiler=note("backward"), partition_fn=min_cut_rematerialization_partition
+    )
+    wanted, found = plain(ids, labels=ids), torch.compile(traced, fullgraph=True, backend=backend)(ids, labels=ids)
+    torch.testing.assert_close(found.loss, wanted.loss)
+    wanted.loss.backward()
+    found.loss.backward()
+    for (place, one), other in zip(plain.named_parameters(), traced.named_parameters(), strict=True):
+        torch.testing.assert_close(other[1].grad, one.grad, atol=1e-5, rtol=1e-3, msg=place)
+    assert torch.ops.omnimoe.rms_norm in ran["backward"], "nothing was recomputed"
+    assert CHOOSING & set(ran["forward"])
+    ranking = {torch.ops.aten.topk, torch.ops.aten.sort, torch.ops.aten.argmax, torch.ops.aten.searchsorted}
+    assert not ranking & set(ran["backward"]), "chosen once more"
