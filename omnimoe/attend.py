@@ -94,6 +94,11 @@ def _flash(
             f"{name!r} cannot express the mask rule {mask.rule!r}, only {' and '.join(FLASH_RULES)}; take 'sdpa' or "
             "'flex_attention'"
         )
+    is_theirs = "flash_attention" in name or "flash-attn" in name
+    if is_theirs and query.dtype == torch.float32 and not torch.is_autocast_enabled(query.device.type):
+        raise ValueError(
+            f"{name!r} computes in bfloat16 and float16, and the model is in float32; load it with dtype=torch.bfloat16"
+        )
     options: dict[str, Any] = {"scaling": module.scaling, "dropout": 0.0, "is_causal": is_causal}
     batch_size, _, length, _ = query.shape
     valid = mask.valid

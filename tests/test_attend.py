@@ -63,6 +63,7 @@ def parts(rule: str, padded: bool, packed: bool):
 def test_flash_attention_gets_documents_without_padding(rule, padded, packed):
     module, operands, mask = parts(rule, padded, packed)
     attend = attention_function("flash_attention_2", lambda name, default: varlen)
+    operands = [part.double() for part in operands]
     found, wanted = attend(module, *operands, mask)[0], eager(module, *operands, mask)[0]
     real = torch.ones(2, 9, dtype=torch.bool) if mask.valid is None else mask.valid
     torch.testing.assert_close(found[real], wanted[real])
@@ -75,6 +76,15 @@ def test_flash_attention_refuses_rules_that_it_does_not_have(rule):
     attend = attention_function("flash_attention_2", lambda name, default: varlen)
     with pytest.raises(ValueError, match=f"cannot express the mask rule '{rule}', only causal and bidirectional"):
         attend(module, *operands, mask)
+
+
+def test_flash_attention_refuses_float32_unless_autocast_says_otherwise():
+    module, operands, mask = parts("causal", False, False)
+    attend = attention_function("flash_attention_2", lambda name, default: varlen)
+    with pytest.raises(ValueError, match="'flash_attention_2' computes in bfloat16.*load it with dtype=torch.bfloat16"):
+        attend(module, *operands, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(module, *operands, mask)[0].shape == (2, 9, 4, 8)
 
 
 @pytest.mark.parametrize("kind", ["dense", "mot"])
