@@ -29,7 +29,14 @@ from omnimoe.checkpoint.folder import check_config, files_read, is_of_ranks
 from omnimoe.checkpoint.header import Entry
 from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.checkpoint.memory import check_memory
-from omnimoe.checkpoint.route import ADAPTERS, CONFIG_OF_ADAPTERS, find_folder, folder_of_adapters, is_pickle
+from omnimoe.checkpoint.route import (
+    ADAPTERS,
+    CONFIG_OF_ADAPTERS,
+    check_adapters,
+    find_folder,
+    folder_of_adapters,
+    is_pickle,
+)
 from omnimoe.model_card import README, text_of, write_card
 from omnimoe.publish import publish
 from omnimoe.quantize import check_reach, named
@@ -206,6 +213,29 @@ class GuardedFiles(PreTrainedModel):
             if push_to_hub:
                 upload_folder(folder, repo_id, **upload)
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+    def load_adapter(self, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; adapters of a folder are checked first.
+
+        Args:
+            peft_model_id: a folder or an id on the Hub; None with ``peft_config`` and ``adapter_state_dict``.
+            args: as in transformers.
+            kwargs: as in transformers.
+
+        Returns:
+            transformers' report.
+
+        Raises:
+            CheckpointError: if the adapters of a folder are malformed, or their config asks for what PEFT cannot do.
+        """
+        file = Path(peft_model_id or "") / CONFIG_OF_ADAPTERS
+        if peft_model_id is None or not file.is_file():
+            return super().load_adapter(peft_model_id, *args, **kwargs)
+        check_adapters(file.parent)
+        try:
+            return super().load_adapter(peft_model_id, *args, **kwargs)
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(f"the adapters that {file} describes cannot be loaded: {error!r}") from error
 
     def push_to_hub(
         self,

@@ -29,6 +29,7 @@ from omnimoe.checkpoint import (
 from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.checkpoint.fetch import PREFIXES
 from omnimoe.checkpoint.folder import check_config
+from omnimoe.checkpoint.header import Entry
 from omnimoe.closest import closest_models
 from omnimoe.config import ConfigError
 from omnimoe.convert import find_converter
@@ -234,7 +235,11 @@ def _explained(folder: Path, *, is_whole: bool = True) -> Iterator[None]:
 
 def _near(folder: Path) -> str:
     """The registered models that weights could be of, as the end of a message."""
-    near = [f"{name} ({fits} weights fit)" for name, fits in closest_models(check_weights(folder))]
+    held: dict[str, Entry] = {}
+    # a hint only: adapters have no weights of a model, and the misfit is that of their base
+    with contextlib.suppress(CheckpointError):
+        held = check_weights(folder)
+    near = [f"{name} ({fits} weights fit)" for name, fits in closest_models(held)] if held else []
     return f"; of the registered models these are nearest: {', '.join(near)}" if near else ""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from omnimoe.checkpoint.errors import CheckpointError, read_json
 from omnimoe.checkpoint.fetch import Hub, Source, weight_files
+from omnimoe.checkpoint.fit import FLOATS
 from omnimoe.checkpoint.folder import check_pickles, end_broken_save, has_pickles_alone, inside, read_index
 from omnimoe.checkpoint.header import read_header
 
@@ -43,10 +44,24 @@ def find_folder(source: str | PathLike[str], given: Mapping[str, Any]) -> tuple[
         folder = _fetched(base, {name: given[name] for name in _OF_THE_HUB if name in given})
     place = folder_of_adapters(folder, rest)
     if place is not None:
-        if not (place / ADAPTERS).exists():
-            raise CheckpointError(f"{place} has adapters and no {ADAPTERS}; save them again")
-        read_header(inside(place, ADAPTERS))
+        check_adapters(place)
     return folder, rest
+
+
+def check_adapters(folder: Path) -> None:
+    """Refuses adapters whose weights are missing, malformed, or no fractions.
+
+    Raises:
+        CheckpointError: with the file and what is wrong with it.
+    """
+    if not (folder / ADAPTERS).exists():
+        raise CheckpointError(f"{folder} has adapters and no {ADAPTERS}; save them again")
+    read_json(inside(folder, CONFIG_OF_ADAPTERS), CheckpointError)
+    for name, entry in read_header(inside(folder, ADAPTERS)).items():
+        if entry.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{folder / ADAPTERS} holds {name} as {entry.dtype}, and adapters are of floating point; save it again"
+            )
 
 
 def folder_of_adapters(folder: Path, given: Mapping[str, Any]) -> Path | None:

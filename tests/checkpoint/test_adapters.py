@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from omnimoe import CheckpointError, from_pretrained
+from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.publish import MANIFEST, read_manifest
-from tests.checkpoint.files import WEIGHTS, edit_json, load, refused, same_weights
+from tests.checkpoint.files import WEIGHTS, edit, edit_json, load, refused, same_weights
 from tests.declarations import ids_like
 
 peft = pytest.importorskip("peft")
@@ -91,3 +93,37 @@ def test_adapters_are_verified_with_their_base(adapted, saved, tmp_path):
     (folder / MANIFEST).unlink()
     with refused(folder, "has no manifest.json to verify it by"):
         load(folder, verify=True)
+
+
+@pytest.mark.parametrize("by", [load, from_pretrained])
+def test_adapters_of_a_base_that_does_not_fit_its_config(adapted, saved, tmp_path, by):
+    """The misfit is told, not that a folder of adapters has no model in it."""
+    adapted.save_pretrained(tmp_path / "adapters")
+    edit(saved, lambda held: held.pop(next(iter(held))))
+    with refused(tmp_path / "adapters", "1 missing:", MisfitError):
+        by(tmp_path / "adapters")
+
+
+@pytest.mark.parametrize("by", [load, from_pretrained])
+def test_adapters_of_whole_numbers(adapted, tmp_path, by):
+    folder = tmp_path / "adapters"
+    adapted.save_pretrained(folder)
+    edit(folder, lambda held: held.update({name: value.to(torch.int8) for name, value in held.items()}), ADAPTERS)
+    with refused(folder, "as I8, and adapters are of floating point"):
+        by(folder)
+    with refused(folder, "as I8, and adapters are of floating point"):
+        load(adapted.name_or_path).load_adapter(str(folder))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"peft_type": "NOPE"}, {"peft_type": 3}, {"r": "x"}, {"r": 0}, {"r": [2]}, {"task_type": "NOPE"}],
+    ids=str,
+)
+def test_a_config_of_adapters_that_means_nothing(adapted, tmp_path, values):
+    folder = tmp_path / "adapters"
+    adapted.save_pretrained(folder)
+    edit_json(folder / "adapter_config.json", **values)
+    for by in (load, from_pretrained):
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json describes cannot be loaded"):
+            by(folder)
