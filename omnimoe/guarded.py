@@ -37,9 +37,11 @@ from omnimoe.checkpoint.route import (
     folder_of_adapters,
     is_pickle,
 )
+from omnimoe.config import ConfigError
 from omnimoe.model_card import README, text_of, write_card
 from omnimoe.publish import publish
 from omnimoe.quantize import check_reach, named
+from omnimoe.registry import RegistryError
 from omnimoe.upload import REPOSITORY, repository, upload_folder
 
 _UPLOAD = (*REPOSITORY, "repo_id", "token", "commit_message", "commit_description", "revision", "create_pr")
@@ -170,7 +172,9 @@ class GuardedFiles(PreTrainedModel):
         try:
             with torch.device("meta"):
                 return cls(copy.deepcopy(config), *model_args)
-        except RuntimeError as error:
+        except (ConfigError, RegistryError, CheckpointError):
+            raise
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / 'config.json'} describes a model that cannot be built: {error}; fetch or save it again"
             ) from error

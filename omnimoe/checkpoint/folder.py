@@ -14,6 +14,7 @@ from omnimoe.checkpoint.header import Entry, read_header
 from omnimoe.publish import settle
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp")
+_LABEL_LIMIT = 2**20
 _RANK_LOCAL = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -62,11 +63,34 @@ def check_config(folder: Path) -> None:
             "its shards are read, so remove transformers_weights"
         )
     _check_values(folder / "config.json", plain)
-    if (folder / "generation_config.json").exists():
-        # transformers goes on without one that it cannot read
-        read_json(inside(folder, "generation_config.json"), CheckpointError)
+    check_generation(folder)
     if (folder / "manifest.json").exists():
         inside(folder, "manifest.json")
+
+
+def check_generation(folder: Path) -> None:
+    """Refuses a generation_config.json that is malformed, or has values that no generation takes; none is none.
+
+    Raises:
+        CheckpointError: with the file and the value.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    # transformers goes on without one that it cannot read
+    plain = read_json(inside(folder, path.name), CheckpointError)
+    for name, default in GenerationConfig._get_default_generation_params().items():
+        value = plain.get(name)
+        kind, text = (bool, "true or false") if isinstance(default, bool) else (int | float, "a number")
+        is_wrong = not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)
+        if value is not None and isinstance(default, int | float) and name != "early_stopping" and is_wrong:
+            raise CheckpointError(f"{path} gives {name} {value!r}, which must be {text}; mend or remove it")
+    try:
+        GenerationConfig.from_dict(plain)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}; mend the value or remove it") from error
 
 
 def _check_values(path: Path, plain: dict[str, Any]) -> None:
@@ -78,6 +102,11 @@ def _check_values(path: Path, plain: dict[str, Any]) -> None:
                 f"{path} asks for code from elsewhere by {name} {value!r}; remove the field, and "
                 "pass it as an argument if you trust that code"
             )
+    labels, count = plain.get("id2label"), plain.get("num_labels")
+    if labels is not None and not (isinstance(labels, dict) and all(re.fullmatch(r"\d{1,9}", key) for key in labels)):
+        raise CheckpointError(f"{path} gives id2label {labels!r}, not names by number; remove it")
+    if count is not None and not (type(count) is int and 0 <= count <= _LABEL_LIMIT):
+        raise CheckpointError(f"{path} gives num_labels {count!r}, which must be a count of at most {_LABEL_LIMIT:,}")
     for name in ("dtype", "torch_dtype"):
         value = plain.get(name)
         held = getattr(torch, value, None) if isinstance(value, str) else None

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from omnimoe.checkpoint import CheckpointError, complaint
 from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.checkpoint.fit import bytes_of
+from omnimoe.checkpoint.folder import check_generation
 from omnimoe.checkpoint.memory import check_memory
 from omnimoe.convert.converter import Converter
 from omnimoe.convert.files import Weights, main_dtype
@@ -45,6 +46,7 @@ class Published:
     def __init__(self, folder: Path, converter: Converter, *, strict: bool = True) -> None:
         self.folder, self.converter = folder, converter
         self.config: OmniMoeConfig = converter.read(folder)
+        check_generation(folder)
         self.weights = Weights(folder, converter.weight_files)
         try:
             self._check(strict)

@@ -64,6 +64,48 @@ def test_a_broken_config_of_generation(saved):
         load(saved)
 
 
+@pytest.mark.hazard(12)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_new_tokens": "x"},
+        {"watermarking_config": 3},
+        {"cache_implementation": "wat"},
+        {"early_stopping": 7},
+        {"num_beams": "x"},
+        {"temperature": "hot"},
+        {"do_sample": 3},
+        {"compile_config": 3},
+    ],
+    ids=str,
+)
+def test_a_config_of_generation_with_values_that_mean_nothing(saved, values):
+    edit_json(saved / "generation_config.json", **values)
+    for by in EVERY_WAY:
+        with refused(saved, "generation_config.json "):
+            by(saved)
+
+
+@pytest.mark.hazard(12)
+@pytest.mark.parametrize(
+    ("values", "fragment"),
+    [
+        ({"id2label": 3}, "gives id2label 3, not names by number"),
+        ({"id2label": {"x": "y"}}, "gives id2label {'x': 'y'}"),
+        ({"num_labels": "x"}, "gives num_labels 'x', which must be a count"),
+        ({"num_labels": 10**9}, "gives num_labels 1000000000, which must be a count of at most 1,048,576"),
+        ({"attn_implementation": "nope"}, "describes a model that cannot be built"),
+        ({"experts_implementation": "nope"}, "describes a model that cannot be built"),
+    ],
+    ids=str,
+)
+def test_fields_of_transformers_that_mean_nothing(saved, values, fragment):
+    edit_json(saved / "config.json", **values)
+    for by in EVERY_WAY[:2]:
+        with refused(saved, fragment):
+            by(saved)
+
+
 def with_experts(**changes: Any) -> dict[str, Any]:
     return {"experts": small().to_dict()["experts"] | changes}
 

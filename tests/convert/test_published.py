@@ -272,6 +272,21 @@ def test_generation_settings_and_tokenizers_go_along(llama, tmp_path):
     assert not list((tmp_path / "ours").glob("*.py")), "no code goes along"
 
 
+def test_generation_settings_that_mean_nothing(llama, tmp_path):
+    folder = changed(llama, tmp_path, lambda held: None)
+    (folder / "generation_config.json").write_text('{"max_new_tokens": "x"}')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be used"):
+        from_pretrained(folder)
+
+
+def test_counts_past_any_model_are_refused_in_every_file():
+    bagel = CONVERTERS.get("bagel")
+    with pytest.raises(CheckpointError, match=r"llm_config\.json gives num_hidden_layers 20,000,000, beyond any model"):
+        bagel.config_of({"llm_config.json": {"num_hidden_layers": 2 * 10**7}, "vit_config.json": {}})
+    with pytest.raises(CheckpointError, match=r"vit_config\.json gives num_hidden_layers 5,000, beyond any model"):
+        bagel.config_of({"llm_config.json": {}, "vit_config.json": {"num_hidden_layers": 5000}})
+
+
 def test_host_memory_stays_at_the_size_of_a_tensor(tmp_path):
     """Fifty megabytes of experts, a bank of twelve; the largest published tensor has a quarter of one."""
     sizes = {"num_local_experts": 16, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
