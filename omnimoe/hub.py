@@ -165,6 +165,7 @@ def from_pretrained(
     """
     if device is not None and device_map is not None:
         raise ValueError("device and device_map say the same thing twice; pass one of them")
+    _check_device(device)
     hub = Hub(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
     place = _source(source, subfolder=subfolder, hub=hub)
     folder = place.fetch()
@@ -229,8 +230,22 @@ def _explained(folder: Path, *, is_whole: bool = True) -> Iterator[None]:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     except MisfitError as error:
         raise MisfitError(f"{error}{_near(folder) if is_whole else ''}") from error
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    """Refuses a device that is not here, before anything is read, so that it is not taken for a fault of a file."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {error}; pass another, such as 'cpu'") from error
 
 
 def _near(folder: Path) -> str:

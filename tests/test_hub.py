@@ -181,6 +181,23 @@ class TestFromPretrained:
         with pytest.raises(ValueError, match="pass one of them"):
             from_pretrained(saved, device="cpu", device_map="auto")
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    @pytest.mark.parametrize("device", ["cuda", torch.device("cuda:0"), "no_such"])
+    def test_a_device_that_is_not_here_is_no_fault_of_the_file(self, saved, device):
+        with pytest.raises(ValueError, match=r"device '(cuda|cuda:0|no_such)' cannot be used here") as caught:
+            from_pretrained(saved, device=device)
+        assert not isinstance(caught.value, CheckpointError)
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("lost", 1)])
+    def test_trouble_of_the_device_is_no_fault_of_the_file(self, saved, monkeypatch, error):
+        def fail(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(OmniMoeForCausalLM, "from_pretrained", fail)
+        with pytest.raises(type(error)) as caught:
+            from_pretrained(saved)
+        assert caught.value is error
+
     def test_every_misfit_in_one_report(self, saved):
         def change(weights):
             del weights["model.backbone.layers.0.mlp.experts.down_proj"]
