@@ -1,11 +1,11 @@
 """EleutherAI's lm-evaluation-harness on models of omnimoe: ``--model omnimoe --model_args pretrained=FOLDER``.
 
 Releases of the harness that read the entry points ``lm_eval.models`` find the adapter by themselves; for those that do
-not, 0.4.13 and older, ``python -m omnimoe.lm_eval`` is the harness's own command with the adapter registered. Three
-things differ from its adapter for transformers: a document begins with the model's begin token, once; rows of the
-vocabulary that are no text of the tokenizer, those of pictures, speech and padding, get no probability; routers that
-look at the whole batch route by the row alone. The class is made on first use, since the harness takes seconds to
-import.
+not, 0.4.13 and older, ``from omnimoe.lm_eval import OmniMoeLM`` registers it, and ``python -m omnimoe.lm_eval`` is the
+harness's own command with the adapter registered. Three things differ from its adapter for transformers: a document
+begins with the model's begin token, once; rows of the vocabulary that are no text of the tokenizer, those of pictures,
+speech and padding, get no probability; routers that look at the whole batch route by the row alone. The class is made
+on first use, since the harness takes seconds to import.
 """
 
 from __future__ import annotations
@@ -222,7 +222,17 @@ def _adapter() -> type:
             return super()._model_generate(context, max_length, stop, free=True, **self._inputs(context), **options)
 
     OmniMoeLM.__module__, OmniMoeLM.__qualname__ = __name__, "OmniMoeLM"
+    _register()
     return OmniMoeLM
+
+
+def _register() -> None:
+    """Makes the adapter known to the harness as ``omnimoe``."""
+    import lm_eval.models  # noqa: F401 - fills the registry, which would not look once it holds something
+    from lm_eval.api.registry import model_registry
+
+    if "omnimoe" not in model_registry:
+        model_registry.register("omnimoe", target="omnimoe.lm_eval:OmniMoeLM")
 
 
 def _load(source: Any, *, device: str, dtype: str, revision: str | None) -> OmniMoeForCausalLM:
@@ -262,12 +272,8 @@ def __getattr__(name: str) -> Any:
 def main() -> None:
     """The command line of lm-evaluation-harness, with the adapter registered as ``omnimoe``."""
     _adapter()
-    import lm_eval.models  # noqa: F401 - fills the registry, which would not look once it holds something
     from lm_eval.__main__ import cli_evaluate
-    from lm_eval.api.registry import model_registry
 
-    if "omnimoe" not in model_registry:
-        model_registry.register("omnimoe", target="omnimoe.lm_eval:OmniMoeLM")
     cli_evaluate()
 
 

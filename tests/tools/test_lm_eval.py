@@ -289,6 +289,10 @@ def test_tasks_of_a_folder(local_tasks, bpe):
     assert results["bits_per_byte,none"] == pytest.approx(-total / letters / math.log(2), rel=1e-3)
 
 
+def test_the_harness_knows_the_adapter_by_name_once_it_is_imported():
+    assert importlib.import_module("lm_eval.api.registry").get_model("omnimoe") is adapter
+
+
 def test_the_entry_point_is_the_adapter():
     declared_points = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
     value = declared_points["lm_eval.models"]["omnimoe"]
