@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,9 @@ def lazy(
 
     def load(name: str) -> Any:
         if name not in where:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join(sorted(where))}")
+            near = difflib.get_close_matches(name, where, n=1)
+            known = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(where))}"
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; {known}")
         value = getattr(importlib.import_module(where[name]), name)
         setattr(sys.modules[package], name, value)
         return value
