@@ -341,6 +341,8 @@ class OmniMoeConfig(PreTrainedConfig):
             if name not in own and name not in self.attribute_map:
                 near = difflib.get_close_matches(name, sorted(own), n=1)
                 meant = f"; did you mean {near[0]!r}?" if near else ""
+                if name == "quantization_config":
+                    meant = "; fresh weights are quantised by omnimoe.quantize(model)"
                 raise ConfigError(f"OmniMoeConfig has no field {name!r}{meant}")
         values = {name: getattr(self, name) for name in own}
         if "modalities" in changes:

@@ -10,6 +10,7 @@ import torch
 from omnimoe.backbone import LayerRange
 from omnimoe.config import ConfigError
 from omnimoe.experts import FeedForward, RoutedExperts
+from omnimoe.hub import load
 from omnimoe.layers import Attention, Norm, Rope
 from omnimoe.modalities import Patches, Tokens
 from omnimoe.model import OmniMoeConfig
@@ -90,6 +91,8 @@ def test_replace_changes_a_copy_and_names_the_near_field():
     assert changed.attention == DENSE.attention
     with pytest.raises(ConfigError, match="has no field 'hiden_size'; did you mean 'hidden_size'"):
         DENSE.replace(hiden_size=3)
+    with pytest.raises(ConfigError, match=r"has no field 'quantization_config'; fresh .* omnimoe.quantize\(model\)"):
+        load("mot_nano", quantization_config="int8")
     with pytest.raises(ConfigError, match="has no field 'num_head'; did you mean 'num_heads'"):
         DENSE.replace(attention=DENSE.attention.replace(num_head=3))
 
