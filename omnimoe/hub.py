@@ -40,6 +40,9 @@ from omnimoe.towers import load_pieces, pieces, select
 
 logger = logging.getLogger(__name__)
 
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Of ``device_map``: what is no device."""
+
 __all__ = [
     "MODELS",
     "ModelInfo",
@@ -165,7 +168,7 @@ def from_pretrained(
     """
     if device is not None and device_map is not None:
         raise ValueError("device and device_map say the same thing twice; pass one of them")
-    _check_device(device)
+    _check_device(device if device is not None or device_map in _SPREADS else device_map)
     hub = Hub(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
     place = _source(source, subfolder=subfolder, hub=hub)
     folder = place.fetch()
@@ -236,9 +239,9 @@ def _explained(folder: Path, *, is_whole: bool = True) -> Iterator[None]:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
 
 
-def _check_device(device: str | torch.device | None) -> None:
+def _check_device(device: Any) -> None:
     """Refuses a device that is not here, before anything is read, so that it is not taken for a fault of a file."""
-    if device is None:
+    if not isinstance(device, str | torch.device):
         return
     try:
         torch.empty(0, device=device)

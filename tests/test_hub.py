@@ -184,9 +184,10 @@ class TestFromPretrained:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
     @pytest.mark.parametrize("device", ["cuda", torch.device("cuda:0"), "no_such"])
     def test_a_device_that_is_not_here_is_no_fault_of_the_file(self, saved, device):
-        with pytest.raises(ValueError, match=r"device '(cuda|cuda:0|no_such)' cannot be used here") as caught:
-            from_pretrained(saved, device=device)
-        assert not isinstance(caught.value, CheckpointError)
+        for name in ("device", "device_map"):
+            with pytest.raises(ValueError, match=r"device '(cuda|cuda:0|no_such)' cannot be used here") as caught:
+                from_pretrained(saved, **{name: device})
+            assert not isinstance(caught.value, CheckpointError)
 
     @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("lost", 1)])
     def test_trouble_of_the_device_is_no_fault_of_the_file(self, saved, monkeypatch, error):
