@@ -23,6 +23,9 @@ PLACED = ("input_ids", "modality_ids", "attention_mask", "position_ids", "segmen
 BY_MODALITY = ("features", "timesteps")
 """Inputs that hold rows by modality."""
 LARGEST = 2**20
+SMALLEST = (2, 3)
+"""Number of rows and length of a sequence from which on a graph is one for all: that of one token is another, and so is
+what lies between the tokens of two."""
 
 
 class ExportError(RuntimeError):
@@ -57,7 +60,8 @@ def export(
         inputs: an example of what the graph will take: tensors by name, as the model's forward has them, and
             ``features`` and ``timesteps`` by modality. Ids and an attention mask where None.
         path: a file to write, ``.pt2`` or ``.onnx``.
-        dynamic: leave batch, length and numbers of rows open; then each of them must be at least 2 in the example.
+        dynamic: leave batch, length and numbers of rows open; then each of them must be at least 2 in the example,
+            and the length 3.
 
     Returns:
         ``torch.export.ExportedProgram`` or ``torch.onnx.ONNXProgram``. Outputs are ``logits`` and, by name, what the
@@ -107,7 +111,10 @@ def _example(model: OmniMoeForCausalLM) -> dict[str, Tensor]:
 
 def _shapes(given: Mapping[str, Any]) -> dict[str, Any]:
     """Which sizes stay open."""
-    dims = {name: torch.export.Dim(name, max=LARGEST) for name in ("batch", "length")}
+    dims = {
+        "batch": torch.export.Dim("batch", max=LARGEST),
+        "length": torch.export.Dim("length", min=SMALLEST[1], max=LARGEST),
+    }
     shapes: dict[str, Any] = {}
     for name, held in given.items():
         if name in BY_MODALITY and isinstance(held, Mapping):
@@ -125,11 +132,12 @@ def _shapes(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_size(name: str, held: Tensor, axes: int) -> None:
-    if min(held.shape[:axes], default=0) < 2:
-        raise ExportError(
-            f"{name} is {tuple(held.shape)}, and a size of 0 or 1 cannot stay open; give an example of 2 or more, or "
-            "pass dynamic=False"
-        )
+    for size, least in zip(held.shape[:axes], SMALLEST, strict=False):
+        if size < least:
+            raise ExportError(
+                f"{name} is {tuple(held.shape)}, and a size of 0 or 1, or a length below 3, cannot stay open; give a "
+                "larger example, or pass dynamic=False"
+            )
 
 
 def _export(forward: nn.Module, given: Mapping[str, Any], shapes: dict[str, Any] | None) -> Any:
@@ -151,7 +159,9 @@ def _first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    # of sizes that cannot stay open the reasons come in lines of their own
+    reasons = [line for line in lines[1:] if line.startswith("- ")][:1]
+    return f"{type(error).__name__}: {' '.join([*lines[:1], *reasons]) or 'no message'}"
 
 
 def _save(program: Any, format: str, path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnimoe.export import ExportError, export
+from omnimoe.export import ExportError, _first_line, export
 from omnimoe.ops._backends import _asked
 from tests.declarations import DECLARATIONS, build, ids_like
 
@@ -32,6 +32,7 @@ def latents(length: int) -> dict:
     "kind",
     [
         "mot",
+        "block_causal",
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dense", "moe", "moma", "moma_top_k", "chameleon")),
     ],
 )
@@ -78,7 +79,8 @@ def test_continuous_rows_enter_and_leave_a_graph():
     ("settings", "message"),
     [
         ({"format": "tflite"}, "unknown format 'tflite'; known: torch, onnx"),
-        ({"inputs": {"input_ids": torch.ones(1, 8, dtype=torch.int64)}}, "a size of 0 or 1 cannot stay open"),
+        ({"inputs": {"input_ids": torch.ones(1, 8, dtype=torch.int64)}}, "a size of 0 or 1, or a length"),
+        ({"inputs": {"input_ids": torch.ones(2, 2, dtype=torch.int64)}}, "a length below 3, cannot stay open"),
         ({"inputs": {"labels": torch.ones(2, 8, dtype=torch.int64)}}, "'labels' cannot be an input of a graph"),
         ({"inputs": {"features": {"latent": torch.ones(1, 6)}}}, "features['latent'] is (1, 6)"),
     ],
@@ -122,3 +124,8 @@ def test_torch_export_takes_the_model_itself_with_its_routings_and_rows(tmp_path
     for one, other in zip(found.routings, wanted.routings, strict=True):
         assert torch.equal(one.expert_ids, other.expert_ids)
     assert torch.equal(found.rows.to_time(found.rows.modality_ids), wanted.rows.to_time(wanted.rows.modality_ids))
+
+
+def test_the_reason_is_given_with_what_was_violated():
+    error = ValueError("Constraints violated (length)! For more, set a flag.\n  - length - 1 != 1.\n\nAdvice follows.")
+    assert _first_line(error) == "ValueError: Constraints violated (length)! For more, set a flag. - length - 1 != 1."
