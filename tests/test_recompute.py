@@ -151,6 +151,6 @@ def test_a_compiled_step_recomputes_layers_by_choices_of_its_forward(name, use_r
     for (place, one), other in zip(plain.named_parameters(), traced.named_parameters(), strict=True):
         torch.testing.assert_close(other[1].grad, one.grad, atol=1e-5, rtol=1e-3, msg=place)
     assert torch.ops.omnimoe.rms_norm in ran["backward"], "nothing was recomputed"
-    assert CHOOSING & set(ran["forward"])
+    assert CHOOSING & set(ran["forward"]) or name == "mot"
     ranking = {torch.ops.aten.topk, torch.ops.aten.sort, torch.ops.aten.argmax, torch.ops.aten.searchsorted}
     assert not ranking & set(ran["backward"]), "chosen once more"
