@@ -39,6 +39,8 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         if turned is not None and turned.sections:
             axes = len(turned.sections)
             turned = turned.replace(sections=(hidden_size // 8 - (axes - 1), *(1,) * (axes - 1)))
+        elif turned is not None and turned.axes:
+            turned = turned.replace(axes=tuple(place % turned.num_axes for place in range(hidden_size // 8)))
         return part.replace(num_heads=4, num_kv_heads=max(1, 4 // groups), head_dim=None, rope=turned)
 
     def experts(part: Any) -> Any:

@@ -1,7 +1,8 @@
 """Rotary positions in one, two or three axes.
 
 With several axes the frequencies of a head are dealt out in contiguous sections: the first section turns with the
-first axis (time), the next with the second (height), the last with the third (width), as in Qwen2-VL.
+first axis (time), the next with the second (height), the last with the third (width), as in Qwen2-VL. Or they are dealt
+out in turn, one to each axis, as in Qwen3-VL.
 """
 
 from __future__ import annotations
@@ -31,14 +32,36 @@ class Rope(Configurable):
         """Base of the frequencies."""
         sections: tuple[int, ...] = ()
         """Frequencies of each axis, summing to half the head dimension; empty for a single axis."""
+        axes: tuple[int, ...] = ()
+        """The axis of each frequency, half the head dimension of them, in the place of ``sections``: row and column in
+        turns and then time, ``(1, 2) * 22 + (0,) * 20``, in ERNIE-4.5-VL."""
+        interleaved: bool = False
+        """Deal frequencies out in turn: of A axes, axis a > 0 has those numbered a, a + A, a + 2 A, ... as many as its
+        section says, and the first axis has the rest."""
         scaling: RopeScaling.Config | None = None
         """What changes the frequencies for longer sequences."""
+
+        @property
+        def num_axes(self) -> int:
+            """Axes a position has."""
+            return max(1, len(self.sections), 1 + max(self.axes, default=0))
 
     def __init__(self, config: Rope.Config, *, head_dim: int) -> None:
         if head_dim % 2:
             raise ConfigError(f"rotary positions turn pairs, so head_dim must be even, got {head_dim}")
         if config.sections and sum(config.sections) != head_dim // 2:
             raise ConfigError(f"rope sections {config.sections} must sum to half of head_dim {head_dim}")
+        axes = len(config.sections)
+        if config.interleaved and any(axes * count > head_dim // 2 for count in config.sections[1:]):
+            raise ConfigError(
+                f"interleaved rope sections {config.sections} must leave every axis but the first at most "
+                f"{head_dim // 2 // max(axes, 1)} of the {head_dim // 2} frequencies"
+            )
+        if config.axes and (config.sections or len(config.axes) != head_dim // 2 or not _counts_up(config.axes)):
+            raise ConfigError(
+                f"rope axes {config.axes} must name the axis, counted from 0, of each of the {head_dim // 2} frequencies "
+                f"of head_dim {head_dim}, without sections beside it"
+            )
         self.config = config
         self.head_dim = head_dim
         self.scaling = None if config.scaling is None else config.scaling.build()
@@ -46,7 +69,7 @@ class Rope(Configurable):
     @property
     def num_axes(self) -> int:
         """Axes a position has."""
-        return max(1, len(self.config.sections))
+        return self.config.num_axes
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the angle of each pair.
@@ -70,12 +93,28 @@ class Rope(Configurable):
         if positions.shape[-1] == 1:
             turned = positions.float()
         else:
-            axis = torch.arange(self.num_axes).repeat_interleave(torch.tensor(self.config.sections))
-            turned = positions.float()[:, axis.to(positions.device)]
+            turned = positions.float()[:, torch.tensor(self._axes(), device=positions.device)]
         angle = turned * frequency
         if self.scaling is None or self.scaling.factor == 1.0:
             return angle.cos(), angle.sin()
         return angle.cos() * self.scaling.factor, angle.sin() * self.scaling.factor
+
+    def _axes(self) -> list[int]:
+        """The axis that each frequency turns with."""
+        sections = self.config.sections
+        if self.config.axes:
+            return list(self.config.axes)
+        if not self.config.interleaved:
+            return [axis for axis, count in enumerate(sections) for _ in range(count)]
+        axes = [0] * sum(sections)
+        for axis, count in list(enumerate(sections))[1:]:
+            axes[axis : axis + len(sections) * count : len(sections)] = [axis] * count
+        return axes
+
+
+def _counts_up(axes: tuple[int, ...]) -> bool:
+    """Whether every axis from 0 up is there, and no other."""
+    return set(axes) == set(range(max(axes) + 1))
 
 
 __all__ = ["Rope", "rope"]

@@ -154,7 +154,7 @@ def span_positions(
 def position_axes(config: OmniMoeConfig) -> int:
     """The most axes that rotary positions have in any layer, at least 1."""
     ropes = [getattr(block.attention, "rope", None) for block in config.blocks]
-    return max((len(rope.sections) for rope in ropes if rope is not None), default=1) or 1
+    return max((rope.num_axes for rope in ropes if rope is not None), default=1)
 
 
 def end_ids(config: OmniMoeConfig) -> list[int]:

@@ -42,6 +42,19 @@ def test_each_section_turns_with_its_own_axis():
         assert cos[0, pair] == single.table(torch.tensor([[position]]))[0][0, pair]
 
 
+def test_axes_take_the_turns_that_are_written_down():
+    cos, _ = Rope(Rope.Config(axes=(1, 2, 1, 0)), head_dim=8).table(torch.tensor([[5, 7, 11]]))
+    single = Rope(Rope.Config(), head_dim=8)
+    for pair, position in enumerate((7, 11, 7, 5)):
+        assert cos[0, pair] == single.table(torch.tensor([[position]]))[0][0, pair]
+
+
+@pytest.mark.parametrize("wrong", [{"axes": (0, 2, 0, 2)}, {"axes": (0, 1)}, {"axes": (0, 1, 0, 1), "sections": (2, 2)}])
+def test_axes_that_name_no_turn_are_refused(wrong):
+    with pytest.raises(ConfigError, match="of each of the 4 frequencies of head_dim 8"):
+        Rope(Rope.Config(**wrong), head_dim=8)
+
+
 def test_one_position_for_all_axes_is_ordinary_text():
     several, single = Rope(Rope.Config(sections=(2, 1, 1)), head_dim=8), Rope(Rope.Config(), head_dim=8)
     at = torch.arange(6).unsqueeze(1)
