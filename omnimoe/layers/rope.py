@@ -59,8 +59,8 @@ class Rope(Configurable):
             )
         if config.axes and (config.sections or len(config.axes) != head_dim // 2 or not _counts_up(config.axes)):
             raise ConfigError(
-                f"rope axes {config.axes} must name the axis, counted from 0, of each of the {head_dim // 2} frequencies "
-                f"of head_dim {head_dim}, without sections beside it"
+                f"rope axes {config.axes} must name the axis, counted from 0, of each of the {head_dim // 2} "
+                f"frequencies of head_dim {head_dim}, without sections beside it"
             )
         self.config = config
         self.head_dim = head_dim

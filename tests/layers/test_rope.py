@@ -49,7 +49,9 @@ def test_axes_take_the_turns_that_are_written_down():
         assert cos[0, pair] == single.table(torch.tensor([[position]]))[0][0, pair]
 
 
-@pytest.mark.parametrize("wrong", [{"axes": (0, 2, 0, 2)}, {"axes": (0, 1)}, {"axes": (0, 1, 0, 1), "sections": (2, 2)}])
+@pytest.mark.parametrize(
+    "wrong", [{"axes": (0, 2, 0, 2)}, {"axes": (0, 1)}, {"axes": (0, 1, 0, 1), "sections": (2, 2)}]
+)
 def test_axes_that_name_no_turn_are_refused(wrong):
     with pytest.raises(ConfigError, match="of each of the 4 frequencies of head_dim 8"):
         Rope(Rope.Config(**wrong), head_dim=8)
