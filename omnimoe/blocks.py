@@ -16,7 +16,7 @@ def block_ids_of(
 
     Args:
         config: of the model; ``block_markers`` takes a span's begin and end token in, ``private_noise`` makes spans
-            with noise private.
+            with noise private, ``private_blocks`` all; ``joint_blocks`` makes neighbouring spans one.
         modality_ids: ``(B, T)`` int64.
         input_ids: ``(B, T)`` int64, where boundary tokens are found; none are taken in where None.
         noisy: ``(B, T)`` bool, rows that carry noise; None where none does.
@@ -25,11 +25,14 @@ def block_ids_of(
         ``(B, T)`` int64: 1 and up inside a block, -1 outside of all, -2 and below inside a private block.
     """
     blocked = [config.modality_names.index(name) for name in config.bidirectional_modalities]
-    starts = F.pad(modality_ids[:, 1:] != modality_ids[:, :-1], (1, 0), value=True)
-    run = starts.cumsum(1)
     inside = torch.isin(modality_ids, torch.tensor(blocked, device=modality_ids.device))
+    kinds = modality_ids.masked_fill(inside, -1) if config.joint_blocks else modality_ids
+    starts = F.pad(kinds[:, 1:] != kinds[:, :-1], (1, 0), value=True)
+    run = starts.cumsum(1)
     ids = run.masked_fill(~inside, -1)
-    if noisy is not None and config.private_noise:
+    if config.private_blocks:
+        ids = torch.where(inside, -1 - ids, ids)
+    elif noisy is not None and config.private_noise:
         private = torch.zeros(len(run), run.shape[1] + 1, dtype=torch.int64, device=run.device)
         private = private.scatter_add(1, run, noisy.long()).gather(1, run) > 0
         ids = torch.where(private & inside, -1 - ids, ids)

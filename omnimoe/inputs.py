@@ -286,8 +286,11 @@ def _check_positions(position_ids: Tensor, batch_size: int, length: int) -> None
     shape = tuple(position_ids.shape)
     if len(shape) not in (2, 3) or shape[0] not in (1, batch_size) or shape[1] != length:
         raise InputError(f"position_ids must be {form()}, got {shape}")
-    if position_ids.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"position_ids must be int64, got {position_ids.dtype}; convert it with .long()")
+    if position_ids.dtype not in (torch.int64, torch.int32, torch.float32):
+        raise InputError(
+            f"position_ids must be int64, or float32 for places between whole numbers, got {position_ids.dtype}; "
+            "convert it with .long()"
+        )
     if is_readable(position_ids) and position_ids.numel() and int(position_ids.min()) < 0:
         raise InputError(f"position_ids holds {int(position_ids.min())}; positions count from 0, padding may have any")
 

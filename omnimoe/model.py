@@ -123,6 +123,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         continuous = [held for held in config.modalities if not held.is_discrete]
         self.modalities = nn.ModuleDict({held.name: held.build(hidden_size=config.hidden_size) for held in continuous})
+        for modality in self.modalities.values():
+            modality.meet(dict(self.modalities.items()))
         self.backbone = Backbone(
             config.blocks, hidden_size=config.hidden_size, num_modalities=config.num_keys, layer=Layer
         )
@@ -184,8 +186,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             input_ids: ``(B, T)`` int64. At positions of a continuous modality any id may stand.
             modality_ids: ``(B, T)`` int64 into ``config.modalities``; by the partition of the vocabulary where None.
             attention_mask: ``(B, T)`` or, with a cache, ``(B, past + T)``: 1 or True for tokens, 0 for padding.
-            position_ids: ``(B, T)`` or ``(B, T, A)`` int64 rotary positions; as ``config.positions`` counts where None,
-                from 0 in each segment.
+            position_ids: ``(B, T)`` or ``(B, T, A)`` int64 or float32 rotary positions; as ``config.positions`` counts
+                where None, from 0 in each segment.
             segment_ids: ``(B, T)`` int64, the document of each position in a packed row, -1 for padding. Documents do
                 not see each other.
             key_ids: ``(B, T)`` int64, the key that picks copies; the modality where None.
@@ -502,7 +504,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, GenerationMixin):
         for name, given in (features or {}).items():
             if name not in self.config.input_only:
                 index = rows.where(self.model._modality_id(name), len(given))
-                predictions[name] = self.model.modalities[name].head(rows.to_rows(hidden)[index])
+                predictions[name] = self.model.modalities[name].predict(rows.to_rows(hidden)[index], given)
         aux_loss = aux_loss_of(out.routings)
         scores = Scores(self.config, self.model.modality_ids_of)
         if shift_labels is not None:

@@ -86,6 +86,10 @@ class OmniMoeConfig(PreTrainedConfig):
     """Blocks take in the begin and end token of their span."""
     private_noise: bool = False
     """A span whose rows carry noise is a private block: nothing outside of it sees it."""
+    joint_blocks: bool = False
+    """Neighbouring spans of ``bidirectional_modalities`` are one block."""
+    private_blocks: bool = False
+    """Every block is private, with noise or without."""
     positions: str = "time"
     """``"time"``: one on for every token. ``"blocks"``: the tokens of a block share one position, and a private block
     takes none of its own (BAGEL)."""

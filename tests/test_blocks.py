@@ -112,3 +112,14 @@ def test_without_markers_and_privacy_blocks_are_the_runs_of_a_modality():
 def test_an_unknown_way_to_count_is_refused():
     with pytest.raises(ConfigError, match="positions must be 'time' or 'blocks', got 'picture'"):
         CONFIG.replace(positions="picture")
+
+
+def test_neighbouring_spans_may_be_one_block_and_every_block_private():
+    ids = torch.tensor([[1, SEEN, SEEN, DRAWN, 1, DRAWN, SEEN]])
+    kinds = torch.tensor([[TEXT, SEEN, SEEN, DRAWN, TEXT, DRAWN, SEEN]])
+    apart = block_ids_of(CONFIG.replace(block_markers=False), kinds, ids)[0].tolist()
+    assert apart == [-1, 2, 2, 3, -1, 5, 6]
+    joined = CONFIG.replace(block_markers=False, joint_blocks=True)
+    assert block_ids_of(joined, kinds, ids)[0].tolist() == [-1, 2, 2, 2, -1, 4, 4]
+    private = joined.replace(private_blocks=True)
+    assert block_ids_of(private, kinds, ids)[0].tolist() == [-1, -3, -3, -3, -1, -5, -5]

@@ -72,7 +72,7 @@ BAD = {
     "flat positions": ({"input_ids": IDS, "position_ids": IDS[0]}, "position_ids must be (2, 12)"),
     "positions of another batch": ({"input_ids": IDS, "position_ids": IDS.repeat(2, 1)}, "got (4, 12)"),
     "negative positions": ({"input_ids": IDS, "position_ids": IDS - 50}, "positions count from 0"),
-    "floating positions": ({"input_ids": IDS, "position_ids": IDS.float()}, "position_ids must be int64, got"),
+    "half positions": ({"input_ids": IDS, "position_ids": IDS.half()}, "position_ids must be int64, or float32"),
     "positions as a list": ({"input_ids": IDS, "position_ids": [0]}, "position_ids must be a tensor (2, 12)"),
     "ids as a list": ({"input_ids": IDS.tolist()}, "input_ids must be a tensor (B, T), got list"),
     "labels as a list": ({"input_ids": IDS, "labels": IDS.tolist()}, "labels must be a tensor (2, 12), got list"),

@@ -4,7 +4,19 @@ from omnimoe.modalities.base import MODALITIES, Modality, register_modality
 from omnimoe.modalities.connected import Connected
 from omnimoe.modalities.grid_patches import GridPatches
 from omnimoe.modalities.patches import Patches
+from omnimoe.modalities.timed_patches import DomainPatches, TimedPatches
 from omnimoe.modalities.tokens import Tokens
 from omnimoe.modalities.vocabulary import TokenRange
 
-__all__ = ["MODALITIES", "Connected", "GridPatches", "Modality", "Patches", "TokenRange", "Tokens", "register_modality"]
+__all__ = [
+    "MODALITIES",
+    "Connected",
+    "DomainPatches",
+    "GridPatches",
+    "Modality",
+    "Patches",
+    "TimedPatches",
+    "TokenRange",
+    "Tokens",
+    "register_modality",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -74,6 +75,13 @@ class Modality(nn.Module, Configurable):
     def head(self, x: Tensor) -> Tensor:
         """``(n, D)`` to ``(n, C)``."""
         raise TypeError(f"{type(self).__name__} does not define head(x) -> (n, C)")
+
+    def predict(self, x: Tensor, given: Any) -> Tensor:
+        """``(n, D)`` to ``(n, C)``, for the features ``given`` that entered at those rows; by default :meth:`head`."""
+        return self.head(x)
+
+    def meet(self, modalities: Mapping[str, Modality]) -> None:
+        """Is shown all continuous modalities of the model once, and may use parts of them."""
 
     def rows_of(self, given: Any) -> Tensor:
         """Targets in the form of the features to ``(n, C)``."""

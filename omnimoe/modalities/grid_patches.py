@@ -6,7 +6,6 @@ condition, and nothing is predicted at its rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from omnimoe.config import ConfigError
 from omnimoe.layers import SineGrid
 from omnimoe.modalities.base import register_modality
-from omnimoe.modalities.patches import Patches
+from omnimoe.modalities.patches import Patches, sine_code
 
 
 @register_modality("grid_patches")
@@ -117,10 +116,7 @@ class GridPatches(Patches):
         return F.linear(x, self.out_proj, self.out_bias)
 
     def _time(self, timesteps: Tensor) -> Tensor:
-        half = self.config.time_width // 2
-        rate = torch.exp(-math.log(10_000.0) * torch.arange(half, device=timesteps.device) / half)
-        angle = timesteps.float().unsqueeze(1) * rate
-        code = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.time_in.weight.dtype)
+        code = sine_code(timesteps, self.config.time_width).to(self.time_in.weight.dtype)
         return self.time_out(F.silu(self.time_in(code)))
 
     def _pictures(self, inputs: Any) -> list[Tensor]:

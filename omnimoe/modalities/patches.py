@@ -19,6 +19,17 @@ from omnimoe.modalities.base import Modality, register_modality
 OBJECTIVES = ("flow", "ddpm")
 
 
+def sine_code(times: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of times at falling rates: ``(n,)`` to ``(n, width)`` float32, 0 at the end of an odd width.
+
+    Source: https://arxiv.org/abs/1706.03762.
+    """
+    half = width // 2
+    rate = torch.exp(-math.log(10_000.0) * torch.arange(half, device=times.device) / half)
+    angle = times.float().unsqueeze(1) * rate
+    return F.pad(torch.cat((angle.cos(), angle.sin()), dim=-1), (0, width % 2))
+
+
 @register_modality("patches")
 class Patches(Modality):
     """A linear map in, a linear map out, and the time of the noise added to the rows.
@@ -74,11 +85,7 @@ class Patches(Modality):
         x = F.linear(inputs.to(self.in_proj.dtype), self.in_proj)
         if timesteps is None:
             timesteps = x.new_zeros(len(x))
-        half = self.hidden_size // 2
-        rate = torch.exp(-math.log(10_000.0) * torch.arange(half, device=x.device) / half)
-        angle = 1000 * timesteps.float().unsqueeze(1) * rate
-        code = F.pad(torch.cat((angle.cos(), angle.sin()), dim=-1), (0, self.hidden_size % 2))
-        return x + code.to(x.dtype)
+        return x + sine_code(1000 * timesteps.float(), self.hidden_size).to(x.dtype)
 
     def head(self, x: Tensor) -> Tensor:
         """``(n, D)`` to ``(n, C)``: the noise (ddpm) or the velocity (flow)."""
