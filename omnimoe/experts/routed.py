@@ -11,6 +11,7 @@ from torch import Tensor
 from omnimoe.config import ConfigError
 from omnimoe.experts.base import Experts, check_network, register_experts
 from omnimoe.experts.free import FreeExperts
+from omnimoe.experts.pooled import PooledMLP
 from omnimoe.layers import BankMLP, RowLayout
 from omnimoe.ops import combine, route_plan
 from omnimoe.routers import Router, Routing, Scorer, TopKRouter
@@ -30,7 +31,10 @@ class RoutedExperts(Experts):
         num_experts: int = 8
         """Experts E in the bank."""
         intermediate_size: int = 1024
-        """Width F of an expert."""
+        """Width F of an expert; where there are ``pools``, of a shared one."""
+        pools: tuple[tuple[int, int], ...] = ()
+        """Experts and their width, pool by pool, where widths differ (ERNIE-4.5-VL); the experts sum to
+        ``num_experts``. Each pool is a bank of its own."""
         activation: str = "silu"
         """A name of ``omnimoe.ops.ACTIVATIONS``."""
         gated: bool = True
@@ -68,6 +72,12 @@ class RoutedExperts(Experts):
                     raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
             if self.num_experts < 1:
                 raise ConfigError(f"num_experts must be at least 1, got {self.num_experts}")
+            if any(
+                len(pool) != 2 or not all(isinstance(size, int) and size > 0 for size in pool) for pool in self.pools
+            ):
+                raise ConfigError(f"pools must give experts and width of each pool, both at least 1, got {self.pools}")
+            if self.pools and sum(count for count, _ in self.pools) != self.num_experts:
+                raise ConfigError(f"the experts of pools {self.pools} must sum to num_experts {self.num_experts}")
             if self.shared_intermediate_size is not None:
                 check_network(self.shared_intermediate_size, self.activation, self.gated)
             for name, known in (("shared_gate", SHARED_GATES), ("weights_on", WEIGHTS_ON)):
@@ -120,14 +130,28 @@ class RoutedExperts(Experts):
         def tp_plan(self) -> dict[str, str]:
             if self.bias:
                 return {}  # a bias after the second product would be added on every device
-            return dict.fromkeys(("experts", "shared_experts") if self.num_shared_experts else ("experts",), "bank_mlp")
+            banks = (self._banks, "shared_experts") if self.num_shared_experts else (self._banks,)
+            return dict.fromkeys(banks, "bank_mlp")
 
         @property
         def ep_plan(self) -> dict[str, str]:
             if self.bias:
                 return {}
-            parameters = dict.fromkeys(("experts.gate_up_proj", "experts.down_proj"), "grouped_gemm")
-            return {"experts": "ep_dispatch_experts", **parameters}
+            parameters = (f"{self._banks}.{name}" for name in ("gate_up_proj", "down_proj"))
+            return {self._banks: "ep_dispatch_experts", **dict.fromkeys(parameters, "grouped_gemm")}
+
+        @property
+        def _banks(self) -> str:
+            """Where the banks lie, as plans spell it."""
+            return "experts.pools.*" if self.pools else "experts"
+
+        def width_of_experts(self, modality: int) -> float:
+            """Mean width of the experts that a row of ``modality`` may be sent to."""
+            if not self.pools:
+                return self.intermediate_size
+            widths = [width for count, width in self.pools for _ in range(count)]
+            reached = self.router.reached_experts(self.num_experts, modality)
+            return sum(widths[expert] for expert in reached) / len(reached)
 
         def active_params(self, hidden_size: int, modality: int) -> float:
             """As many choices fall to free experts as would if all experts were chosen alike."""
@@ -137,7 +161,7 @@ class RoutedExperts(Experts):
             shared = self.num_shared_experts * (self.shared_intermediate_size or self.intermediate_size)
             own = 2 * hidden_size * self.num_constant_experts + hidden_size * (self.shared_gate == "sigmoid")
             router = self.router.router_params(hidden_size, self.num_scored_experts, modality)
-            return matrices * (chosen * self.intermediate_size + shared) + own + router
+            return matrices * (chosen * self.width_of_experts(modality) + shared) + own + router
 
     def __init__(self, config: RoutedExperts.Config, *, hidden_size: int, num_modalities: int, layer_idx: int) -> None:
         super().__init__()
@@ -150,7 +174,11 @@ class RoutedExperts(Experts):
             hidden_size=hidden_size, num_experts=config.num_experts, num_modalities=num_modalities, **given
         )
         network = config.activation, config.gated, config.bias
-        self.experts = BankMLP(config.num_experts, hidden_size, config.intermediate_size, *network)
+        self.experts: BankMLP | PooledMLP
+        if config.pools:
+            self.experts = PooledMLP(config.pools, hidden_size, *network)
+        else:
+            self.experts = BankMLP(config.num_experts, hidden_size, config.intermediate_size, *network)
         self.free_experts = FreeExperts(hidden_size, config.free_experts) if config.free_experts else None
         width, shared = config.shared_intermediate_size or config.intermediate_size, config.num_shared_experts
         copies, width = (shared, width) if config.shared_gate == "softmax" else (1, shared * width)

@@ -47,14 +47,14 @@ def check_pools(pools: Sequence[Tensor], offsets: Tensor) -> None:
         raise ValueError(f"offsets must be ({groups},) int32 for all pools, got {tuple(offsets.shape)} {offsets.dtype}")
 
 
-def runs(pools: Sequence[Tensor], offsets: Tensor, num_rows: int) -> Iterator[Run]:
-    """The rows of each pool; slices where the host may read offsets, else turns."""
+def runs(counts: Sequence[int], offsets: Tensor, num_rows: int) -> Iterator[Run]:
+    """The rows of each pool, by its number of groups; slices where the host may read offsets, else turns."""
     first = 0
     may_read = reads_offsets(offsets)
     if may_read:
         check_offsets(offsets, num_rows)
-    for pool in pools:
-        last = first + pool.shape[0]
+    for count in counts:
+        last = first + count
         ends = offsets[first:last]
         if may_read:
             start = int(offsets[first - 1]) if first else 0

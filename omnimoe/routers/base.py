@@ -142,6 +142,10 @@ class Router(nn.Module, Configurable):
             """Experts that a token of ``modality`` meets on average, for counting FLOPs."""
             return 1.0
 
+        def reached_experts(self, num_experts: int, modality: int) -> range | tuple[int, ...]:
+            """The experts of the bank that a token of ``modality`` may be sent to, for counting where widths differ."""
+            return range(num_experts)
+
         def router_params(self, hidden_size: int, num_experts: int, modality: int | None = None) -> int:
             """Weights of the router, all of them or those that a token of ``modality`` meets, for counting."""
             return 0

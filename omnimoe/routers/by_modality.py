@@ -57,6 +57,10 @@ class ByModalityRouter(Router):
                 return 1.0
             return self.router.experts_per_token(self._reached(num_experts, modality), modality)
 
+        def reached_experts(self, num_experts: int, modality: int) -> range:
+            first = sum(self.experts[:modality])
+            return range(first, first + self.experts[modality])
+
         def _reached(self, num_scored: int, modality: int) -> int:
             """Experts that a group's router scores: its own, and what all groups share."""
             return self.experts[modality] + max(0, num_scored - sum(self.experts))

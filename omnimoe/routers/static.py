@@ -40,7 +40,10 @@ class StaticRouter(Router):
             return False
 
         def experts_per_token(self, num_experts: int, modality: int) -> float:
-            return float(len(_as_set(self.experts_of_keys[modality]))) if self.experts_of_keys else 1.0
+            return float(len(self.reached_experts(num_experts, modality)))
+
+        def reached_experts(self, num_experts: int, modality: int) -> tuple[int, ...]:
+            return _as_set(self.experts_of_keys[modality] if self.experts_of_keys else modality)
 
     def __init__(self, config: StaticRouter.Config, *, hidden_size: int, num_experts: int, num_modalities: int) -> None:
         super().__init__()

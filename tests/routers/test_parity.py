@@ -217,22 +217,20 @@ def drawn_parameters(module: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["text and vision", "text alone"])
 def test_ernie_4_5_vl_keeps_two_pools_and_shares_an_expert(mixed):
-    """Its pools are of two widths, which a bank is not, so here both are of one."""
     published = Ernie4_5_VLMoeTextConfig(
-        hidden_size=WIDTH, moe_num_experts=EXPERTS, moe_k=3, moe_intermediate_size=[24, 24], moe_num_shared_experts=2
+        hidden_size=WIDTH, moe_num_experts=EXPERTS, moe_k=3, moe_intermediate_size=[24, 10], moe_num_shared_experts=2
     )
     module = Ernie4_5_VLMoeMoeBlock(published)
     drawn_parameters(module)
     inner = TopKRouter.Config(top_k=published.num_experts_per_tok, expert_bias="shared")
     config = RoutedExperts.Config(
-        num_experts=2 * EXPERTS, intermediate_size=24, num_shared_experts=2,
+        num_experts=2 * EXPERTS, intermediate_size=24, pools=((EXPERTS, 24), (EXPERTS, 10)), num_shared_experts=2,
         router=ByModalityRouter.Config(experts=(EXPERTS, EXPERTS), router=inner),
     )  # fmt: skip
     layer = config.build(hidden_size=WIDTH, num_modalities=2, layer_idx=0)
     for key, pool in enumerate((module.text_moe, module.vision_moe)):
-        own = slice(key * EXPERTS, (key + 1) * EXPERTS)
-        layer.experts.gate_up_proj.data[own].copy_(pool.experts.gate_up_proj)
-        layer.experts.down_proj.data[own].copy_(pool.experts.down_proj)
+        layer.experts.pools[key].gate_up_proj.data.copy_(pool.experts.gate_up_proj)
+        layer.experts.pools[key].down_proj.data.copy_(pool.experts.down_proj)
         layer.router.routers[key].scorer.weight.data.copy_(pool.gate.weight)
         layer.router.routers[key].expert_bias.copy_(pool.gate.moe_statics.e_score_correction_bias[0])
     shared = module.shared_experts

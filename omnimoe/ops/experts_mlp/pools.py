@@ -34,7 +34,8 @@ def experts_mlp(
     check_pools(into, offsets)
     num_rows = len(x) if token_index is None else len(token_index)
     nothing = [None] * len(into)
-    columns = zip(into, down, biases[0] or nothing, biases[1] or nothing, runs(into, offsets, num_rows), strict=True)
+    taken_by = runs([len(pool) for pool in into], offsets, num_rows)
+    columns = zip(into, down, biases[0] or nothing, biases[1] or nothing, taken_by, strict=True)
     parts: list[Tensor] = []
     for gate_up_proj, down_proj, gate_up_bias, down_bias, run in columns:
         more = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, **options}

@@ -30,7 +30,8 @@ def grouped_mm(
     num_rows = len(x) if row_index is None else len(row_index)
     parts: list[Tensor] = []
     shifts: Sequence[Tensor | None] = [None] * len(pools) if bias is None else bias
-    for pool, shift, run in zip(pools, shifts, runs(pools, offsets, num_rows), strict=True):
+    counts = [len(pool) for pool in pools]
+    for pool, shift, run in zip(pools, shifts, runs(counts, offsets, num_rows), strict=True):
         given, place, back = x[:, : pool.shape[2]], run.place, run.back
         if place is None or back is None:
             if row_index is None:
