@@ -17,7 +17,7 @@ from torch import nn
 
 from omnimoe.experts import FeedForward, RoutedExperts
 from omnimoe.layers import BankLinear, BankMLP
-from omnimoe.model import OmniMoeConfig
+from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.quantize import is_quantized
 from omnimoe.routers import ByModalityRouter, Router, StaticRouter
 
@@ -158,21 +158,29 @@ def add_lora(
         towers: as for :func:`lora_targets`.
         sites: as for :func:`lora_targets`.
         adapter_name: what PEFT calls the adapter.
-        options: other arguments of ``LoraConfig``: ``r``, ``lora_alpha``, ``task_type``.
+        options: other arguments of ``LoraConfig``: ``r``, ``lora_alpha``, ``init_lora_weights``. ``task_type`` is
+            ``"CAUSAL_LM"`` for a model with heads.
 
     Returns:
         ``peft.PeftModel``, ready for training: the adapter alone has gradients.
 
     Raises:
         ImportError: if PEFT is not installed.
-        ValueError: as :func:`lora_targets`.
+        ValueError: as :func:`lora_targets`, or if biases of every tower would be trained.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("LoRA needs PEFT: pip install 'omnimoe[peft]'") from error
     names = _listed(towers)
-    config = LoraConfig(**{**lora_targets(model, towers=names, sites=sites), **options})
+    if names is not None and options.get("bias", "none") != "none":
+        raise ValueError(
+            f"bias={options['bias']!r} trains the biases of every tower, and towers={names!r} keeps the others as they "
+            "are; leave one of the two out"
+        )
+    # by the task PEFT's AutoPeftModelForCausalLM finds the class of the base
+    task = {"task_type": "CAUSAL_LM"} if isinstance(model, OmniMoeForCausalLM) else {}
+    config = LoraConfig(**{**lora_targets(model, towers=names, sites=sites), **task, **options})
     adapted = get_peft_model(model, config, adapter_name=adapter_name)
     if names is not None:
         confine_lora(adapted, names, adapter_name)
@@ -288,6 +296,11 @@ def _owners(modules: dict[str, nn.Module], every: frozenset[int]) -> dict[str, _
                 found[f"{name}.experts"] = tuple(frozenset({key}) for key, count in groups for _ in range(count))
             else:
                 found[f"{name}.experts"] = (every,) * module.num_experts
+            if module.config.pools:
+                whole, first = found.pop(f"{name}.experts"), 0
+                for pool, (count, _) in enumerate(module.config.pools):
+                    found[f"{name}.experts.pools.{pool}"] = whole[first : first + count]
+                    first += count
     return found
 
 

@@ -18,7 +18,7 @@ from omnimoe.routers import Router
 
 _BANKS = (
     r"re:.*\blayers\.\d+\.(self_attn|mlp)\.([\w.]+\.)?\w+_proj\.weight",
-    r"re:.*\blayers\.\d+\.mlp\.([\w.]+\.)?\w*experts\.\w+_proj",
+    r"re:.*\blayers\.\d+\.mlp\.([\w.]+\.)?\w*experts\.(pools\.\d+\.)?\w+_proj",
 )
 """The banks of attention and experts, as torchao spells patterns; a module's name would take its biases too."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from omnimoe.encoders.siglip import Siglip
 from omnimoe.layers import LatentAttention
-from omnimoe.modalities import Connected, GridPatches
+from omnimoe.modalities import CodedPictures, Connected, GridPatches
 from omnimoe.model import OmniMoeConfig
 
 
@@ -46,9 +46,14 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
     def experts(part: Any) -> Any:
         if part is None or not hasattr(part, "intermediate_size"):
             return part
-        narrow = {"intermediate_size": 3 * hidden_size // 2}
+        narrow: dict[str, Any] = {"intermediate_size": 3 * hidden_size // 2}
         if getattr(part, "shared_intermediate_size", None) is not None:
             narrow["shared_intermediate_size"] = hidden_size
+        if getattr(part, "pools", ()):
+            widest = max(width for _, width in part.pools)
+            narrow["pools"] = tuple(
+                (count, max(8, narrow["intermediate_size"] * width // widest // 8 * 8)) for count, width in part.pools
+            )
         return part.replace(**narrow)
 
     modalities: list[Any] = []
@@ -65,6 +70,10 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
             small |= {"encoder": modality.encoder.replace(**narrow), "channels": 32}
         if modality.is_discrete:
             small |= {"vocab_size": 64 if not modalities else 16, "vocab_start": None}
+        if isinstance(modality, CodedPictures.Config):
+            narrow = {"image_size": 4, "channels": 32, "multipliers": (1, 2), "num_blocks": 1, "attention_sizes": ()}
+            narrow |= {"latent_channels": 4, "code_channels": 4, "num_codes": 16}
+            small |= {"autoencoder": modality.autoencoder.replace(**narrow), "codes": ()}
         modalities.append(modality.replace(**small))
     # a token of a large vocabulary would lie outside of the small one
     specials = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}

@@ -73,6 +73,14 @@ DECLARATIONS: dict[str, OmniMoeConfig] = {
             6, ByModalityRouter.Config(experts=(2, 3, 1), router=TopKRouter.Config(top_k=1, normalize=False))
         )
     ),
+    "pools": DENSE.replace(
+        experts=routed(
+            6,
+            ByModalityRouter.Config(experts=(2, 3, 1), router=TopKRouter.Config(top_k=2, expert_bias="shared")),
+            pools=((2, 24), (3, 8), (1, 16)),
+            num_shared_experts=1,
+        )
+    ),
     "expert_choice": DENSE.replace(experts=routed(4, ExpertChoiceRouter.Config(capacity_factor=1.5))),
     "mot_hybrid": MOT.replace(
         num_layers=3,

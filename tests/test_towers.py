@@ -24,7 +24,7 @@ from omnimoe.routers import AttributeRouter, StaticRouter, TopKRouter
 from tests.declarations import DECLARATIONS, DENSE, MOT, PATCHES, SPEECH, TEXT, build, ids_like, routed, with_towers
 
 KINDS = [
-    *("dense", "dense_tied", "mot", "mot_post", "merged", "chameleon", "moe", "static", "moma", "moma_top_k"),
+    *("dense", "dense_tied", "mot", "mot_post", "merged", "chameleon", "moe", "static", "moma", "moma_top_k", "pools"),
     *("expert_choice", "mot_hybrid", "one_way", "block_causal", "encoder"),
 ]
 TEXT_IDS = torch.tensor([[1, 9, 12, 8, 19, 10], [1, 8, 8, 15, 11, 2]])

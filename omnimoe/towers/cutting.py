@@ -32,7 +32,7 @@ def keep_keys(part: Any, *, keys: tuple[int, ...], num_keys: int) -> Any:
         return part
     changes: dict[str, Any] = {}
     for field in fields(part):
-        value, hint = getattr(part, field.name), _annotation(type(part), field.name)
+        value, hint = getattr(part, field.name), annotation(type(part), field.name)
         if hint == "TowerMap":
             changes[field.name] = _cut_map(value, keys, num_keys)
         elif hint == "dict[str, TowerMap]":
@@ -45,12 +45,13 @@ def keep_keys(part: Any, *, keys: tuple[int, ...], num_keys: int) -> Any:
 @keep_keys.register
 def _(part: RoutedExperts.Config, *, keys: tuple[int, ...], num_keys: int) -> Any:
     cut = keep_keys.dispatch(Config)(part, keys=keys, num_keys=num_keys)
-    router = part.router
-    if isinstance(router, ByModalityRouter.Config):
-        return cut.replace(num_experts=sum(router.experts[key] for key in keys))
-    if isinstance(router, StaticRouter.Config):
-        return cut.replace(num_experts=len(experts_of(router, keys)))
-    return cut
+    kept = {expert for key in keys for expert in part.router.reached_experts(part.num_experts, key)}
+    pools, first = [], 0
+    for count, width in part.pools:
+        stay = len(kept & set(range(first, first + count)))
+        pools += [(stay, width)] if stay else []
+        first += count
+    return cut.replace(num_experts=len(kept), pools=tuple(pools))
 
 
 @keep_keys.register
@@ -93,7 +94,8 @@ def experts_of(router: StaticRouter.Config, keys: tuple[int, ...]) -> tuple[int,
     return tuple(sorted(found))
 
 
-def _annotation(cls: type, name: str) -> Any:
+def annotation(cls: type, name: str) -> Any:
+    """How a field is annotated, ``"TowerMap"`` for tower maps."""
     hints = (inspect.get_annotations(base).get(name) for base in cls.__mro__)
     hint = next((found for found in hints if found is not None), None)
     return "TowerMap" if hint == TowerMap else hint

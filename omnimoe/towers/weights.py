@@ -61,7 +61,13 @@ def _(module: FeedForward, keys: tuple[int, ...]) -> dict[str, Index]:
 
 @kept_copies.register
 def _(module: RoutedExperts, keys: tuple[int, ...]) -> dict[str, Index]:
-    return {"experts": _kept_experts(module.router, keys)}
+    kept = _kept_experts(module.router, keys)
+    if not module.config.pools or kept is None:
+        return {"experts": kept}
+    found: dict[str, Index] = {}
+    for pool, (first, stop) in enumerate(pairwise(accumulate((count for count, _ in module.config.pools), initial=0))):
+        found[f"experts.pools.{pool}"] = tuple(expert - first for expert in kept if first <= expert < stop)
+    return found
 
 
 @kept_copies.register
@@ -141,6 +147,9 @@ def _renamed(whole: OmniMoeForCausalLM, keys: tuple[int, ...]) -> dict[str, str]
     for path, module in whole.named_modules():
         if isinstance(module, ByModalityRouter):
             found |= {f"{path}.routers.{new}.": f"{path}.routers.{old}." for new, old in enumerate(keys)}
+        elif isinstance(module, RoutedExperts) and module.config.pools:
+            pools = [pool for pool, copies in kept_copies(module, keys).items() if copies != ()]
+            found |= {f"{path}.experts.pools.{new}.": f"{path}.{old}." for new, old in enumerate(pools)}
     return found
 
 
