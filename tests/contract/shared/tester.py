@@ -19,8 +19,8 @@ def declaration(kind: str, *, hidden_size: int = 32) -> OmniMoeConfig:
     some of either.
     """
     towers = "modality" if kind == "mot" else "shared"
-    top_k = TopKRouter.Config(top_k=2, expert_bias="shared")
-    # the suite compares ranks with one batch of all their rows, of which a rank has too few of text to balance alone
+    # the suite compares ranks with one batch of all their rows, which none of them balances alone
+    top_k = TopKRouter.Config(top_k=2, expert_bias="shared", load_balance_scope="ranks")
     top_1 = TopKRouter.Config(top_k=1, normalize=False, load_balance_scope="ranks")
     by_modality = ByModalityRouter.Config(experts=(2, 2), router=top_1)
     experts = {
