@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import tempfile
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -19,9 +20,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from omnimoe.adapters import check_fit, find_adapters
 from omnimoe.bars import bars_where_seen
 from omnimoe.checkpoint import CheckpointError, check_weights, complaint
 from omnimoe.checkpoint.errors import MisfitError
+from omnimoe.checkpoint.fetch import check_name
 from omnimoe.checkpoint.finite import check_choice
 from omnimoe.checkpoint.finite import check_finite as look_for_nan
 from omnimoe.checkpoint.fit import bytes_of, check_dtypes, layers_in, misfits, renamed
@@ -32,7 +35,6 @@ from omnimoe.checkpoint.memory import check_memory
 from omnimoe.checkpoint.route import (
     ADAPTERS,
     CONFIG_OF_ADAPTERS,
-    check_adapters,
     find_folder,
     folder_of_adapters,
     is_pickle,
@@ -92,6 +94,8 @@ class GuardedFiles(PreTrainedModel):
         if quantization_config is not None:
             is_named = isinstance(quantization_config, str)
             kwargs["quantization_config"] = named(quantization_config) if is_named else quantization_config
+        if pretrained_model_name_or_path is not None or kwargs.get("state_dict") is None:
+            check_name(pretrained_model_name_or_path)
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         wants_report = kwargs.pop("output_loading_info", False)
@@ -198,7 +202,10 @@ class GuardedFiles(PreTrainedModel):
 
         Raises:
             OSError: with ``errno.ENOSPC`` if the disk is full; what the folder held is unchanged.
+            ValueError: if no folder is named.
         """
+        if not isinstance(save_directory, str | PathLike) or not fspath(save_directory):
+            raise ValueError(f"save_directory must be a folder, got {save_directory!r}; '.' is the current one")
         folder = Path(save_directory)
         if kwargs.get("distributed_checkpoint"):
             # every rank writes into it, at its own time
@@ -219,27 +226,38 @@ class GuardedFiles(PreTrainedModel):
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
 
     def load_adapter(self, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; adapters of a folder are checked first.
+        """As in transformers; adapters are checked first, those on the Hub too.
 
         Args:
             peft_model_id: a folder or an id on the Hub; None with ``peft_config`` and ``adapter_state_dict``.
             args: as in transformers.
-            kwargs: as in transformers.
+            kwargs: as in transformers; ``adapter_kwargs`` say how the Hub is asked. ``ignore_mismatched_sizes=True``
+                loads what fits.
 
         Returns:
             transformers' report.
 
         Raises:
-            CheckpointError: if the adapters of a folder are malformed, or their config asks for what PEFT cannot do.
+            CheckpointError: if the adapters are missing, malformed, a pickle or another model's, or their config asks
+                for what PEFT cannot do; the model is unchanged where they do not fit.
         """
-        file = Path(peft_model_id or "") / CONFIG_OF_ADAPTERS
-        if peft_model_id is None or not file.is_file():
+        bound = inspect.signature(super().load_adapter).bind(peft_model_id, *args, **kwargs)
+        given = bound.arguments
+        if peft_model_id is None or given.get("adapter_state_dict") is not None:
             return super().load_adapter(peft_model_id, *args, **kwargs)
-        check_adapters(file.parent)
+        folder, given["adapter_kwargs"] = find_adapters(peft_model_id, given)
+        given |= {"peft_model_id": fspath(folder), "local_files_only": False}
+        lenient = getattr(given.get("load_config"), "ignore_mismatched_sizes", False)
         try:
-            return super().load_adapter(peft_model_id, *args, **kwargs)
+            if not (lenient or kwargs.get("ignore_mismatched_sizes")):
+                check_fit(self, folder)
+            return super().load_adapter(*bound.args, **bound.kwargs)
+        except CheckpointError:
+            raise
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise CheckpointError(f"the adapters that {file} describes cannot be loaded: {error!r}") from error
+            raise CheckpointError(
+                f"the adapters that {folder / CONFIG_OF_ADAPTERS} describes cannot be loaded: {error!r}"
+            ) from error
 
     def push_to_hub(
         self,
@@ -252,7 +270,7 @@ class GuardedFiles(PreTrainedModel):
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "5GB",
-        tags: list[str] | None = None,
+        tags: str | list[str] | None = None,
     ) -> str:
         """Saves the model into a repository on the Hub; weights of an earlier push are replaced, other files stay.
 
@@ -273,11 +291,11 @@ class GuardedFiles(PreTrainedModel):
         Raises:
             CheckpointError: if the Hub refuses, with what to do; nothing is changed then.
         """
-        repo_id = repository(repo_id, {"private": private, "token": token})
+        repo_id = repository(repo_id, {"private": private, "token": token, "revision": revision})
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             if not getattr(self, "_hf_peft_config_loaded", False):
-                write_card(self, Path(folder), name=repo_id, tags=tags or ())
+                write_card(self, Path(folder), name=repo_id, tags=[tags] if isinstance(tags, str) else tags or ())
             return upload_folder(
                 Path(folder),
                 repo_id,

@@ -24,12 +24,14 @@ from omnimoe.checkpoint import (
     check_weights,
     complaint,
     read_index,
+    read_json,
     weight_files,
 )
 from omnimoe.checkpoint.errors import MisfitError
-from omnimoe.checkpoint.fetch import PREFIXES
+from omnimoe.checkpoint.fetch import PREFIXES, check_name
 from omnimoe.checkpoint.folder import check_config
 from omnimoe.checkpoint.header import Entry
+from omnimoe.checkpoint.route import ADAPTERS, CONFIG_OF_ADAPTERS
 from omnimoe.closest import closest_models
 from omnimoe.config import ConfigError
 from omnimoe.convert import find_converter
@@ -56,7 +58,7 @@ __all__ = [
 
 
 def load(
-    name: str,
+    name: str | PathLike[str],
     *,
     pretrained: bool = False,
     device: str | torch.device | None = None,
@@ -86,6 +88,8 @@ def load(
         ConfigError: if an override is no field of the config, or does not fit the others.
         ValueError: if weights are asked for and there are none.
     """
+    check_name(name)
+    name = f"local-dir:{fspath(name)}" if isinstance(name, PathLike) else name
     is_address = name not in MODELS and ("/" in name or name.startswith(PREFIXES) or Path(name).is_dir())
     if pretrained:
         source = name if is_address else weights_of(name)
@@ -186,6 +190,11 @@ def from_pretrained(
             model = load_converted(place, folder, converter, device=device, is_selected=is_selected, **given)
         return _named(model, place)
     if towers is not None or without:
+        if _holds_adapters(folder):
+            raise CheckpointError(
+                f"{folder} holds adapters, which are loaded with the whole model that they are for; merge them, save "
+                "that and load a part of it"
+            )
         check_config(folder)
         selection = select(_read_config(folder), towers, without)
     if selection is None:
@@ -219,9 +228,13 @@ def _named(model: OmniMoeForCausalLM, place: Source) -> OmniMoeForCausalLM:
 
 def _files_to_read(folder: Path, allow_pickle: bool) -> list[str]:
     """The files with the weights of a folder whose other files are there: a model, or adapters of one."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return ["adapter_model.safetensors"]
+    if _holds_adapters(folder):
+        return [ADAPTERS]
     return ["*.safetensors", "*.bin"] if allow_pickle else weight_files(read_index(folder))
+
+
+def _holds_adapters(folder: Path) -> bool:
+    return (folder / CONFIG_OF_ADAPTERS).is_file() and not (folder / "config.json").is_file()
 
 
 @contextlib.contextmanager
@@ -263,6 +276,7 @@ def _near(folder: Path) -> str:
 
 def _source(source: str | PathLike[str], *, subfolder: str = "", hub: Hub) -> Source:
     """Where a checkpoint lies; a registered name is no place."""
+    check_name(source)
     # plugins are loaded by the look-up: they may bring the parts that the config names
     if isinstance(source, str) and source in MODELS:
         if not Path(source).is_dir():
@@ -292,6 +306,9 @@ def _config_at(
     converter = find_converter(folder)
     if converter is not None:
         return converter.read(folder)
+    if _holds_adapters(folder):
+        base = read_json(folder / CONFIG_OF_ADAPTERS, CheckpointError).get("base_model_name_or_path")
+        raise CheckpointError(f"{source!r} holds adapters of {base!r}; name that model, or pass pretrained=True")
     check_config(folder)
     return _read_config(folder)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omnimoe.bars import bars_where_seen
+from omnimoe.checkpoint import CheckpointError, Hub
 from omnimoe.checkpoint.refusals import hub_errors
 from omnimoe.model_card import README, is_ours, text_of
 from omnimoe.publish import MANIFEST, family_of, read_manifest
@@ -20,14 +21,18 @@ def repository(name: str, asked: Mapping[str, Any]) -> str:
 
     Args:
         name: ``org/name`` or ``name``.
-        asked: how to make it: :data:`REPOSITORY` and ``token``; anything else is left alone.
+        asked: how to make it: :data:`REPOSITORY` and ``token``, and ``revision``, what will be written to, which is
+            only looked at; anything else is left alone.
 
     Raises:
-        CheckpointError: if the Hub refuses.
+        CheckpointError: if the Hub refuses, or a name is none.
     """
     from huggingface_hub import HfApi
 
+    if not isinstance(name, str) or not name.strip():
+        raise CheckpointError(f"{name!r} names no repository of the Hub; write 'org/name', or 'name' for your own")
     token = asked.get("token")
+    Hub(revision=asked.get("revision"), token=token)
     with hub_errors(name, token=token):
         given = {field: asked[field] for field in REPOSITORY if asked.get(field) is not None}
         return HfApi(token=token).create_repo(name, exist_ok=True, **given).repo_id

@@ -47,7 +47,8 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "publish": (),
     "checkpoint": ("bars", "publish"),
     "upload": ("checkpoint", "model_card"),
-    "guarded": ("bars", "checkpoint", "quantize", "upload"),
+    "adapters": ("checkpoint",),
+    "guarded": ("adapters", "bars", "checkpoint", "quantize", "upload"),
     "outputs": ("model_config",),
     "steps": ("blocks", "inputs", "spans"),
     "model": (

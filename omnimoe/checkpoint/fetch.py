@@ -45,6 +45,20 @@ class Hub:
     local_files_only: bool = False
     force_download: bool = False
 
+    def __post_init__(self) -> None:
+        # an empty variable of the environment gives an empty string, which the client takes for a name
+        if self.revision is not None and not _is_text(self.revision):
+            raise CheckpointError(
+                f"revision must be a branch, a tag or a commit, got {self.revision!r}; leave it out for the main branch"
+            )
+        if not isinstance(self.token, bool | None) and not _is_text(self.token):
+            raise CheckpointError(
+                "token must be a token of the Hub, and is empty or no text; leave it out for the one that "
+                "`hf auth login` stored, or pass False for none"
+            )
+        if self.cache_dir is not None and not isinstance(self.cache_dir, PathLike) and not _is_text(self.cache_dir):
+            raise CheckpointError(f"cache_dir must be a folder, got {self.cache_dir!r}; leave it out for the usual one")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -65,7 +79,9 @@ class Source:
     is_bare: bool = True
 
     @classmethod
-    def find(cls, source: str | PathLike[str], *, subfolder: str = "", hub: Hub = Hub(), hint: str = "") -> Source:
+    def find(
+        cls, source: str | PathLike[str], *, subfolder: str | None = "", hub: Hub = Hub(), hint: str = ""
+    ) -> Source:
         """What ``source`` names: an existing folder wins over an id on the Hub.
 
         Args:
@@ -77,7 +93,8 @@ class Source:
         Raises:
             CheckpointError: if it names nothing, or a revision is asked of a folder.
         """
-        given = fspath(source)
+        check_name(source)
+        given, subfolder = fspath(source), subfolder or ""
         prefix = next((start for start in PREFIXES if given.startswith(start)), "")
         rest = given.removeprefix(prefix)
         _check_subfolder(subfolder)
@@ -93,6 +110,7 @@ class Source:
             _say_which(rest, folder, hub)
             return cls(name=fspath(folder), is_folder=True, subfolder=subfolder, hub=hub, is_bare=not prefix)
         if not _is_id(rest):
+            hint = _meant(given, folder) or hint
             raise CheckpointError(f"{given!r} is neither an existing folder nor an id on the Hub (org/name){hint}")
         return cls(name=rest, is_folder=False, subfolder=subfolder, hub=hub, is_bare=not prefix)
 
@@ -174,6 +192,20 @@ class Source:
         return f"{within}at revision {self.hub.revision or 'main'!r}"
 
 
+def check_name(source: object) -> None:
+    """Refuses what names nothing, before the current folder is taken for it.
+
+    Raises:
+        CheckpointError: with what was passed.
+    """
+    is_path = isinstance(source, PathLike)
+    if not is_path and not (isinstance(source, str) and source not in PREFIXES and _is_text(source)):
+        raise CheckpointError(
+            f"{source!r} names no model; pass a folder or an id on the Hub (org/name), or a name of list_models() to "
+            "load()"
+        )
+
+
 def weight_files(index: dict[str, str] | None, keys: Collection[str] | None = None) -> list[str]:
     """The files that hold weights.
 
@@ -184,6 +216,21 @@ def weight_files(index: dict[str, str] | None, keys: Collection[str] | None = No
     if index is None:
         return ["model.safetensors"]
     return sorted({file for key, file in index.items() if keys is None or key in keys})
+
+
+def _is_text(given: object) -> bool:
+    return isinstance(given, str) and bool(given.strip())
+
+
+def _meant(given: str, folder: Path) -> str:
+    """What a name is that is near to a right one, as the end of a message; empty for others."""
+    if folder.is_file():
+        return f"; it is a file, so pass its folder, {fspath(folder.parent)!r}"
+    address = re.match(r"https?://[^/]+/([\w.\-]+/[\w.\-]+)", given)
+    if address:
+        return f"; it is an address of the web, so pass the id, {address[1]!r}"
+    at = re.fullmatch(r"([\w.\-]+/[\w.\-]+)@([\w.\-/]+)", given)
+    return f"; pass {at[1]!r} with revision={at[2]!r}" if at else ""
 
 
 def _is_id(name: str) -> bool:

@@ -57,7 +57,7 @@ def _sentence(error: Exception, name: str, revision: str | None, token: str | bo
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{name!r} has no revision {revision!r}{_near_revisions(name, revision, token)}"
     if isinstance(error, errors.HfHubHTTPError):
-        return _of_status(error, name, address)
+        return _of_status(error, name, address, token)
     # older releases look no further than for the folder
     if isinstance(error, getattr(errors, "IncompleteSnapshotError", ())):
         return f"only a part of {name!r} is in the cache, and {_no_network(error)}; call again with network"
@@ -78,11 +78,14 @@ def _sentence(error: Exception, name: str, revision: str | None, token: str | bo
     )
 
 
-def _of_status(error: Exception, name: str, address: str) -> str:
+def _of_status(error: Exception, name: str, address: str, token: str | bool | None) -> str:
     from huggingface_hub import constants
+    from huggingface_hub.utils import get_token_to_send
 
     status = error.response.status_code  # type: ignore[attr-defined]
     said = getattr(error, "server_message", None) or str(error)
+    if status == 401 and get_token_to_send(token) is None:
+        return f"{constants.ENDPOINT} does this for {name!r} with a token alone, and there is none; {_LOG_IN}"
     if status == 401:
         return f"the token was refused by {constants.ENDPOINT}: {said}. Make a new one and {_LOG_IN}"
     if status == 403:

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from omnimoe import CheckpointError, OmniMoeForCausalLM
@@ -40,8 +41,9 @@ def test_a_malformed_upload_is_refused(hub, saved, tmp_path, kind):
         kind.from_pretrained(NAME)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapters_bring_their_base(hub, saved, tmp_path, kind):
+@pytest.fixture
+def adapted(hub, saved, tmp_path):
+    """A model with adapters that do something, and the repository of these."""
     peft = pytest.importorskip("peft")
     hub.add(NAME, saved)
     model = OmniMoeForCausalLM.from_pretrained(NAME)
@@ -52,6 +54,69 @@ def test_adapters_bring_their_base(hub, saved, tmp_path, kind):
                 parameter.normal_()
     model.save_pretrained(tmp_path / "adapters")
     hub.add(ADAPTERS, tmp_path / "adapters")
-    loaded = kind.from_pretrained(ADAPTERS)
-    ids = torch.randint(0, model.config.vocab_size, (1, 8))
-    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    return model.eval()
+
+
+def answers_alike(one, other) -> bool:
+    ids = torch.randint(0, other.config.vocab_size, (1, 8))
+    return torch.equal(one.eval()(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_bring_their_base(adapted, kind):
+    assert answers_alike(kind.from_pretrained(ADAPTERS), adapted)
+
+
+class TestLoadAdapter:
+    """``model.load_adapter`` by an id: fetched by us, so that the same checks hold as for models."""
+
+    def test_by_an_id(self, hub, adapted, saved):
+        hub.requests.clear()
+        model = OmniMoeForCausalLM.from_pretrained(saved)
+        model.load_adapter(ADAPTERS)
+        assert answers_alike(model, adapted)
+        assert hub.fetched() >= {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+        hub.requests.clear()
+        again = OmniMoeForCausalLM.from_pretrained(saved)
+        again.load_adapter(f"hf-hub:{ADAPTERS}", local_files_only=True)
+        assert answers_alike(again, adapted)
+        assert hub.requests == []
+
+    def test_at_a_revision_with_a_token_in_a_subfolder(self, hub, adapted, saved, tmp_path):
+        upload = shutil.copytree(tmp_path / "adapters", tmp_path / "upload" / "steps" / "9").parents[1]
+        repository = hub.add("org/private", upload, is_private=True)
+        repository.tags["v1"] = repository.branches["main"]
+        repository.commit({"README.md": b"gone"})
+        hub.tokens["good"] = {"org/private"}
+        model = OmniMoeForCausalLM.from_pretrained(saved)
+        with pytest.raises(CheckpointError, match="there is no repository 'org/private'"):
+            model.load_adapter("org/private")
+        model.load_adapter("org/private", adapter_kwargs={"revision": "v1", "token": "good", "subfolder": "steps/9"})
+        assert answers_alike(model, adapted)
+
+    @pytest.mark.parametrize("kind", ["cut", "pickle", "of another model", "no adapters", "nothing"])
+    def test_what_is_malformed_is_refused(self, hub, adapted, saved, tmp_path, kind):
+        upload = shutil.copytree(tmp_path / "adapters", tmp_path / "upload")
+        file = upload / "adapter_model.safetensors"
+        fragment = {
+            "cut": "is cut off",
+            "pickle": "has no adapter_model.safetensors at revision 'main'",
+            "of another model": "1 unexpected:",
+            "no adapters": "holds no adapters: it has no adapter_config.json",
+            "nothing": "there is no repository 'org/nothing'",
+        }[kind]
+        if kind == "cut":
+            file.write_bytes(file.read_bytes()[:-1])
+        elif kind == "pickle":
+            torch.save(load_file(file), upload / "adapter_model.bin")
+            file.unlink()
+        elif kind == "of another model":
+            save_file({**load_file(file), "base_model.model.other": torch.ones(1)}, file)
+        if kind != "nothing":
+            hub.add("org/nothing", saved if kind == "no adapters" else upload)
+        model = OmniMoeForCausalLM.from_pretrained(saved)
+        with pytest.raises(CheckpointError) as caught:
+            model.load_adapter("org/nothing")
+        assert fragment in str(caught.value)
+        assert not any("lora" in name for name, _ in model.named_parameters())
+        assert "adapter_model.bin" not in hub.fetched()

@@ -114,7 +114,7 @@ def test_saving_may_push(writer, model, tmp_path):
     [
         ("reader", "", 0, "the token may not do this with 'org/tiny': .*need write access"),
         ("expired", "", 0, "the token was refused"),
-        (False, "", 0, "the token was refused"),
+        (False, "", 0, "with a token alone, and there is none; log in with `hf auth login` or pass token="),
         ("writer", "POST .*/commit/", 503, "answered 503 for 'org/tiny'"),
         ("writer", "PUT /large", 500, "answered 500 for 'org/tiny'"),
         ("writer", "POST .*/commit/", 412, "refused 'org/tiny' with 412"),
@@ -130,6 +130,48 @@ def test_what_is_refused_changes_nothing(writer, model, token, pattern, status, 
     with pytest.raises(CheckpointError, match=fragment):
         build(MOT, seed=1).push_to_hub(NAME, token=token)
     assert (dict(repository.branches), len(repository.commits)) == before
+
+
+@pytest.mark.hazard(31)
+@pytest.mark.parametrize(
+    ("name", "given", "fragment"),
+    [
+        ("", {}, "'' names no repository of the Hub; write 'org/name'"),
+        (None, {}, "None names no repository of the Hub"),
+        ("./runs/tiny/", {}, "'./runs/tiny/' is no id of the Hub"),
+        (NAME, {"revision": ""}, "revision must be a branch, a tag or a commit, got ''"),
+        (NAME, {"token": ""}, "token must be a token of the Hub, and is empty"),
+    ],
+)
+def test_what_names_nothing_is_refused_before_anything_is_made(writer, model, tmp_path, name, given, fragment):
+    with pytest.raises(CheckpointError, match=fragment):
+        model.push_to_hub(name, **given)
+    if name != "":
+        with pytest.raises(CheckpointError, match=fragment):
+            model.save_pretrained(tmp_path / "run", push_to_hub=True, repo_id=name, **given)
+        assert not (tmp_path / "run").exists()
+    assert writer.repositories == {}
+
+
+def test_without_a_token(hub, model):
+    with pytest.raises(CheckpointError, match="with a token alone, and there is none; log in with `hf auth login`"):
+        model.push_to_hub(NAME)
+    assert hub.repositories == {}
+
+
+def test_a_tag_may_be_a_string(writer, model):
+    model.push_to_hub(NAME, tags="tiny")
+    card = ModelCard(writer.repositories[NAME].files()["README.md"].decode())
+    assert "tiny" in card.data.tags
+    assert "t" not in card.data.tags
+
+
+@pytest.mark.parametrize("folder", ["", None])
+def test_a_save_into_no_folder(model, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="save_directory must be a folder, got .*; '.' is the current one"):
+        model.save_pretrained(folder)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_adapters_by_their_id(writer, model, tmp_path):

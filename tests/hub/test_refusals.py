@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from transformers import AutoModelForCausalLM
 
-from omnimoe import CheckpointError, from_pretrained
+from omnimoe import CheckpointError, OmniMoeForCausalLM, from_pretrained, load
 from tests.hub.server import Fault
 
 NAME = "org/tiny"
@@ -193,10 +195,53 @@ def test_a_subfolder_outside(hub, saved, subfolder):
         (Path("org/tiny"), "there is no folder 'org/tiny'"),
         ("mot_37", "did you mean 'mot_37m'"),
         ("mot_37m", "call load('mot_37m')"),
+        ("", "'' names no model; pass a folder or an id on the Hub"),
+        (" ", "' ' names no model"),
+        (None, "None names no model"),
+        (3, "3 names no model"),
+        ("hf-hub:", "'hf-hub:' names no model"),
+        ("local-dir:", "'local-dir:' names no model"),
+        ("https://huggingface.co/org/tiny/tree/main", "it is an address of the web, so pass the id, 'org/tiny'"),
+        ("org/tiny@v1", "pass 'org/tiny' with revision='v1'"),
+        (__file__, "it is a file, so pass its folder"),
     ],
 )
-def test_a_name_that_is_none(hub, name, fragment):
+def test_a_name_that_is_none(hub, saved, name, fragment, monkeypatch):
+    monkeypatch.chdir(saved)  # what names nothing is not the current folder
     with pytest.raises(CheckpointError) as caught:
         from_pretrained(name)
     assert fragment in str(caught.value)
+    if fragment.endswith("names no model") or name == "":
+        for load_it in (OmniMoeForCausalLM.from_pretrained, lambda name: load(name, pretrained=True), load):
+            with pytest.raises(CheckpointError, match="names no model"):
+                load_it(name)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("given", "fragment"),
+    [
+        ({"revision": ""}, "revision must be a branch, a tag or a commit, got ''; leave it out for the main branch"),
+        ({"revision": 3}, "revision must be a branch, a tag or a commit, got 3"),
+        ({"token": ""}, "token must be a token of the Hub, and is empty or no text; leave it out"),
+        ({"token": 7}, "token must be a token of the Hub"),
+        ({"cache_dir": ""}, "cache_dir must be a folder, got ''"),
+    ],
+    ids=str,
+)
+def test_an_argument_that_means_nothing(hub, saved, given, fragment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub.add(NAME, saved)
+    refused(fragment, **given)
+    with pytest.raises(CheckpointError, match=re.escape(fragment)):
+        OmniMoeForCausalLM.from_pretrained(NAME, **given)
+    assert hub.requests == []
+    assert list(tmp_path.glob("models--*")) == []
+
+
+def test_the_auto_classes_refuse_as_transformers_does(hub, saved):
+    """They look at the config before our class is known, so it is an OSError of theirs, as for any model."""
+    hub.add("org/gated", saved, is_gated=True)
+    for name, fragment in (("org/gated", "gated repo"), (NAME, "is not a valid model identifier")):
+        with pytest.raises(OSError, match=fragment):
+            AutoModelForCausalLM.from_pretrained(name)

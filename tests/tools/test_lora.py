@@ -314,6 +314,7 @@ class TestRefusals:
             ("mot_post", {"sites": "attention"}, "sites must be a list of names out of attention, .*, got 'attention'"),
             ("mot_post", {"sites": []}, "sites must be a list"),
             ("mot_post", {"sites": ["router"]}, "unknown site 'router'"),
+            ("chameleon", {"towers": ["image"], "bias": "all"}, "bias='all' trains the biases of every tower"),
             ("dense", {"towers": ["image"]}, "an adapter of image alone has no place; leave towers out"),
             ("moe", {"towers": ["image"]}, r"every weight of the chosen sites \(model.backbone.layers.0"),
         ],
