@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omnimoe.backbone import Backbone, Block
 from omnimoe.config import Config
 from omnimoe.layers import Attention
+from omnimoe.layers.uneven import build_norm
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.ops import missing_kernels
 
@@ -93,9 +94,8 @@ def flops(
         work = _of_batch(config, {"input_ids": batch} if isinstance(batch, Tensor) else batch)
 
     table = {kind: dict.fromkeys([*config.modality_names, "padding"], 0.0) for kind in KINDS}
-    width = config.hidden_size
     for modality_id, name in enumerate(config.modality_names):
-        rows = work.rows[name]
+        rows, width = work.rows[name], config.width_of(name)
         for block in config.blocks:
             share = _share(block)
             kept, length = share * rows, math.ceil(share * work.length)
@@ -104,10 +104,11 @@ def flops(
             table["attention_scores"][name] += kept * _score_flops(block.attention, width, length)
             table["experts"][name] += 2 * kept * matrices
             table["router"][name] += 2 * kept * router + 2 * rows * width * (block.depth is not None)
-        table["head"][name] = 2 * rows * width * config.vocab_size
+        table["head"][name] = 2 * rows * config.hidden_size * config.vocab_size
         table["adapters"][name] = 2 * work.features.get(name, 0) * config.modalities[modality_id].active_params(width)
     padding = work.positions - sum(work.rows.values())
     # where rows are kept by sequence, padding is dropped with the rest
+    width = config.hidden_size
     scores = sum(_score_flops(block.attention, width, work.length) for block in config.blocks if block.depth is None)
     table["attention_scores"]["padding"] = padding * scores
     table["head"]["padding"] = 2 * padding * width * config.vocab_size
@@ -144,8 +145,8 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
         return round(sum(active_params(config, name) for name in config.modality_names) / len(config.modality_names))
     if modality not in config.modality_names:
         raise ValueError(f"unknown modality {modality!r}; the modalities are {', '.join(config.modality_names)}")
-    modality_id, width = config.modality_names.index(modality), config.hidden_size
-    count = config.vocab_size * width * (1 if config.tie_word_embeddings else 2) + width
+    modality_id, width = config.modality_names.index(modality), config.width_of(modality)
+    count = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + width
     count += config.modalities[modality_id].active_params(width)
     for block in config.blocks:
         met = 2 * width + _projection_weights(block.attention, width) + _attention_vectors(block.attention, width)
@@ -156,11 +157,11 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
 
 def total_params(config: OmniMoeConfig) -> int:
     """Weights of the model, tied ones once; counted on the meta device, without memory."""
-    width, num_keys = config.hidden_size, config.num_keys
+    shared = {"hidden_size": config.hidden_size, "num_modalities": config.num_keys, "widths": config.widths}
     with torch.device("meta"):
-        parts = [Backbone(config.blocks, hidden_size=width, num_modalities=num_keys)]
-        parts += [config.final_norm.build(hidden_size=width, num_modalities=num_keys)]
-        parts += [held.build(hidden_size=width) for held in config.modalities if not held.is_discrete]
+        parts: list[nn.Module] = [Backbone(config.blocks, **shared), build_norm(config.final_norm, **shared)]
+        continuous = (held for held in config.modalities if not held.is_discrete)
+        parts += [held.build(hidden_size=config.width_of(held.name)) for held in continuous]
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     return tables + sum(parameter.numel() for part in parts for parameter in part.parameters())
 
@@ -222,14 +223,14 @@ def _projection_weights(config: Config, hidden_size: int) -> float:
 
 
 def _score_flops(config: Config, hidden_size: int, length: int) -> float:
-    if isinstance(config, Attention.Config):
+    if isinstance(config, Attention.Config) and not hasattr(config, "mixing_flops"):
         return 4 * length * _heads(config, hidden_size)[0]
     return _ask(config, "mixing_flops")(hidden_size, length)
 
 
 def _attention_vectors(config: Config, hidden_size: int) -> int:
     """Weights of attention outside of its matrices: biases and q/k norms."""
-    if not isinstance(config, Attention.Config):
+    if not isinstance(config, Attention.Config) or hasattr(config, "vector_params"):
         return config.vector_params(hidden_size) if hasattr(config, "vector_params") else 0
     heads, kv_heads = _heads(config, hidden_size)
     count = (heads + 2 * kv_heads) * config.bias + hidden_size * config.output_bias

@@ -3,10 +3,11 @@
 from omnimoe.layers.attention import ATTENTIONS, Attention, BaseAttention, register_attention
 from omnimoe.layers.bank import Bank, TowerMap, num_copies, resolve_towers
 from omnimoe.layers.latent_attention import LatentAttention
-from omnimoe.layers.linear import BankLinear
+from omnimoe.layers.linear import BankLinear, Head
 from omnimoe.layers.masks import MASK_RULES, AttentionMask, register_mask_rule
 from omnimoe.layers.mlp import BankMLP
 from omnimoe.layers.norm import BankHeadLayerNorm, BankRMSNorm, Norm
+from omnimoe.layers.reader_attention import ReaderAttention
 from omnimoe.layers.rope import Rope
 from omnimoe.layers.rope_scaling import ROPE_SCALINGS, RopeScaling, register_rope_scaling
 from omnimoe.layers.rows import RowLayout
@@ -25,8 +26,10 @@ __all__ = [
     "BankMLP",
     "BankRMSNorm",
     "BaseAttention",
+    "Head",
     "LatentAttention",
     "Norm",
+    "ReaderAttention",
     "Rope",
     "RopeScaling",
     "RowLayout",

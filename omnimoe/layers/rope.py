@@ -35,9 +35,6 @@ class Rope(Configurable):
         axes: tuple[int, ...] = ()
         """The axis of each frequency, half the head dimension of them, in the place of ``sections``: row and column in
         turns and then time, ``(1, 2) * 22 + (0,) * 20``, in ERNIE-4.5-VL."""
-        interleaved: bool = False
-        """Deal frequencies out in turn: of A axes, axis a > 0 has those numbered a, a + A, a + 2 A, ... as many as its
-        section says, and the first axis has the rest."""
         scaling: RopeScaling.Config | None = None
         """What changes the frequencies for longer sequences."""
 
@@ -51,12 +48,6 @@ class Rope(Configurable):
             raise ConfigError(f"rotary positions turn pairs, so head_dim must be even, got {head_dim}")
         if config.sections and sum(config.sections) != head_dim // 2:
             raise ConfigError(f"rope sections {config.sections} must sum to half of head_dim {head_dim}")
-        axes = len(config.sections)
-        if config.interleaved and any(axes * count > head_dim // 2 for count in config.sections[1:]):
-            raise ConfigError(
-                f"interleaved rope sections {config.sections} must leave every axis but the first at most "
-                f"{head_dim // 2 // max(axes, 1)} of the {head_dim // 2} frequencies"
-            )
         if config.axes and (config.sections or len(config.axes) != head_dim // 2 or not _counts_up(config.axes)):
             raise ConfigError(
                 f"rope axes {config.axes} must name the axis, counted from 0, of each of the {head_dim // 2} "
@@ -101,15 +92,9 @@ class Rope(Configurable):
 
     def _axes(self) -> list[int]:
         """The axis that each frequency turns with."""
-        sections = self.config.sections
         if self.config.axes:
             return list(self.config.axes)
-        if not self.config.interleaved:
-            return [axis for axis, count in enumerate(sections) for _ in range(count)]
-        axes = [0] * sum(sections)
-        for axis, count in list(enumerate(sections))[1:]:
-            axes[axis : axis + len(sections) * count : len(sections)] = [axis] * count
-        return axes
+        return [axis for axis, count in enumerate(self.config.sections) for _ in range(count)]
 
 
 def _counts_up(axes: tuple[int, ...]) -> bool:

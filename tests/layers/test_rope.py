@@ -57,14 +57,6 @@ def test_axes_that_name_no_turn_are_refused(wrong):
         Rope(Rope.Config(**wrong), head_dim=8)
 
 
-def test_interleaved_frequencies_are_dealt_out_in_turn():
-    table = Rope(Rope.Config(sections=(4, 2, 2), interleaved=True), head_dim=16)
-    cos, _ = table.table(torch.tensor([[5.0, 7.0, 11.5]]))
-    single = Rope(Rope.Config(), head_dim=16)
-    for pair, position in enumerate((5, 7, 11.5, 5, 7, 11.5, 5, 5)):
-        assert cos[0, pair] == single.table(torch.tensor([[position]]))[0][0, pair]
-
-
 def test_one_position_for_all_axes_is_ordinary_text():
     several, single = Rope(Rope.Config(sections=(2, 1, 1)), head_dim=8), Rope(Rope.Config(), head_dim=8)
     at = torch.arange(6).unsqueeze(1)
@@ -77,7 +69,5 @@ def test_what_does_not_fit_is_refused():
         Rope(Rope.Config(), head_dim=7)
     with pytest.raises(ConfigError, match="must sum to half of head_dim 8"):
         Rope(Rope.Config(sections=(1, 1)), head_dim=8)
-    with pytest.raises(ConfigError, match="every axis but the first at most 2 of the 8 frequencies"):
-        Rope(Rope.Config(sections=(2, 3, 3), interleaved=True), head_dim=16)
     with pytest.raises(ValueError, match="positions have 2 axes, rope has 3"):
         Rope(Rope.Config(sections=(2, 1, 1)), head_dim=8).table(torch.zeros(1, 2))
