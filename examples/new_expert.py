@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from omnimoe import Experts, FeedForward, load, register_experts
+from omnimoe import Experts, FeedForward, load, register_expert
 from omnimoe.train import Training, TrainSettings
 
 
-@register_experts("side_by_side")
+@register_expert("side_by_side")
 class SideBySide(Experts):
     """Experts of any kind whose outputs are added."""
 

@@ -55,6 +55,8 @@ def quantize(model: nn.Module, config: Any = None, *, allow_partial: bool = Fals
     left = [name for name, module, parameter in places if reasons[tuple(getattr(module, parameter).shape)]]
     if left and not allow_partial:
         raise QuantizationError(_complaint(model, left, next(filter(None, reasons.values()))))
+    if not allow_partial:
+        _check_parts(model)
     for _, module, parameter in places:
         if not reasons[tuple(getattr(module, parameter).shape)]:
             quantize_(module, by_name({parameter: config}), filter_fn=None)
@@ -101,6 +103,7 @@ def check_reach(model: nn.Module) -> None:
     left = [name for name, module, parameter in matrices(model) if not is_quantized(getattr(module, parameter))]
     if left:
         raise QuantizationError(_complaint(model, left, "it does not reach weights of that kind"))
+    _check_parts(model)
 
 
 def is_quantized(weight: Tensor) -> bool:
@@ -119,6 +122,21 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             for parameter, weight in module.named_parameters(recurse=False):
                 if weight.ndim == (2 if isinstance(module, nn.Linear) else 3):
                     yield f"{prefix}.{name}.{parameter}", module, parameter
+
+
+def _check_parts(model: nn.Module) -> None:
+    """Refuses banks that parts of somebody else's making hold bare, whose use nothing here knows."""
+    known = {name for name, _, _ in matrices(model)}
+    for place, part in model.named_modules():
+        if ".layers." not in f".{place}." or type(part).__module__.startswith(("omnimoe.", "torch.", "torchao.")):
+            continue
+        for parameter, weight in part.named_parameters(recurse=False):
+            name = f"{place}.{parameter}"
+            if weight.ndim == 3 and name not in known and not isinstance(part, Router) and not is_quantized(weight):
+                raise QuantizationError(
+                    f"the quantisation leaves {name} {tuple(weight.shape)} as it is, a bank that "
+                    f"{type(part).__qualname__} holds bare; make it a BankLinear or BankMLP, or pass allow_partial=True"
+                )
 
 
 def int8() -> Any:
@@ -147,7 +165,8 @@ def _complaint(model: nn.Module, left: list[str], reason: str) -> str:
     total, stays = sum(held.numel() for held in places.values()), sum(places[name].numel() for name in left)
     return (
         f"the quantisation leaves {stays / total:.0%} of the weights of the layers as they are, {left[0]} among them: "
-        f"{reason}. Take quantization_config='int8', which reaches them, or pass allow_partial=True"
+        f"{reason}. Take quantization_config='int8', or omnimoe.quantize(model) once it is loaded, which reaches "
+        "parts of your own too, or pass allow_partial=True"
     )
 
 

@@ -1,8 +1,8 @@
 """Tier 4: what stands in a block in the place of the feed-forward network."""
 
-from omnimoe.experts.base import EXPERTS, Experts, register_experts
+from omnimoe.experts.base import EXPERTS, Experts, register_expert, register_experts
 from omnimoe.experts.feed_forward import FeedForward
 from omnimoe.experts.routed import RoutedExperts
 from omnimoe.experts.soft import SoftExperts
 
-__all__ = ["EXPERTS", "Experts", "FeedForward", "RoutedExperts", "SoftExperts", "register_experts"]
+__all__ = ["EXPERTS", "Experts", "FeedForward", "RoutedExperts", "SoftExperts", "register_expert", "register_experts"]

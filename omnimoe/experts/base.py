@@ -16,9 +16,13 @@ from omnimoe.routers import Routing
 EXPERTS: Registry = Registry("experts")
 
 
-def register_experts(name: str, *, exist_ok: bool = False):
+def register_expert(name: str, *, exist_ok: bool = False):
     """Decorator that files an :class:`Experts` class under ``name``."""
     return register(EXPERTS, name, exist_ok=exist_ok)
+
+
+register_experts = register_expert
+"""The same by the name of the class."""
 
 
 def check_network(intermediate_size: int, activation: str, gated: bool = True) -> None:

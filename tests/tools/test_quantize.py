@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from omnimoe import QuantizationError, from_pretrained, load, quantize
+from omnimoe import Experts, QuantizationError, from_pretrained, load, quantize, register_expert
+from omnimoe.experts import EXPERTS
+from omnimoe.layers import BankLinear
 from omnimoe.quantize import check_reach, is_quantized, matrices, torchao_config
 from tests.declarations import DECLARATIONS, build, ids_like
 
@@ -140,6 +142,35 @@ class TestRefusals:
         model = build(DECLARATIONS["mot"])
         with pytest.raises(QuantizationError, match=r"torchao passes over weights of shape \(3, 16, 16\)|torchao says"):
             quantize(model, torchao.Int4WeightOnlyConfig())
+
+    def test_a_bank_that_somebody_elses_part_holds_bare(self, tmp_path):
+        """Nothing here knows how it is used, so it is told that it stays; banks of ours in such a part are reached."""
+
+        @register_expert("bare_bank_of_a_test")
+        class Bare(Experts):
+            def __init__(self, config, *, hidden_size, num_modalities, layer_idx):
+                super().__init__()
+                self.bank = torch.nn.Parameter(torch.randn(3, hidden_size, hidden_size))
+                self.held = BankLinear((0,) * num_modalities, hidden_size, hidden_size)
+
+            def forward(self, x, rows):
+                return self.held(torch.einsum("nd,gdf->nf", x, self.bank), rows), None
+
+        try:
+            model = build(DECLARATIONS["dense"].replace(experts=Bare.Config()))
+            model.save_pretrained(tmp_path)
+            message = r"leaves model.backbone.layers.0.mlp.bank \(3, 16, 16\) as it is, a bank that .*Bare holds bare"
+            before = dict(model.named_parameters())
+            with pytest.raises(QuantizationError, match=message):
+                quantize(model)
+            assert all(weight is before[place] for place, weight in model.named_parameters())
+            with pytest.raises(QuantizationError, match=r"mlp.held.weight among them: .*or omnimoe.quantize\(model\)"):
+                from_pretrained(tmp_path, quantization_config="int8")
+            part = quantize(model, allow_partial=True).model.backbone.layers[0].mlp
+            assert (is_quantized(part.bank), is_quantized(part.held.weight)) == (False, True)
+            assert model(ids_like(model.config)).logits.isfinite().all()
+        finally:
+            EXPERTS.remove("bare_bank_of_a_test")
 
     def test_an_unknown_name(self, tmp_path):
         build(DECLARATIONS["dense"]).save_pretrained(tmp_path)

@@ -122,6 +122,29 @@ class TestTrainer:
         batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
         assert trainer.evaluate()["eval_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-4)
 
+    @pytest.mark.parametrize("name", ["dense", "moe", "moma_top_k", "mot_hybrid"])
+    def test_predictions_are_the_logits(self, name, tmp_path):
+        """Routings, layouts and losses by modality, which no batch can be joined with another by, are not gathered."""
+        config = DECLARATIONS[name]
+        data, model = rows(config), build(config)
+        given = arguments(tmp_path, per_device_eval_batch_size=3)
+
+        def accuracy(told):
+            wanted = told.label_ids[:, 1:]
+            right = (told.predictions[:, :-1].argmax(-1) == wanted)[wanted != -100]
+            return {"accuracy": float(right.mean())}
+
+        trainer = Trainer(model, given, eval_dataset=data, compute_metrics=accuracy)
+        found = trainer.predict(data)
+        batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
+        logits = model(**batch).logits
+        if config.is_causal:  # routers of moma_top_k balance over the batch, and choose row by row
+            torch.testing.assert_close(torch.from_numpy(found.predictions), logits, atol=1e-5, rtol=1e-4)
+        chosen = batch["labels"][:, 1:] != -100
+        right = (logits[:, :-1].argmax(-1) == batch["labels"][:, 1:])[chosen].float().mean()
+        assert trainer.evaluate()["eval_accuracy"] == pytest.approx(right.item())
+        assert found.predictions.shape == tuple(logits.shape)
+
     def test_tensorboard_has_the_losses_by_modality(self, tmp_path, trainer_of_the_example, monkeypatch):
         monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
         config = DECLARATIONS["mot"]
