@@ -75,9 +75,9 @@ DECLARATIONS: dict[str, OmniMoeConfig] = {
     ),
     "pools": DENSE.replace(
         experts=routed(
-            6,
-            ByModalityRouter.Config(experts=(2, 3, 1), router=TopKRouter.Config(top_k=2, expert_bias="shared")),
-            pools=((2, 24), (3, 8), (1, 16)),
+            8,
+            ByModalityRouter.Config(experts=(2, 2, 4), router=TopKRouter.Config(top_k=2, expert_bias="shared")),
+            pools=((2, 24), (2, 8), (4, 16)),
             num_shared_experts=1,
         )
     ),

@@ -94,7 +94,7 @@ def check_saved(split: OmniMoeForCausalLM, source: Path, target: Path) -> None:
         assert torch.equal(value, found[name]), name
 
 
-@case("dense", "dense_tied", "mot", "mot_post", "merged", "chameleon", "moe", "moma", "moma_top_k", "mot_hybrid")
+@case("dense", "dense_tied", "mot", "mot_post", "merged", "chameleon", "moe", "moma", "moma_top_k", "pools", "mot_hybrid")
 def tensor_parallel(folder: Path, kind: str) -> None:
     source = saved(folder, kind)
     whole = OmniMoeForCausalLM.from_pretrained(source)
@@ -117,7 +117,7 @@ def tensor_parallel_generation(folder: Path, kind: str) -> None:
         assert torch.equal(split.generate(**inputs, **settings), whole.generate(**inputs, **settings)), cache
 
 
-@case("moe", "moma", "moma_top_k", "mot_hybrid", "expert_choice")
+@case("moe", "moma", "moma_top_k", "pools", "mot_hybrid", "expert_choice")
 def expert_parallel(folder: Path, kind: str) -> None:
     """Experts lie on two ranks, each whole on one; the rest is split by heads and width."""
     source = saved(folder, kind)
@@ -126,6 +126,7 @@ def expert_parallel(folder: Path, kind: str) -> None:
         config = DistributedConfig(tp_size=2, ep_size=2, ep_implementation=implementation)
         split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=config)
         bank = split.model.backbone.layers[1].mlp.experts
+        bank = bank.pools[0] if kind == "pools" else bank
         assert split.model.backbone.layers[1].self_attn.q_proj.weight.placements[0].dim == 1
         assert bank.gate_up_proj.to_local().shape[0] * 2 == bank.gate_up_proj.shape[0]
         assert not torch.equal(*gathered(bank.gate_up_proj.to_local()))  # each rank has its own experts
