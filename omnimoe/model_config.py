@@ -54,7 +54,11 @@ class OmniMoeConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "omnimoe"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *("losses", "counts", "token_losses", "predictions", "aux_loss", "past_key_values"),
+        *("hidden_states", "attentions", "router_logits", "routings", "rows"),
+    ]
+    """What the Trainer does not gather: of an output it predicts the logits."""
     attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "num_layers"}
 
     hidden_size: int = 256
