@@ -94,7 +94,9 @@ def check_saved(split: OmniMoeForCausalLM, source: Path, target: Path) -> None:
         assert torch.equal(value, found[name]), name
 
 
-@case("dense", "dense_tied", "mot", "mot_post", "merged", "chameleon", "moe", "moma", "moma_top_k", "pools", "mot_hybrid")
+@case(
+    "dense", "dense_tied", "mot", "mot_post", "merged", "chameleon", "moe", "moma", "moma_top_k", "pools", "mot_hybrid"
+)
 def tensor_parallel(folder: Path, kind: str) -> None:
     source = saved(folder, kind)
     whole = OmniMoeForCausalLM.from_pretrained(source)
