@@ -121,8 +121,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
     def __init__(self, config: OmniMoeConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        continuous = [held for held in config.modalities if not held.is_discrete]
-        self.modalities = nn.ModuleDict({held.name: held.build(hidden_size=config.hidden_size) for held in continuous})
+        built = [held for held in config.modalities if held.has_weights]
+        self.modalities = nn.ModuleDict({held.name: held.build(hidden_size=config.hidden_size) for held in built})
         for modality in self.modalities.values():
             modality.meet(dict(self.modalities.items()))
         self.backbone = Backbone(
@@ -320,7 +320,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         unused = sorted(set(timesteps or {}) - set(features or {}))
         if unused:
             raise InputError(f"timesteps for {unused} without features; pass their rows as features[{unused[0]!r}]")
-        untouched = set(self.modalities)
+        untouched = {held.name for held in self.config.modalities if not held.is_discrete}
         for name, given in (features or {}).items():
             modality_id, times = self._modality_id(name), (timesteps or {}).get(name)
             is_free = name in self.config.own_form

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from omnimoe.checkpoint import CheckpointError, check_weights, read_json
 from omnimoe.checkpoint.folder import check_shard, inside
-from omnimoe.checkpoint.header import Entry
+from omnimoe.checkpoint.header import Entry, read_header
 from omnimoe.convert.rules import Shape
 
 DTYPES = {
@@ -152,6 +152,18 @@ def _index_of(folder: Path, file: str) -> dict[str, str]:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", shard, re.ASCII):
             raise CheckpointError(f"{path} names {shard!r}; a shard is a .safetensors file in the same folder")
     return shards
+
+
+def stored_names(folder: Path, file: str = "model.safetensors") -> list[str]:
+    """Names of the tensors that lie in a file or in the shards of its index; none where there is neither.
+
+    Raises:
+        CheckpointError: if index or file are malformed.
+    """
+    index = _index_of(folder, file)
+    if index or not (folder / file).exists():
+        return sorted(index)
+    return sorted(read_header(inside(folder, file)))
 
 
 def write_weights(

@@ -49,6 +49,8 @@ def attention_rules(theirs: str, ours: str, attention: Any) -> Iterator[Rule]:
     if attention.qk_norm != "none":
         for site in ("q_norm", "k_norm"):
             yield bank(f"{ours}.self_attn.{site}.weight", f"{theirs}.self_attn.{site}.weight")
+            if attention.qk_norm == "layer":
+                yield bank(f"{ours}.self_attn.{site}.bias", f"{theirs}.self_attn.{site}.bias")
 
 
 def network_rules(theirs: tuple[str, ...] | str, ours: str, names: tuple[str, str, str] = NETWORK) -> Iterator[Rule]:

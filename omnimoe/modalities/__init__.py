@@ -1,6 +1,7 @@
 """Tier 4: modalities own what a token is, how it enters, what predicts it and how that is scored."""
 
 from omnimoe.modalities.base import MODALITIES, Modality, register_modality
+from omnimoe.modalities.coded_pictures import CodedPictures
 from omnimoe.modalities.connected import Connected
 from omnimoe.modalities.grid_patches import GridPatches
 from omnimoe.modalities.patches import Patches
@@ -10,6 +11,7 @@ from omnimoe.modalities.vocabulary import TokenRange
 
 __all__ = [
     "MODALITIES",
+    "CodedPictures",
     "Connected",
     "DomainPatches",
     "GridPatches",

@@ -64,6 +64,11 @@ class Modality(nn.Module, Configurable):
             """Whether features come in whatever form ``embed`` takes, and not as rows ``(n, C)``."""
             return self.is_input_only
 
+        @property
+        def has_weights(self) -> bool:
+            """Whether the model holds a module of the modality; table and head of discrete ones are the model's."""
+            return not self.is_discrete
+
         def active_params(self, hidden_size: int) -> int:
             """Weights in matrix products that one of its rows meets on the way in and out."""
             return 0

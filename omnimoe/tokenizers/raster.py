@@ -47,6 +47,25 @@ def to_picture(raw: Any) -> Image.Image:
     return _on_white(picture, picture.size)
 
 
+def to_middle(raw: Any, size: int) -> np.ndarray:
+    """The middle of a picture whose shorter side is brought to ``size``: ``(size, size, 3)`` uint8.
+
+    Args:
+        raw: a picture of any kind and size.
+        size: side of the result in pixels.
+
+    Raises:
+        TokenizerError: if ``raw`` is not a picture.
+    """
+    picture = to_picture(raw)
+    if picture.size != (size, size):
+        scale = size / min(picture.size)
+        wide, tall = (max(size, round(scale * side)) for side in picture.size)
+        left, top = (wide - size) // 2, (tall - size) // 2
+        picture = picture.resize((wide, tall), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+    return np.asarray(picture, np.uint8)
+
+
 def _on_white(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """An RGBA picture in the middle of a white RGB one of that width and height."""
     canvas = Image.new("RGBA", size, "white")

@@ -1,7 +1,8 @@
 """Chameleon: one dense causal transformer over text, picture codes and speech units in one vocabulary.
 
-The dense twins of ``mot``, ``moma`` and ``moe``: what those families change, they change in these configs. Norms stand
-on the branches ("swin norm"), as in Chameleon-34B, Mixture-of-Transformers and MoMa.
+The models that Meta published are in :mod:`omnimoe.zoo.chameleon.published`. Here are the dense twins of ``mot``,
+``moma`` and ``moe``: what those families change, they change in these configs. Norms stand on the branches ("swin
+norm"), as in Chameleon-34B, Mixture-of-Transformers and MoMa.
 
 Sources: https://arxiv.org/abs/2405.09818; sizes of https://arxiv.org/abs/2411.04996, table 1 (37M to 7B), and of
 https://arxiv.org/abs/2407.21770, table 1 (90M, 435M, 1.4B).
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 from omnimoe import Attention, FeedForward, OmniMoeConfig, Tokens, register_model
 from omnimoe.zoo.card import Card
+from omnimoe.zoo.chameleon.convert import CHAMELEON
+from omnimoe.zoo.chameleon.published import chameleon_7b, chameleon_34b
 
 CARD = Card(
     family="chameleon",
@@ -101,9 +104,9 @@ def chameleon_1_5b() -> OmniMoeConfig:
     return sized(2048, 24, 16)
 
 
-@register_model("chameleon_7b")
-def chameleon_7b() -> OmniMoeConfig:
-    """Dense, 7B: text and pictures."""
+@register_model("chameleon_7b.twin")
+def chameleon_7b_twin() -> OmniMoeConfig:
+    """Dense, 7B: text and pictures; the twin of the other families' 7B, not the model that was published."""
     return sized(4096, 32, 32)
 
 
@@ -140,7 +143,7 @@ def chameleon_1_5b_speech() -> OmniMoeConfig:
 @register_model("chameleon_7b_speech")
 def chameleon_7b_speech() -> OmniMoeConfig:
     """Dense, 7B: text, pictures and speech."""
-    return with_speech(chameleon_7b())
+    return with_speech(chameleon_7b_twin())
 
 
 @register_model("chameleon_90m")
@@ -159,3 +162,6 @@ def chameleon_435m() -> OmniMoeConfig:
 def chameleon_1_4b() -> OmniMoeConfig:
     """Dense, 1.4B, the baseline of MoMa, whose sizes imply a feed-forward width that is not rounded."""
     return sized(2048, 24, 16, multiple_of=1)
+
+
+__all__ = ["CHAMELEON", "chameleon_7b", "chameleon_34b"]

@@ -14,7 +14,7 @@ from omnimoe.zoo.card import Card
 from omnimoe.zoo.chameleon import (
     chameleon_1_4b,
     chameleon_1_5b,
-    chameleon_7b,
+    chameleon_7b_twin,
     chameleon_37m,
     chameleon_90m,
     chameleon_94m,
@@ -93,4 +93,4 @@ def moe4x_1_5b() -> OmniMoeConfig:
 @register_model("moe4x_7b")
 def moe4x_7b() -> OmniMoeConfig:
     """Four experts of 7B, each taking the quarter of all tokens that it scores highest."""
-    return expert_choice(chameleon_7b(), 4, "softmax")
+    return expert_choice(chameleon_7b_twin(), 4, "softmax")

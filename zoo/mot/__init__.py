@@ -12,8 +12,8 @@ from omnimoe.zoo.card import Card
 from omnimoe.zoo.chameleon import (
     chameleon_1_5b,
     chameleon_1_5b_speech,
-    chameleon_7b,
     chameleon_7b_speech,
+    chameleon_7b_twin,
     chameleon_37m,
     chameleon_37m_speech,
     chameleon_94m,
@@ -74,7 +74,7 @@ def mot_1_5b() -> OmniMoeConfig:
 @register_model("mot_7b")
 def mot_7b() -> OmniMoeConfig:
     """Mixture-of-Transformers, 7B active, two towers: text and pictures."""
-    return untied(chameleon_7b())
+    return untied(chameleon_7b_twin())
 
 
 @register_model("mot_37m_speech")
