@@ -13,6 +13,7 @@ from omnimoe.config import Config, ConfigError, Configurable
 from omnimoe.config import Config as ConfigBase
 from omnimoe.experts import Experts, FeedForward
 from omnimoe.layers import Attention, AttentionMask, BaseAttention, Norm, Rope, RowLayout
+from omnimoe.layers.uneven import build_norm
 from omnimoe.routers import DepthRouter, Routing
 from omnimoe.routers.depth import lengthened, shortened
 
@@ -61,14 +62,24 @@ class Block(nn.Module, Configurable):
             """Whether that can be asked for, as generation does."""
             return self.depth is None and self.experts.has_causal_form
 
-    def __init__(self, config: Block.Config, *, hidden_size: int, num_modalities: int, layer_idx: int) -> None:
+    def __init__(
+        self,
+        config: Block.Config,
+        *,
+        hidden_size: int,
+        num_modalities: int,
+        layer_idx: int,
+        widths: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.norm_placement = config.norm_placement
-        shared = {"hidden_size": hidden_size, "num_modalities": num_modalities}
+        shared: dict[str, Any] = {"hidden_size": hidden_size, "num_modalities": num_modalities}
+        if widths:  # parts whose towers cannot differ in width do not know the word
+            shared["widths"] = widths
         self.self_attn = config.attention.build(**shared, layer_idx=layer_idx)
         self.mlp = config.experts.build(**shared, layer_idx=layer_idx)
-        self.attention_norm = config.norm.build(**shared)
-        self.mlp_norm = config.norm.build(**shared)
+        self.attention_norm = build_norm(config.norm, **shared)
+        self.mlp_norm = build_norm(config.norm, **shared)
         self.depth = None if config.depth is None else config.depth.build(hidden_size=hidden_size)
 
     def forward(
@@ -156,15 +167,22 @@ class Backbone(nn.Module):
         blocks: the config of each layer.
         hidden_size: D.
         num_modalities: keys a row may have.
+        widths: of the rows of each key; empty where all are D wide.
         layer: what a layer is built of.
     """
 
     def __init__(
-        self, blocks: list[Block.Config], *, hidden_size: int, num_modalities: int, layer: type[Block] = Block
+        self,
+        blocks: list[Block.Config],
+        *,
+        hidden_size: int,
+        num_modalities: int,
+        widths: tuple[int, ...] = (),
+        layer: type[Block] = Block,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            layer(block, hidden_size=hidden_size, num_modalities=num_modalities, layer_idx=layer_idx)
+            layer(block, hidden_size=hidden_size, num_modalities=num_modalities, layer_idx=layer_idx, widths=widths)
             for layer_idx, block in enumerate(blocks)
         )
 

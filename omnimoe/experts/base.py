@@ -69,11 +69,6 @@ class Experts(nn.Module, Configurable):
             return self.is_causal
 
         @property
-        def takes_widths(self) -> bool:
-            """Whether its towers may differ in width: its class then takes ``widths``, that of each key's rows."""
-            return False
-
-        @property
         def num_token_ids(self) -> int:
             """Token ids that it can look up, where it reads ``rows.token_ids``; 0 where it does not."""
             return 0

@@ -43,17 +43,14 @@ class FeedForward(Experts):
             return self.towers != "shared"
 
         @property
-        def takes_widths(self) -> bool:
-            return True
-
-        @property
         def tp_plan(self) -> dict[str, str]:
             return {} if self.intermediate_sizes else {"experts": "bank_mlp"}
 
         def active_params(self, hidden_size: int, modality: int) -> float:
             width = self.intermediate_size
             if self.intermediate_sizes:
-                width = self.intermediate_sizes[resolve_towers(self.towers, modality + 1)[modality]]
+                towers = self.towers if isinstance(self.towers, tuple) else resolve_towers(self.towers, modality + 1)
+                width = self.intermediate_sizes[towers[modality]]
             return (3 if self.gated else 2) * hidden_size * width
 
     def __init__(

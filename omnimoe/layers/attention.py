@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from omnimoe.config import Config as ConfigBase
 from omnimoe.config import ConfigError, Configurable, register
 from omnimoe.layers.bank import TowerMap, resolve_towers
-from omnimoe.layers.linear import BankLinear
 from omnimoe.layers.masks import AttentionMask
 from omnimoe.layers.norm import BankHeadLayerNorm, BankJointRMSNorm, BankRMSNorm
 from omnimoe.layers.rope import Rope, rope
 from omnimoe.layers.rows import RowLayout
+from omnimoe.layers.uneven import Width, copy_widths, linear_bank
 from omnimoe.registry import Registry
 
 ATTENTIONS: Registry = Registry("attention")
@@ -128,7 +128,15 @@ class Attention(BaseAttention):
             plan |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), "bank_colwise")
             return plan | (dict.fromkeys(("q_norm", "k_norm"), "bank_head_norm") if self.qk_norm != "none" else {})
 
-    def __init__(self, config: Attention.Config, *, hidden_size: int, num_modalities: int, layer_idx: int) -> None:
+    def __init__(
+        self,
+        config: Attention.Config,
+        *,
+        hidden_size: int,
+        num_modalities: int,
+        layer_idx: int,
+        widths: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.rope = config.rope
         self.layer_idx = layer_idx
@@ -146,11 +154,14 @@ class Attention(BaseAttention):
         def towers(site: str) -> tuple[int, ...]:
             return resolve_towers(config.site_towers.get(site, config.towers), num_modalities)
 
+        def width(site: str) -> Width:
+            return copy_widths(site, towers(site), hidden_size, widths)
+
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = BankLinear(towers("q_proj"), hidden_size, heads, config.bias)
-        self.k_proj = BankLinear(towers("k_proj"), hidden_size, kv_heads, config.bias)
-        self.v_proj = BankLinear(towers("v_proj"), hidden_size, kv_heads, config.bias)
-        self.o_proj = BankLinear(towers("o_proj"), heads, hidden_size, config.output_bias)
+        self.q_proj = linear_bank(towers("q_proj"), width("q_proj"), heads, config.bias)
+        self.k_proj = linear_bank(towers("k_proj"), width("k_proj"), kv_heads, config.bias)
+        self.v_proj = linear_bank(towers("v_proj"), width("v_proj"), kv_heads, config.bias)
+        self.o_proj = linear_bank(towers("o_proj"), heads, width("o_proj"), config.output_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm == "rms":
             self.q_norm = BankRMSNorm(towers("qk_norm"), self.head_dim, config.qk_norm_eps)

@@ -22,22 +22,35 @@ class BankRMSNorm(Bank):
         towers: the copy of each key, resolved.
         width: length of the normalised axis.
         eps: added to the mean square.
+        offset: added to the stored scale, which then starts lower by it; the product is taken in float32.
     """
 
     initial = {"weight": 1.0}
 
-    def __init__(self, towers: tuple[int, ...], width: int, eps: float = 1e-5) -> None:
+    def __init__(self, towers: tuple[int, ...], width: int, eps: float = 1e-5, offset: float = 0.0) -> None:
         super().__init__(towers)
         self.eps = eps
+        self.offset = offset
+        if offset:
+            self.initial = {"weight": 1.0 - offset}
         self.weight = nn.Parameter(torch.empty(self.num_copies, width))
         self.reset_parameters()
 
     def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
         """``(N, ..., D)`` rows to the same shape and dtype."""
+        if self.offset:
+            return self._shifted(x, rows)
         if self.num_copies == 1:
             return rms_norm(x, self.weight, None, self.eps)
         weight, ends = select(self.weight, self.towers, rows)
         return rms_norm(x, weight, ends, self.eps)
+
+    def _shifted(self, x: Tensor, rows: RowLayout) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale, ends = self.weight.to(wide) + self.offset, None
+        if self.num_copies > 1:
+            scale, ends = select(scale, self.towers, rows)
+        return rms_norm(x.to(wide), scale, ends, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"copies={self.num_copies}, width={self.weight.shape[1]}, eps={self.eps}"
@@ -100,8 +113,10 @@ class Norm(BankRMSNorm, Configurable):
 
         eps: float = 1e-5
         """Added to the mean square."""
+        offset: float = 0.0
+        """Added to the stored scale: 1 where weights are kept as differences from 1, as Gemma's are."""
         towers: TowerMap = "shared"
         """The copy each key's rows meet."""
 
     def __init__(self, config: Norm.Config, *, hidden_size: int, num_modalities: int) -> None:
-        super().__init__(resolve_towers(config.towers, num_modalities), hidden_size, config.eps)
+        super().__init__(resolve_towers(config.towers, num_modalities), hidden_size, config.eps, config.offset)

@@ -192,6 +192,16 @@ class RowLayout:
             self._per_towers["spans"] = list(zip([0, *ends[:-1]], ends, strict=True))
         return self._per_towers["spans"]
 
+    def runs(self, towers: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """``(start, stop, copy)`` of each run of rows that meet the same copy, as :meth:`segments`, on the host."""
+        found: list[tuple[int, int, int]] = []
+        for copy, (start, stop) in zip(towers, self.key_spans(), strict=True):
+            if found and found[-1][2] == copy:
+                found[-1] = (found[-1][0], stop, copy)
+            else:
+                found.append((start, stop, copy))
+        return found
+
     def span(self, key: int) -> RowLayout:
         """The rows of one key as a layout of their own, for a router that works inside a group."""
         start, stop = self.key_spans()[key]
