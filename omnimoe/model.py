@@ -44,7 +44,9 @@ from omnimoe.inputs import (
     valid_positions,
 )
 from omnimoe.layers import Attention, AttentionMask, BaseAttention, RowLayout, SineGrid
+from omnimoe.layers.embedding import ScaledEmbedding
 from omnimoe.layers.masks import uncached_facts
+from omnimoe.layers.uneven import build_norm
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.outputs import OmniMoeModelOutput, OmniMoeOutput, as_asked, router_logits_of, selected
 from omnimoe.parallel import ParallelMixin
@@ -120,15 +122,20 @@ class OmniMoeModel(OmniMoePreTrainedModel):
 
     def __init__(self, config: OmniMoeConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = (
+            nn.Embedding(config.vocab_size, config.hidden_size)
+            if config.embedding_scale == 1.0
+            else ScaledEmbedding(config.vocab_size, config.hidden_size, config.embedding_scale)
+        )
         built = [held for held in config.modalities if held.has_weights]
-        self.modalities = nn.ModuleDict({held.name: held.build(hidden_size=config.hidden_size) for held in built})
+        self.modalities = nn.ModuleDict(
+            {held.name: held.build(hidden_size=config.width_of(held.name)) for held in built}
+        )
         for modality in self.modalities.values():
             modality.meet(dict(self.modalities.items()))
-        self.backbone = Backbone(
-            config.blocks, hidden_size=config.hidden_size, num_modalities=config.num_keys, layer=Layer
-        )
-        self.norm = config.final_norm.build(hidden_size=config.hidden_size, num_modalities=config.num_keys)
+        shared = {"hidden_size": config.hidden_size, "num_modalities": config.num_keys, "widths": config.widths}
+        self.backbone = Backbone(config.blocks, **shared, layer=Layer)
+        self.norm = build_norm(config.final_norm, **shared)
         self._needs_key_order, self._needs_token_ids = config.needs_key_order, config.needs_token_ids
         self._attends = False
         for layer in self.backbone.layers:
@@ -240,6 +247,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
                 raise InputError("inputs_embeds carry no ids to read modalities from; pass modality_ids")
             empty = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
             modality_ids = empty if input_ids is None else self.modality_ids_of(input_ids)
+        if key_ids is not None and config.widths:
+            raise InputError("towers of this model differ in width, so a row meets that of its modality; drop key_ids")
         if key_ids is None:
             if len(config.keys) > 1:
                 raise InputError(f"copies are picked by the keys {config.keys}; pass key_ids")
@@ -331,6 +340,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             if index is None:
                 index = rows.where(modality_id, len(embedded))
                 check_embedded(name, embedded, len(index))
+            if embedded.shape[1] < x.shape[1]:
+                embedded = nn.functional.pad(embedded, (0, x.shape[1] - embedded.shape[1]))
             x = x.index_copy(0, index, embedded.to(x.dtype))
             untouched.discard(name)
         for name in sorted(untouched):
@@ -504,7 +515,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, GenerationMixin):
         for name, given in (features or {}).items():
             if name not in self.config.input_only:
                 index = rows.where(self.model._modality_id(name), len(given))
-                predictions[name] = self.model.modalities[name].predict(rows.to_rows(hidden)[index], given)
+                seen = rows.to_rows(hidden)[index][:, : self.config.width_of(name)]
+                predictions[name] = self.model.modalities[name].predict(seen, given)
         aux_loss = aux_loss_of(out.routings)
         scores = Scores(self.config, self.model.modality_ids_of)
         if shift_labels is not None:

@@ -65,6 +65,11 @@ class OmniMoeConfig(PreTrainedConfig):
     """Width D of the residual stream."""
     num_layers: int = 4
     """Layers L."""
+    widths: tuple[int, ...] = ()
+    """Width of the rows of each modality, where towers differ in width: narrower rows fill the first columns of
+    ``hidden_size``, and the rest is zero. Empty for ``hidden_size`` everywhere."""
+    embedding_scale: float = 1.0
+    """What rows of the embedding table are multiplied by on the way in."""
     modalities: tuple[Modality.Config, ...] = (Tokens.Config(name="text", vocab_size=256),)
     """The modalities; a modality's place here is its id."""
     attention: BaseAttention.Config = field(default_factory=Attention.Config)
@@ -136,6 +141,7 @@ class OmniMoeConfig(PreTrainedConfig):
             setattr(self, name, tuple(read))
         check_types(self, inspect.get_annotations(OmniMoeConfig).keys() - _CLASS_FIELDS)
         self.keys = tuple(self.keys)
+        self.widths = tuple(self.widths)
         self.bidirectional_modalities = tuple(self.bidirectional_modalities)
         needed = max((held.stop for held in self.token_ranges.values()), default=0)
         if not self.vocab_size:
@@ -157,6 +163,8 @@ class OmniMoeConfig(PreTrainedConfig):
                 f"max_position_embeddings {self.max_position_embeddings} must be positive, and initializer_range "
                 f"{self.initializer_range} a number from 0"
             )
+        if self.widths:
+            self._check_widths()
         for held in self.layers:
             if held.start >= self.num_layers:
                 raise ConfigError(
@@ -187,6 +195,36 @@ class OmniMoeConfig(PreTrainedConfig):
                     raise ConfigError(
                         f"{role} {token} of modality {modality.name!r} is outside the {self.vocab_size} rows"
                     )
+
+    def _check_widths(self) -> None:
+        if self.keys or len(self.widths) != len(self.modalities):
+            raise ConfigError(
+                f"widths {self.widths} must be one for each of the {len(self.modalities)} modalities, in a model whose "
+                f"keys are its modalities; its keys are {self.keys or 'those'}"
+            )
+        if min(self.widths) < 1 or max(self.widths) != self.hidden_size:
+            raise ConfigError(
+                f"widths {self.widths} must be positive and the largest hidden_size, which is {self.hidden_size}"
+            )
+        for held in self.modalities:
+            if held.is_discrete and self.width_of(held.name) != self.hidden_size:
+                raise ConfigError(
+                    f"modality {held.name!r} shares the embedding table and the head, so its width must be hidden_size "
+                    f"{self.hidden_size}, got {self.width_of(held.name)}"
+                )
+        for layer, block in enumerate(self.blocks):
+            for part in (block.attention, block.experts):
+                if "widths" not in inspect.signature(part.target.__init__).parameters:
+                    raise ConfigError(
+                        f"{type(part).__qualname__} in layer {layer} has no towers of different widths; leave widths "
+                        "empty, or take Attention and FeedForward"
+                    )
+            if getattr(block.attention, "head_dim", 1) is None:
+                raise ConfigError("towers of different widths share the heads of attention, so head_dim must be given")
+
+    def width_of(self, name: str) -> int:
+        """Width of the rows of a modality."""
+        return self.widths[self.modality_names.index(name)] if self.widths else self.hidden_size
 
     @property
     def modality_names(self) -> tuple[str, ...]:
@@ -308,9 +346,9 @@ class OmniMoeConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str] | None:
         """How tensor parallelism splits the model: the plans of its attention and experts; None where nothing has one.
 
-        See docs/scaling.md.
+        Towers of different widths have none. See docs/scaling.md.
         """
-        return self._plan("tp_plan")
+        return None if self.widths else self._plan("tp_plan")
 
     @property
     def base_model_ep_plan(self) -> dict[str, str] | None:

@@ -7,6 +7,7 @@ from omnimoe.modalities.grid_patches import GridPatches
 from omnimoe.modalities.patches import Patches
 from omnimoe.modalities.timed_patches import DomainPatches, TimedPatches
 from omnimoe.modalities.tokens import Tokens
+from omnimoe.modalities.trajectory import Trajectory
 from omnimoe.modalities.vocabulary import TokenRange
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "TimedPatches",
     "TokenRange",
     "Tokens",
+    "Trajectory",
     "register_modality",
 ]
