@@ -36,6 +36,7 @@ _HOMES = {
     "omnimoe.backbone": ("LayerRange",),
     "omnimoe.inputs": ("InputError",),
     "omnimoe.model": ("OmniMoeConfig", "OmniMoeForCausalLM", "OmniMoeModel", "OmniMoeOutput", "register_model"),
+    "omnimoe.classifier": ("OmniMoeForSequenceClassification",),
     "omnimoe.checkpoint": ("CheckpointError",),
     "omnimoe.hub": (
         "ModelInfo",
@@ -51,6 +52,8 @@ _HOMES = {
     "omnimoe.shrink": ("shrink",),
     "omnimoe.export": ("ExportError", "export"),
     "omnimoe.routing_trace": ("record_routing",),
+    "omnimoe.freeze": ("freeze", "keep_frozen", "unfreeze"),
+    "omnimoe.upcycle": ("UpcycleReport", "upcycle"),
     "omnimoe.lora": ("add_lora", "confine_lora", "lora_targets"),
     "omnimoe.quantize": ("QuantizationError", "quantize"),
     "omnimoe.spans": ("SpanProcessor", "read_spans"),

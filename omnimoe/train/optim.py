@@ -7,11 +7,12 @@ import math
 import torch
 from torch import nn
 
+from omnimoe.freeze import keep_frozen
 from omnimoe.train.settings import TrainSettings
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters.
+    """AdamW over the trainable parameters; what is frozen of one stays as it is.
 
     A bank of norm scales is a matrix in shape only, so what decays is told by name: norms and biases do not.
 
@@ -27,13 +28,14 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
             is_scale = "norm" in module.rpartition(".")[2] or leaf.endswith("bias") or parameter.ndim < 2
             (kept if is_scale else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
         fused=True,
     )
+    return keep_frozen(optimizer)
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:

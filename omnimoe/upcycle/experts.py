@@ -1,0 +1,180 @@
+"""Where feed-forward networks and experts start, and the routers above them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+from torch import nn
+
+from omnimoe.config import ConfigError
+from omnimoe.experts import FeedForward, RoutedExperts
+from omnimoe.routers import ByModalityRouter, Router, StaticRouter
+from omnimoe.upcycle.gates import CHANGED, EXACT, RESCALED, UNROUTED, Gate, copied_gate, fresh_gate
+from omnimoe.upcycle.sources import Change, Choices, Plan, Start, copies_of, start_of
+
+
+@start_of.register
+def _(new: FeedForward, old: nn.Module, choices: Choices) -> Plan:
+    if not isinstance(old, FeedForward):
+        raise ConfigError("experts of the seed do not become one network again; keep them, or add more")
+    index = copies_of(new.towers, old.towers, choices.origin)
+    return Plan({f"experts.{name}": Start(f"experts.{name}", index) for name, _ in new.experts.named_parameters()})
+
+
+@start_of.register
+def _(new: RoutedExperts, old: nn.Module, choices: Choices) -> Plan:
+    if not isinstance(old, FeedForward | RoutedExperts):
+        raise ConfigError(f"experts cannot be started from {type(old).__qualname__}")
+    plan = Plan()
+    index: list[int] = []
+    scale: list[float] = []
+    outcomes: dict[str, str] = {}
+    for held in _pools(new, old, choices.origin):
+        index += held.index
+        gate = held.gate(new, old, choices)
+        function, factor = gate.outcome(choices.placement)
+        scale += [factor if choices.rescale else 1.0] * len(held.index)
+        plan.starts |= dict(held.router_starts(choices))
+        plan.fresh |= held.fresh
+        if held.old is not None and held.fresh:
+            function, gate = CHANGED, replace(gate, why=f"of the router, {', '.join(sorted(held.fresh))} is new")
+        elif factor != 1 and not choices.rescale:
+            function = CHANGED
+        outcomes.setdefault(function, gate.why)
+    noise = choices.expert_noise
+    for name, _ in new.experts.named_parameters():
+        is_last = name.startswith("down_")
+        start = Start(f"experts.{name}", tuple(index), scale=tuple(scale) if is_last else (), noise=noise)
+        plan.starts[f"experts.{name}"] = start
+    if noise and len(set(index)) < len(index):
+        outcomes[CHANGED] = f"copies are moved apart by {noise:g} of their spread"
+    if isinstance(old, FeedForward):
+        # networks beside the copies add nothing at first
+        plan.zeros |= {f"shared_experts.{name}" for name in ("down_proj",) if new.shared_experts is not None}
+    worst = next(name for name in (CHANGED, RESCALED, EXACT) if name in outcomes)
+    plan.changes.append(Change(where="", function=worst, why=outcomes[worst]))
+    return plan
+
+
+@dataclass
+class _Pool:
+    """A group of experts and its router.
+
+    Args:
+        index: the seed's expert that each starts as.
+        pool: the seed's experts that these rows chose among.
+        router: of the group; None where there is none.
+        old: the router of the pool in the seed; None where there was none.
+        path: of the router inside of the experts.
+        old_path: of the seed's.
+    """
+
+    index: list[int]
+    pool: tuple[int, ...]
+    router: Router | None
+    old: Router | None
+    path: str
+    old_path: str
+    fresh: set[str] = field(default_factory=set)
+
+    def gate(self, new: RoutedExperts, old: nn.Module, choices: Choices) -> Gate:
+        if self.router is None:
+            return UNROUTED
+        config = self.router.config
+        if self.old is None or isinstance(self.router, StaticRouter):
+            return fresh_gate(config, len(self.index), new.config)
+        counts = {self.index.count(expert) for expert in self.pool}
+        times = counts.pop() if len(counts) == 1 else 0
+        noise = choices.router_noise if times > 1 else 0.0
+        return copied_gate(config, self.old.config, times, new.config, noise)
+
+    def router_starts(self, choices: Choices) -> Iterator[tuple[str, Start]]:
+        """Rows of a router for copies of an expert are those of the expert; the rest of it stays."""
+        if self.router is None:
+            return
+        held = {} if self.old is None else self.old.state_dict()
+        places = [self.pool.index(expert) for expert in self.index]
+        for name, tensor in self.router.state_dict().items():
+            if name not in held:
+                self.fresh.add(f"{self.path}{name}")
+                continue
+            source = held[name]
+            axis = 1 if name == "expert_bias" and source.ndim == 2 else 0
+            extra = (source.shape[axis] if source.ndim else 0) - len(self.pool)
+            index = tuple(places + [len(self.pool) + i for i in range(max(0, extra))])
+            start = Start(f"{self.old_path}{name}", index, axis, noise=choices.router_noise if axis == 0 else 0.0)
+            if source.ndim and extra >= 0 and start.shape(source) == tuple(tensor.shape):
+                is_row = name.endswith("weight") and len(set(places)) < len(places)
+                yield f"{self.path}{name}", start if is_row else replace(start, noise=0.0)
+            elif source.shape == tensor.shape:
+                yield f"{self.path}{name}", Start(f"{self.old_path}{name}")
+            else:
+                self.fresh.add(f"{self.path}{name}")
+
+
+def _pools(new: RoutedExperts, old: FeedForward | RoutedExperts, origin: tuple[int, ...]) -> Iterator[_Pool]:
+    router = new.router
+    if isinstance(router, ByModalityRouter):
+        for key, count in enumerate(router.config.experts):
+            inner, path = _router_at(old, origin[key])
+            pool = _pool_of(old, origin[key])
+            own = router.routers[key]
+            yield _Pool(_spread(count, pool), pool, own, inner, f"router.routers.{key}.", path)
+        return
+    if isinstance(router, StaticRouter):
+        index = [-1] * new.num_experts
+        for key, chosen in enumerate(router.experts_of_keys):
+            pool = _pool_of(old, origin[key])
+            own_set = [expert for expert in chosen if expert >= 0]
+            if len(own_set) < len(pool):
+                raise ConfigError(f"static routes give key {key} {len(own_set)} experts, the seed has {len(pool)}")
+            for expert, source in zip(own_set, _spread(len(own_set), pool), strict=True):
+                if index[expert] not in (-1, source):
+                    raise ConfigError(
+                        f"expert {expert} would start as two different ones; give their keys experts apart"
+                    )
+                index[expert] = source
+        yield _Pool([max(0, source) for source in index], tuple(set(index)), router, None, "router.", "")
+        return
+    pools = {_pool_of(old, key) for key in set(origin)}
+    if len(pools) > 1:
+        raise ConfigError(
+            "one pool of experts would merge networks of the seed that differ by key; give each key its own, "
+            "experts={'text': 4, 'image': 4}"
+        )
+    inner, path = _router_at(old, origin[0])
+    pool = pools.pop()
+    yield _Pool(_spread(new.num_experts, pool), pool, router, inner, "router.", path)
+
+
+def _pool_of(old: FeedForward | RoutedExperts, key: int) -> tuple[int, ...]:
+    """The seed's experts that rows of a key choose among."""
+    if isinstance(old, FeedForward):
+        return (old.towers[key],)
+    if isinstance(old.router, ByModalityRouter):
+        start, stop = list(pairwise(accumulate(old.router.config.experts, initial=0)))[key]
+        return tuple(range(start, stop))
+    if isinstance(old.router, StaticRouter):
+        return tuple(expert for expert in old.router.experts_of_keys[key] if expert >= 0)
+    return tuple(range(old.num_experts))
+
+
+def _router_at(old: FeedForward | RoutedExperts, key: int) -> tuple[Any, str]:
+    """The router that rows of a key met in the seed, and its path."""
+    if isinstance(old, FeedForward) or isinstance(old.router, StaticRouter):
+        return None, ""
+    if isinstance(old.router, ByModalityRouter):
+        return old.router.routers[key], f"router.routers.{key}."
+    return old.router, "router."
+
+
+def _spread(count: int, pool: tuple[int, ...]) -> list[int]:
+    """Copies of a pool, those of one expert side by side."""
+    if count < len(pool):
+        raise ConfigError(
+            f"{count} experts are fewer than the {len(pool)} of the seed; upcycling adds, it takes none away"
+        )
+    return [pool[place * len(pool) // count] for place in range(count)]
