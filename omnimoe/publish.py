@@ -32,6 +32,9 @@ SEALED = ".omnimoe-saved"
 _OPEN = ".omnimoe-saving-"
 _WEIGHTS = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index(\.(?P<variant>[^.]+))?\.json)?")
 _SCARCE = 1 << 20
+_NAMES_CANNOT_BE_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
+_MANIFEST_LIMIT = 32 << 20
+"""Bytes of the largest manifest that is read, for 200,000 files."""
 _FREE = ("README.md",)
 """Written for people, who may change it; a manifest does not hold them to it."""
 
@@ -54,27 +57,22 @@ def publish(folder: Path, *, needed: int = 0, replaces: Iterable[str] = ()) -> I
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file; name a folder to save into")
     _check_space(folder, needed)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    settle(folder)
-    _sweep(folder)
-    fresh = Path(tempfile.mkdtemp(prefix=f"{_OPEN}{_host()}-{os.getpid()}-", dir=folder))
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with _locked(fresh):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            _flush(path.parent)
+        settle(folder)
+        _sweep(folder)
+        with _opened(folder) as fresh, _told_if_full(folder):
             yield fresh
             _list_files(folder, fresh, set(replaces))
             _seal(folder, fresh)
             _move(folder)
-    except BaseException as error:
-        is_full = _is_full(error, folder)
-        shutil.rmtree(fresh, ignore_errors=True)
-        if is_new:
+    except BaseException:
+        for path in made:
             with contextlib.suppress(OSError):  # it is not empty: another save wrote into it
-                folder.rmdir()
-        if is_full:
-            raise OSError(
-                errno.ENOSPC, f"no space left on the disk of {folder}; what it held is unchanged, free some space"
-            ) from error
+                path.rmdir()
         raise
 
 
@@ -102,6 +100,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
+        if path.stat().st_size > _MANIFEST_LIMIT:
+            raise ValueError(f"it has more than {_MANIFEST_LIMIT:,} bytes")
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
         return {str(name): {"size": int(held["size"]), "sha256": str(held["sha256"])} for name, held in files.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -160,7 +160,7 @@ def _move(folder: Path) -> None:
     """
     sealed, root = folder / SEALED, folder.resolve()
     if (sealed / MANIFEST).is_file():
-        files = read_manifest(sealed)
+        files, places = read_manifest(sealed), {folder}
         families = {family_of(name) for name in files} - {None}
         stale = {path.name for path in folder.iterdir() if path.is_file() and family_of(path.name) in families}
         with contextlib.suppress(ValueError):
@@ -171,9 +171,11 @@ def _move(folder: Path) -> None:
             if not place.parent.resolve().is_relative_to(root):
                 raise PermissionError(errno.EPERM, f"{place.parent} leads out of {folder}; remove {sealed}")
             path.replace(place)
+            places |= {held for held in place.parents if held.is_relative_to(folder)}
         for name in sorted(stale - set(files) - {MANIFEST}):
             (folder / name).unlink(missing_ok=True)
-        _flush(folder)
+        for held in sorted(places):
+            _flush(held)
         (sealed / MANIFEST).replace(folder / MANIFEST)
         _flush(folder)
     shutil.rmtree(sealed)
@@ -203,6 +205,19 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
+@contextmanager
+def _told_if_full(folder: Path) -> Iterator[None]:
+    """Raises a save's failure for want of space as one kind of error, whoever met it."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_full(error, folder) or (folder / SEALED).exists():
+            raise
+        raise OSError(
+            errno.ENOSPC, f"no space left on the disk of {folder}; what it held is unchanged, free some space"
+        ) from error
+
+
 def _is_full(error: BaseException, folder: Path) -> bool:
     """Whether a save failed for want of space; safetensors and torch.save say so in words of their own."""
     if isinstance(error, OSError) and error.errno is not None:
@@ -210,28 +225,34 @@ def _is_full(error: BaseException, folder: Path) -> bool:
     return "os error 28" in str(error) or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _SCARCE)
 
 
+@contextmanager
+def _opened(folder: Path) -> Iterator[Path]:
+    """A fresh folder inside of another, held as long as it is written into, and gone at the end."""
+    while True:
+        fresh = Path(tempfile.mkdtemp(prefix=f"{_OPEN}{_host()}-", dir=folder))
+        with contextlib.ExitStack() as stack:
+            try:
+                is_held = stack.enter_context(_locked(fresh))
+            except FileNotFoundError:  # another save has swept it away before it was held
+                continue
+            if is_held:
+                try:
+                    yield fresh
+                finally:
+                    shutil.rmtree(fresh, ignore_errors=True)
+                return
+
+
 def _sweep(folder: Path) -> None:
-    """Removes what a killed save left: open folders of processes of this machine that are no more."""
+    """Removes what a killed or a failed save left: open folders of this machine that nobody holds."""
     for left in folder.glob(f"{_OPEN}{_host()}-*"):
-        owner = left.name.split("-")[-2]
-        if fcntl is not None and owner.isdigit() and not _is_alive(int(owner)):
-            with contextlib.suppress(FileNotFoundError), _locked(left, wait=False) as is_held:
-                if is_held:
-                    shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError), _locked(left, wait=False) as is_held:
+            if is_held:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _host() -> str:
     return re.sub(r"\W", "", socket.gethostname())
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        return True
-    return True
 
 
 @contextmanager
@@ -261,11 +282,16 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name != "posix":
+    """Waits until a file, or the names in a folder, are on the disk; some file systems have no way to ask for names."""
+    is_folder = path.is_dir()
+    if is_folder and os.name != "posix":
         return
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not (is_folder and error.errno in _NAMES_CANNOT_BE_FLUSHED):
+            raise

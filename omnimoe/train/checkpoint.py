@@ -50,7 +50,6 @@ def save_checkpoint(
     Returns:
         ``folder``.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if state is not None:
         _keep_previous(folder, settings.keep, below=state["step"])
     with publish(folder, replaces=(STATE_FILE, SETTINGS_FILE)) as fresh:

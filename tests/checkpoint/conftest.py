@@ -16,6 +16,12 @@ def model() -> OmniMoeForCausalLM:
 
 
 @pytest.fixture(scope="session")
+def newer() -> OmniMoeForCausalLM:
+    """Another model of the same shape, to save over the first."""
+    return build(small(), seed=7)
+
+
+@pytest.fixture(scope="session")
 def originals(model, tmp_path_factory) -> Path:
     """The model in one file and in shards; every test gets a copy."""
     folder = tmp_path_factory.mktemp("originals")

@@ -42,6 +42,11 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
+def left_behind(folder: Path) -> list[str]:
+    """What a save left lying about in a folder."""
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
 @contextmanager
 def refused(folder: Path, fragment: str, error: type[Exception] = CheckpointError) -> Iterator[None]:
     """The block raises, says why, and changes nothing: no file, no random number, no module."""
