@@ -95,6 +95,8 @@ def _flash(
             "'flex_attention'"
         )
     is_theirs = "flash_attention" in name or "flash-attn" in name
+    if is_theirs and query.device.type == "cpu":
+        raise ValueError(f"{name!r} computes on GPUs, and the model is on the CPU; move it to one or take 'sdpa'")
     if is_theirs and query.dtype == torch.float32 and not torch.is_autocast_enabled(query.device.type):
         raise ValueError(
             f"{name!r} computes in bfloat16 and float16, and the model is in float32; load it with dtype=torch.bfloat16"
@@ -151,6 +153,7 @@ def xformers_attention(
 
     Raises:
         ImportError: if xformers is not installed.
+        ValueError: if it has nothing for this device, dtype or width of a head.
     """
     try:
         from xformers.ops import memory_efficient_attention
@@ -166,4 +169,10 @@ def xformers_attention(
         length = attention_mask.shape[-1]
         bias = F.pad(attention_mask, (0, -length % 8)).expand(query.shape[0], query.shape[1], -1, -1)[..., :length]
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    return memory_efficient_attention(query, key, value, attn_bias=bias, scale=kwargs["scaling"]), None
+    try:
+        return memory_efficient_attention(query, key, value, attn_bias=bias, scale=kwargs["scaling"]), None
+    except NotImplementedError as error:
+        raise ValueError(
+            f"xformers has no operator for {query.dtype} queries {tuple(query.shape)} on {query.device.type}; see "
+            "`python -m xformers.info`, or take 'sdpa'"
+        ) from error
