@@ -21,6 +21,7 @@ TABLES: dict[str, dict[str, str]] = {
     "transformers.models.auto.modeling_auto": {
         "MODEL_MAPPING": "OmniMoeModel",
         "MODEL_FOR_CAUSAL_LM_MAPPING": "OmniMoeForCausalLM",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "OmniMoeForSequenceClassification",
     },
 }
 """Module to table to the class of ours that it holds."""

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -51,6 +51,9 @@ _UPLOAD = (*REPOSITORY, "repo_id", "token", "commit_message", "commit_descriptio
 
 class GuardedFiles(PreTrainedModel):
     """``from_pretrained`` and ``save_pretrained`` of a :class:`~transformers.PreTrainedModel`, made safe."""
+
+    fresh_heads: ClassVar[tuple[str, ...]] = ()
+    """Heads that start fresh on the weights of a model that has others: modules beside the base."""
 
     @classmethod
     def from_pretrained(
@@ -108,7 +111,7 @@ class GuardedFiles(PreTrainedModel):
         if not isinstance(config, PreTrainedConfig):
             if config is not None:
                 check_config(find_folder(config, {})[0])
-            own = {spec.name for spec in dataclasses.fields(cls.config_class)}
+            own = {"num_labels", *(spec.name for spec in dataclasses.fields(cls.config_class))}
             changes = {name: kwargs.pop(name) for name in own & kwargs.keys() - {"dtype"}}
             config = cls.config_class.from_pretrained(folder if config is None else config, **changes)
         if verify:
@@ -117,12 +120,13 @@ class GuardedFiles(PreTrainedModel):
         is_quantised = getattr(config, "quantization_config", None) is not None
         model = cls._on_meta(config, model_args, entries if strict and not is_quantised else {}, folder)
         held = renamed(entries, model.state_dict().keys(), cls.base_model_prefix)
+        swapped = cls._swapped_heads(held)
         if check_size and not _is_spread(kwargs) and kwargs.get("quantization_config") is None:
             needed = sum(entry.size for entry in entries.values()) if is_quantised else 0
             check_memory(needed or bytes_of(model, _dtype(config, kwargs), held), fspath(folder / "config.json"))
         # where names or dtypes of the file are not the model's, only transformers can tell what fits
         if not (from_pickle or is_quantised or is_of_ranks(folder) or kwargs.get("key_mapping")):
-            tied, beside = getattr(model, "all_tied_weights_keys", None), _of_the_library(model)
+            tied, beside = getattr(model, "all_tied_weights_keys", None), [*_of_the_library(model), *swapped]
             misfit = misfits(held, model, tied, beside) if strict else ""
             if misfit:
                 raise _does_not_fit(folder, cls.__name__, misfit)
@@ -136,7 +140,8 @@ class GuardedFiles(PreTrainedModel):
             )
         except SafetensorError as error:
             raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
-        misfit = complaint({**report, "unexpected_keys": ()})
+        missing = [name for name in report["missing_keys"] if name.partition(".")[0] not in swapped]
+        misfit = complaint({**report, "missing_keys": missing, "unexpected_keys": ()})
         if strict and misfit:
             raise _does_not_fit(folder, cls.__name__, misfit)
         look_for_nan(model, check_finite, folder)
@@ -146,6 +151,12 @@ class GuardedFiles(PreTrainedModel):
         if quantization_config is not None and not allow_partial:
             check_reach(model)
         return (model, report) if wants_report else model
+
+    @classmethod
+    def _swapped_heads(cls, held: Mapping[str, Entry]) -> set[str]:
+        """Heads of this class that weights have none of, and those that they have in their place."""
+        parts = {name.partition(".")[0] for name in held} - {cls.base_model_prefix}
+        return set() if parts & {*cls.fresh_heads} or not cls.fresh_heads else parts | {*cls.fresh_heads}
 
     @staticmethod
     def _verify(folder: Path, adapters: Path | None, variant: str | None, from_pickle: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike, fspath
 from pathlib import Path
@@ -32,11 +33,12 @@ from omnimoe.checkpoint.fetch import PREFIXES, check_name
 from omnimoe.checkpoint.folder import check_config
 from omnimoe.checkpoint.header import Entry
 from omnimoe.checkpoint.route import ADAPTERS, CONFIG_OF_ADAPTERS
+from omnimoe.classifier import class_of
 from omnimoe.closest import closest_models
 from omnimoe.config import ConfigError
 from omnimoe.convert import find_converter
 from omnimoe.convert.load import load_converted
-from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.model import MODELS, OmniMoeConfig, OmniMoePreTrainedModel
 from omnimoe.registry import RegistryError
 from omnimoe.towers import load_pieces, pieces, select
 
@@ -44,6 +46,13 @@ logger = logging.getLogger(__name__)
 
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Of ``device_map``: what is no device."""
+
+_WHOLE_ALONE = {
+    "quantization_config": "load this one without and call omnimoe.quantize(model)",
+    "distributed_config": "load this one on one process, save it and load that",
+    "num_labels": "load this one without, save it and load that",
+}
+"""Arguments that neither parts nor published models of other libraries take, and what to do."""
 
 __all__ = [
     "MODELS",
@@ -65,8 +74,9 @@ def load(
     dtype: str | torch.dtype | None = None,
     seed: int | None = None,
     attn_implementation: str | None = None,
+    num_labels: int | None = None,
     **overrides: Any,
-) -> OmniMoeForCausalLM:
+) -> Any:
     """A model by name, with fresh weights or with those that were published for it.
 
     Args:
@@ -77,11 +87,13 @@ def load(
         dtype: of the weights; float32 where None, with ``pretrained`` that of the file.
         seed: of fresh weights; the global generator is left as it was. None draws from the global generator.
         attn_implementation: ``"sdpa"``, ``"eager"``, ``"flex_attention"`` or another that transformers knows.
+        num_labels: put a head over so many labels in the place of that over the vocabulary.
         overrides: fields of the config to change, ``num_layers=2``; with ``pretrained`` instead arguments of
             :func:`from_pretrained`. Of an address, ``revision``, ``token`` and the like are taken without it too.
 
     Returns:
-        The model, in training mode if fresh and in evaluation mode if pretrained.
+        The model, in training mode if fresh and in evaluation mode if pretrained: an :class:`OmniMoeForCausalLM`, with
+        ``num_labels`` an :class:`OmniMoeForSequenceClassification`.
 
     Raises:
         RegistryError: if the name is unknown; the message names the nearest.
@@ -101,8 +113,10 @@ def load(
             given = ", ".join([*changes, *(["seed"] if seed is not None else [])])
             raise ValueError(f"published weights fit their own config, so {given} cannot be set with pretrained=True")
         overrides |= {"device": device, "dtype": dtype or "auto", "attn_implementation": attn_implementation}
-        model = from_pretrained(source, **overrides)
-        return model if is_address else _described(model, name)
+        found = from_pretrained(source, num_labels=num_labels, **overrides)
+        if not is_address:
+            _describe(found[0] if isinstance(found, tuple) else found, name)
+        return found
     if is_address:
         asked = {field: overrides.pop(field) for field in [*overrides] if field in _arguments(_config_at)}
         config = _config_at(name, **asked).replace(**overrides)
@@ -111,8 +125,11 @@ def load(
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     place = torch.device(device) if device is not None else torch.get_default_device()
+    kind = class_of(None, num_labels)
+    if num_labels is not None:
+        config.num_labels = num_labels
     with _seeded(seed, place), place:
-        return OmniMoeForCausalLM._from_config(config, dtype=_dtype(dtype))
+        return kind._from_config(config, dtype=_dtype(dtype))
 
 
 def from_pretrained(
@@ -136,7 +153,12 @@ def from_pretrained(
     allow_pickle: bool = False,
     quantization_config: Any = None,
     allow_partial: bool = False,
-) -> OmniMoeForCausalLM:
+    num_labels: int | None = None,
+    ignore_mismatched_sizes: bool = False,
+    distributed_config: Any = None,
+    output_loading_info: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
     """A model from a folder or from the Hub.
 
     Args:
@@ -161,34 +183,53 @@ def from_pretrained(
         allow_pickle: read pytorch_model.bin where there is no other file, without running code of it.
         quantization_config: of transformers, or ``"int8"``: torchao's int8 weights for every bank.
         allow_partial: let a quantisation leave some of the layers' weights as they are.
+        num_labels: put a head over so many labels in the place of that over the vocabulary. A file without such a head
+            gives a fresh one; one of another size is refused.
+        ignore_mismatched_sizes: as ``strict=False``, by transformers' name.
+        distributed_config: transformers' ``DistributedConfig``, for one process of several.
+        output_loading_info: return transformers' report too.
+        trust_remote_code: taken, since it is passed to models of any kind; no code of a checkpoint is ever run.
 
     Returns:
-        The model, in evaluation mode.
+        The model, in evaluation mode: an :class:`OmniMoeForCausalLM`, or an :class:`OmniMoeForSequenceClassification`
+        where ``num_labels`` is given or the folder holds one. With ``output_loading_info`` the model and a mapping with
+        ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``.
 
     Raises:
         CheckpointError: if the checkpoint is missing, malformed, unsafe, or does not fit.
         QuantizationError: if weights of the layers would stay as they are.
+        ValueError: if arguments do not go together.
         ConfigError: if ``towers`` or ``without`` name what the model does not have, or leave nothing.
     """
     if device is not None and device_map is not None:
         raise ValueError("device and device_map say the same thing twice; pass one of them")
+    if distributed_config is not None:
+        if device is not None or device_map is not None:
+            raise ValueError("distributed_config says where the weights go; leave device and device_map out")
+        if "RANK" not in os.environ and not torch.distributed.is_initialized():
+            raise ValueError("distributed_config is for one process of several; start the program with torchrun")
     _check_device(device if device is not None or device_map in _SPREADS else device_map)
     hub = Hub(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
     place = _source(source, subfolder=subfolder, hub=hub)
     folder = place.fetch()
     selection = None
     given = {"dtype": _dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
-    given |= {"strict": strict, "verify": verify, "check_finite": check_finite, "check_size": check_size}
+    given |= {"strict": strict and not ignore_mismatched_sizes, "verify": verify}
+    given |= {"check_finite": check_finite, "check_size": check_size}
     converter = find_converter(folder)
-    if quantization_config is not None and (converter or towers is not None or without):
-        raise ValueError(
-            "quantization_config is for whole models of omnimoe; load this one without and call omnimoe.quantize(model)"
-        )
+    whole = {"quantization_config": quantization_config, "distributed_config": distributed_config}
+    whole = {name: value for name, value in {**whole, "num_labels": num_labels}.items() if value is not None}
+    if whole and (converter or towers is not None or without):
+        name = next(iter(whole))
+        raise ValueError(f"{name} is for whole models of omnimoe; {_WHOLE_ALONE[name]}")
     if converter is not None:
+        if output_loading_info and not given["strict"]:
+            raise ValueError(f"what does not fit of {place.name!r} is logged; leave output_loading_info or strict out")
         is_selected = towers is not None or bool(without)
         with _explained(folder, is_whole=False), bars_where_seen():
             model = load_converted(place, folder, converter, device=device, is_selected=is_selected, **given)
-        return _named(model, place)
+        empty: dict[str, set[str]] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
+        return (_named(model, place), empty) if output_loading_info else _named(model, place)
     if towers is not None or without:
         if _holds_adapters(folder):
             raise CheckpointError(
@@ -200,13 +241,13 @@ def from_pretrained(
     if selection is None:
         place.fetch(_files_to_read(folder, allow_pickle), at=folder)
         with _explained(folder), bars_where_seen():
-            model, report = OmniMoeForCausalLM.from_pretrained(
+            model, report = class_of(folder, num_labels).from_pretrained(
                 folder,
                 allow_pickle=allow_pickle,
                 output_loading_info=True,
-                quantization_config=quantization_config,
                 allow_partial=allow_partial,
                 **given,
+                **whole,
             )
     else:
         plan = pieces(selection)
@@ -216,10 +257,11 @@ def from_pretrained(
     misfit = complaint(report)
     if misfit:
         logger.warning("the weights in %s do not fit its config.json; what is missing is fresh.\n%s", folder, misfit)
-    return _named(model if device is None else model.to(device), place)
+    model = _named(model if device is None else model.to(device), place)
+    return (model, report) if output_loading_info else model
 
 
-def _named(model: OmniMoeForCausalLM, place: Source) -> OmniMoeForCausalLM:
+def _named(model: OmniMoePreTrainedModel, place: Source) -> OmniMoePreTrainedModel:
     """A model that knows the id it was loaded by, which its adapters write down; not where the cache keeps it."""
     if not place.is_folder:
         model.name_or_path = model.config.name_or_path = place.name
@@ -318,12 +360,11 @@ def _arguments(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(list(inspect.signature(function).parameters)[1:])
 
 
-def _described(model: OmniMoeForCausalLM, name: str) -> OmniMoeForCausalLM:
-    """A model with what its family says of it, for the card that is written when it is saved."""
+def _describe(model: OmniMoePreTrainedModel, name: str) -> None:
+    """Gives a model what its family says of it, for the card that is written when it is saved."""
     card = card_of(name)
     known = {"license": card.license.lower(), "paper": card.papers.get(name, card.paper)} if card else {}
     model.config.card = {**known, **(getattr(model.config, "card", None) or {})}
-    return model
 
 
 def _dtype(dtype: str | torch.dtype | None) -> Any:

@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from omnimoe.attend import attention_function, check_attention, xformers_attention
 from omnimoe.backbone import Backbone, Block
 from omnimoe.blocks import block_ids_of, block_positions
+from omnimoe.encode import Encodes
 from omnimoe.experts_interface import NAME as OWN_EXPERTS
 from omnimoe.experts_interface import experts_function
 from omnimoe.guarded import GuardedFiles
@@ -64,7 +65,7 @@ class Layer(GradientCheckpointingLayer, Block):
     """A block of the backbone; what transformers asks of one is that it can be recomputed in backward."""
 
 
-class OmniMoePreTrainedModel(ParallelMixin, GuardedFiles):
+class OmniMoePreTrainedModel(ParallelMixin, Encodes, GuardedFiles):
     """Loading, saving and initialisation, from transformers."""
 
     config: OmniMoeConfig

@@ -70,6 +70,27 @@ class OmniMoeOutput(ModelOutput):
     rows: RowLayout | None = None
 
 
+@dataclass
+class OmniMoeClassifierOutput(ModelOutput):
+    """What the model with a head over labels returns.
+
+    Args:
+        loss: scalar, if there are labels, with ``aux_loss``.
+        logits: ``(B, num_labels)``.
+        aux_loss: as in :class:`OmniMoeOutput`.
+        hidden_states: as in :class:`OmniMoeModelOutput`, and so the rest.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    aux_loss: Tensor | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    routings: tuple[Routing | None, ...] | None = None
+    rows: RowLayout | None = None
+
+
 def selected(asked: bool | int | Sequence[int], count: int) -> set[int]:
     """The numbers of the hidden states that are asked for, out of ``count``; those from the end are negative."""
     if isinstance(asked, bool) or asked is None:
