@@ -338,7 +338,7 @@ class OmniMoeConfig(PreTrainedConfig):
     }
     base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "backbone.layers": (["x", "rows", "mask", "cache"], ["x"]),
+        "backbone.layers": (["x", "rows", "mask", "cache"], ["x", "routing", "weights"]),
         "norm": (["x", "rows"], ["x"]),
     }
 

@@ -309,6 +309,11 @@ class ParallelMixin:
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
         """Splits the model over ranks, before weights are read, where ``distributed_config`` asks for it."""
+        if distributed_config is not None and (distributed_config.pp_size or 1) > 1:
+            raise ParallelError(
+                f"pp_size={distributed_config.pp_size} cuts models by names of layers that this one does not have; "
+                "take omnimoe.pipeline.pipeline_stage with torch.distributed.pipelining, or tp_size, ep_size, fsdp_size"
+            )
         banks = []
         if mesh_manager is not None and distributed_config.ep_size > 1:
             plan = model._expand_parallel_plan(model.ep_plan | (distributed_config.ep_plan or {}))

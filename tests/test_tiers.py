@@ -66,6 +66,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         "steps",
     ),
     "classifier": ("model",),
+    "pipeline": ("model",),
     "shrink": ("model", "encoders"),
     "export": ("model",),
     "closest": ("checkpoint", "model"),
