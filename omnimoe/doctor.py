@@ -12,8 +12,10 @@ import torch
 from omnimoe.installation import PACKAGES, attention, extras, misfits, version_of, weights_cache
 from omnimoe.ops import BACKENDS
 from omnimoe.ops._extension import Extension, cache_folder, extension
-from omnimoe.ops.experts_mlp import ROUTED
+from omnimoe.ops.experts_mlp import KERNELS_FIRST as ROUTED
 from omnimoe.ops.grouped_mm import IMPLEMENTATIONS as GROUPED
+from omnimoe.ops.grouped_mm import KERNELS_FIRST as GROUPED_PLAIN
+from omnimoe.ops.linear import KERNELS_FIRST as LINEAR_PLAIN
 from omnimoe.plugins import load_plugins
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -38,7 +40,7 @@ def examine() -> dict[str, Any]:
         "other libraries": _foreign("cuda" if torch.cuda.is_available() else "cpu"),
         "asked for": os.environ.get("OMNIMOE_BACKEND") or None,
         "ops": [_choice(op, order, device, dtype) for op, order in _ORDERS.items() for device in ("cpu", "cuda")
-                for dtype in DTYPES if device == "cpu" or torch.cuda.is_available()],
+                for dtype in DTYPES if device == "cpu" or (torch.cuda.is_available() and "no_grad" not in op)],
         "attention": attention(),
         "extras": extras(),
         "plugins": [dataclasses.asdict(plugin) for plugin in load_plugins(again=True)],
@@ -46,7 +48,12 @@ def examine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-_ORDERS = {"grouped_mm": GROUPED, "experts_mlp, routed": ROUTED}
+_ORDERS = {
+    "grouped_mm": GROUPED,
+    "grouped_mm, no_grad": GROUPED_PLAIN,
+    "linear, no_grad": LINEAR_PLAIN,
+    "experts_mlp, routed": ROUTED,
+}
 
 
 def _kernels(found: Extension) -> dict[str, str | None]:
@@ -85,4 +92,6 @@ def _operands(op: str, device: str, dtype: str) -> tuple[Any, ...]:
     into, down = x.new_empty(2, 32, 16), x.new_empty(2, 16, 16)
     offsets = torch.zeros(2, dtype=torch.int32, device=device)
     rows = torch.zeros(4, dtype=torch.int64, device=device)
-    return (x, down, offsets, None) if op == "grouped_mm" else (x, into, down, offsets, rows, None)
+    if op.startswith("linear"):
+        return x, down[0], None
+    return (x, down, offsets, None) if op.startswith("grouped_mm") else (x, into, down, offsets, rows, None)

@@ -44,7 +44,7 @@ from omnimoe.inputs import (
     rotary_positions,
     valid_positions,
 )
-from omnimoe.layers import Attention, AttentionMask, BaseAttention, RowLayout, SineGrid
+from omnimoe.layers import Attention, AttentionMask, BaseAttention, Head, RowLayout, SineGrid
 from omnimoe.layers.embedding import ScaledEmbedding
 from omnimoe.layers.masks import uncached_facts
 from omnimoe.layers.uneven import build_norm
@@ -348,6 +348,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         for name in sorted(untouched):
             if name in self.config.input_only and input_ids is not None and input_ids.device.type == "cpu":
                 check_embedded(name, x[:0], len(rows.where(self._modality_id(name), 0)))
+            if not torch.is_grad_enabled():
+                continue
             # an absent modality takes part with no rows: its gradients are zero, not missing
             x = x + 0 * sum(parameter.sum() for parameter in self.modalities[name].parameters()).to(x.dtype)
         return x
@@ -427,7 +429,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, GenerationMixin):
     def __init__(self, config: OmniMoeConfig) -> None:
         super().__init__(config)
         self.model = OmniMoeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(

@@ -229,7 +229,11 @@ def scaled_dot_product(
     """
     if _is_faster_unfused(query, key):
         return eager(module, query, key, value, mask)[0], None
-    if module.num_key_value_groups > 1:
+    batch_size, num_heads, query_length, _ = query.shape
+    if query_length == 1:
+        # queries that share a key stand in its place as one head's, so that no key is copied
+        query = query.reshape(batch_size, key.shape[1], -1, query.shape[3])
+    elif module.num_key_value_groups > 1:
         key = key.repeat_interleave(module.num_key_value_groups, dim=1)
         value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     # a branch, since a traced comparison of open sizes is no Boolean for the kernel
@@ -238,7 +242,7 @@ def scaled_dot_product(
     else:
         seen = {"attn_mask": None if mask.needs_no_mask else mask.dense()}
     mixed = F.scaled_dot_product_attention(query, key, value, scale=module.scaling, **seen)
-    return mixed.transpose(1, 2), None
+    return mixed.reshape(batch_size, num_heads, query_length, -1).transpose(1, 2), None
 
 
 def _is_faster_unfused(query: Tensor, key: Tensor) -> bool:

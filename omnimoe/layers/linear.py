@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnimoe.layers.bank import Bank, plain, select
 from omnimoe.layers.rows import RowLayout
-from omnimoe.ops import grouped_mm
+from omnimoe.ops import grouped_mm, linear
 
 
 class BankLinear(Bank):
@@ -32,7 +31,7 @@ class BankLinear(Bank):
     def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
         """``(N, D)`` rows to ``(N, F)``, each through the copy of its key."""
         if self.num_copies == 1:
-            return F.linear(x, plain(self.weight).squeeze(0), None if self.bias is None else self.bias.squeeze(0))
+            return linear(x, plain(self.weight).squeeze(0), None if self.bias is None else self.bias.squeeze(0))
         weight, ends = select(self.weight, self.towers, rows)
         bias = None if self.bias is None else select(self.bias, self.towers, rows)[0]
         return grouped_mm(x, weight, ends, bias)
@@ -40,3 +39,11 @@ class BankLinear(Bank):
     def extra_repr(self) -> str:
         copies, out_features, in_features = self.weight.shape
         return f"copies={copies}, in_features={in_features}, out_features={out_features}, bias={self.bias is not None}"
+
+
+class Head(nn.Linear):
+    """A linear map without copies, through our op: over a vocabulary it is much of a decoded token's time."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., D)`` to ``(..., F)``."""
+        return linear(input, self.weight, self.bias)

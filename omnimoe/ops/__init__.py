@@ -9,6 +9,7 @@ from omnimoe.ops.combine import combine
 from omnimoe.ops.experts_mlp import ACTIVATIONS, GATED, experts_mlp
 from omnimoe.ops.grouped_mm import grouped_mm
 from omnimoe.ops.grouped_wgrad import grouped_wgrad
+from omnimoe.ops.linear import linear
 from omnimoe.ops.permute import permute
 from omnimoe.ops.rms_norm import rms_norm
 from omnimoe.ops.rope import rope
@@ -25,6 +26,7 @@ __all__ = [
     "experts_mlp",
     "grouped_mm",
     "grouped_wgrad",
+    "linear",
     "missing_kernels",
     "permute",
     "rms_norm",

@@ -150,6 +150,21 @@ def kernels_first(implementations: Sequence[Implementation]) -> tuple[Implementa
     return tuple(sorted(implementations, key=lambda one: one.backend not in ("cpp", "cuda", "triton")))
 
 
+FEW_ROWS = 64
+"""Up to so many rows a product spends its time on reading the weights, in which our kernels are ahead in any dtype."""
+
+
+def suits_kernels(x: torch.Tensor) -> bool:
+    """Whether a product over large groups is left to our kernels: on a CPU, under ``no_grad``, float32 or few rows.
+
+    Where gradients are recorded PyTorch's products are as fast, and equal a plain linear layer to the bit. In bfloat16
+    they are ahead for many rows.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    return x.dtype == torch.float32 or x.shape[:-1].numel() <= FEW_ROWS
+
+
 def why_not_compiled(*tensors: Any) -> str:
     """Why the compiled CPU kernels cannot take these operands; empty where they can."""
     for tensor in tensors:

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnimoe.ops._backends import Implementation, choose, kernels_first, why_not_compiled, why_not_cuda
+from omnimoe.ops._backends import (
+    Implementation,
+    choose,
+    kernels_first,
+    suits_kernels,
+    why_not_compiled,
+    why_not_cuda,
+)
 from omnimoe.ops.adapters import liger, megablocks
 from omnimoe.ops.experts_mlp import composed, pools
 from omnimoe.ops.experts_mlp.activations import ACTIVATIONS, GATED
@@ -103,7 +110,8 @@ def experts_mlp(
         into, out = biases
         biases = None if into is None else into.to(dtype), None if out is None else out.to(dtype)
     operands = x, gate_up_proj, down_proj, offsets, token_index, weights, *biases, interleaved
-    call = choose("experts_mlp", IMPLEMENTATIONS if token_index is None else ROUTED, *operands)
+    order = IMPLEMENTATIONS if token_index is None and not suits_kernels(x) else KERNELS_FIRST
+    call = choose("experts_mlp", order, *operands)
     return call(x, gate_up_proj, down_proj, offsets, activation, token_index, weights, *biases, interleaved, save)
 
 
@@ -132,7 +140,7 @@ IMPLEMENTATIONS = (
 )
 """For rows that lie in group order, where there are few groups and large ones. ``"reference"`` is the composed form
 over reference products."""
-ROUTED = kernels_first(IMPLEMENTATIONS)
-"""For routed rows: many small groups, and a gather and a sum besides. On CUDA the compiled kernels and then Triton's
-come before the composed form, for what they need not keep or write, and because their sums are repeatable; none was
-timed on a GPU."""
+KERNELS_FIRST = kernels_first(IMPLEMENTATIONS)
+"""For routed rows, many small groups with a gather and a sum besides, and on a CPU under ``no_grad``. On
+CUDA the compiled kernels and then Triton's come before the composed form, for what they need not keep or write, and
+because their sums are repeatable; none was timed on a GPU."""

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from omnimoe.ops._backends import Implementation, choose, kernels_first, why_not_compiled, why_not_cuda
+from omnimoe.ops._backends import (
+    Implementation,
+    choose,
+    kernels_first,
+    suits_kernels,
+    why_not_compiled,
+    why_not_cuda,
+)
 from omnimoe.ops._rows import gathers_first
 from omnimoe.ops.adapters import megablocks
 from omnimoe.ops.grouped_mm import cpp, cuda, native, pools, reference, slices, triton
@@ -81,7 +88,7 @@ def grouped_mm(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must share a dtype, got {x.dtype} and {weight.dtype}; cast one of them")
-    order = IMPLEMENTATIONS if native.is_one_kernel(x) else LOOPED
+    order = IMPLEMENTATIONS if native.is_one_kernel(x) and not suits_kernels(x) else KERNELS_FIRST
     call = choose("grouped_mm", order, x, weight, offsets, bias, row_index)
     return call(x, weight, offsets, bias, row_index)
 
@@ -109,5 +116,6 @@ IMPLEMENTATIONS = (
     Implementation("megablocks", gathers_first(megablocks.grouped_mm), megablocks.why_not_product, is_foreign=True),
 )
 """On CUDA PyTorch's product comes first; no kernel of ours was timed beside it, or on any GPU."""
-LOOPED = kernels_first(IMPLEMENTATIONS)
-"""Where PyTorch's product is a loop over groups that waits for the offsets, which no CUDA graph can hold."""
+KERNELS_FIRST = kernels_first(IMPLEMENTATIONS)
+"""On CUDA where PyTorch's product is a loop over groups that waits for the offsets, which no CUDA graph can hold; on a
+CPU under ``no_grad``."""
