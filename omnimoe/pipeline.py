@@ -65,8 +65,8 @@ class Stage(nn.Module):
             inputs: more of what :class:`OmniMoeForCausalLM` takes; the same on every stage.
 
         Returns:
-            ``(B, T, D)`` and the balance so far. The last stage gives ``(B, T, V)`` logits and the loss, or without
-            labels the balance loss.
+            ``(B, T, D)`` and the balance so far. The last stage gives ``(B, T, V)`` logits and the loss, ``(1,)``, or
+            without labels the balance loss.
 
         Raises:
             InputError: if a stage behind the first does not get the hidden states of the one before.
@@ -93,7 +93,7 @@ class Stage(nn.Module):
         if scored.loss is not None:
             own = 0.0 if scored.aux_loss is None else scored.aux_loss
             loss = scored.loss - own + loss
-        return scored.logits, loss
+        return scored.logits, loss.view(1)  # so that schedules can put those of micro-batches together
 
 
 def _balance(routings: tuple[Routing | None, ...], like: Tensor) -> Tensor:

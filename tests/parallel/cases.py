@@ -22,6 +22,7 @@ from transformers.distributed import DistributedConfig
 
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.parallel import ParallelError
+from omnimoe.pipeline import pipeline_stage
 from tests.declarations import DECLARATIONS, build, ids_like
 
 CASES: dict[str, Callable[[Path], None]] = {}
@@ -217,6 +218,33 @@ def given(kind: str, ids: Tensor) -> dict[str, Tensor]:
     }
 
 
+@case("dense", "mot", "moe", "block_causal")
+def pipeline(folder: Path, kind: str) -> None:
+    """PyTorch's own schedules, over the stages that the plan of the config names: a step of two micro-batches."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+    source, rank = saved(folder, kind), dist.get_rank()
+    whole = OmniMoeForCausalLM.from_pretrained(source).train()
+    inputs = batch(kind)
+    parts = [{name: held[row : row + 1] for name, held in inputs.items()} for row in range(2)]
+    outs = [whole(**part) for part in parts]
+    (sum(out.loss for out in outs) / 2).backward()
+    gradients = {name: held.grad for name, held in whole.named_parameters()}
+    for schedule in (ScheduleGPipe, Schedule1F1B):
+        stage = pipeline_stage(OmniMoeForCausalLM.from_pretrained(source).train(), rank, 2)
+        placed = PipelineStage(stage, rank, 2, torch.device("cpu"))
+        losses: list[Tensor] = []
+        out = schedule(placed, 2, loss_fn=lambda out, labels: out[1]).step(
+            **inputs, target=inputs["labels"] if rank else None, losses=losses
+        )
+        for name, parameter in stage.model.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=2e-5, rtol=1e-3, msg=name)
+        if rank:
+            torch.testing.assert_close(out[0], torch.cat([part.logits for part in outs]), atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(torch.cat(losses), torch.stack([part.loss for part in outs]))
+            assert torch.equal(out[1], torch.cat(losses))
+
+
 def gathered(local: Tensor) -> list[Tensor]:
     """What every rank has."""
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
@@ -238,6 +266,7 @@ def refusals(folder: Path, kind: str) -> None:
         ("odd", {"tp_size": 2}, "3 query heads and 3 key heads cannot be split over 2 ranks; take a tp_size"),
         (kind, {"tp_size": 2, "tp_plan": gone}, "match nothing"),
         (kind, {"tp_size": 2, "ep_size": 2}, "has no `ep_plan`"),
+        (kind, {"pp_size": 2}, "pp_size=2 cuts models by .*; take omnimoe.pipeline.pipeline_stage"),
     ):
         with pytest.raises(ValueError, match=message):
             OmniMoeForCausalLM.from_pretrained(folder / name, distributed_config=DistributedConfig(**settings))
