@@ -83,13 +83,13 @@ class _Pool:
     def gate(self, new: RoutedExperts, old: nn.Module, choices: Choices) -> Gate:
         if self.router is None:
             return UNROUTED
-        config = self.router.config
-        if self.old is None or isinstance(self.router, StaticRouter):
+        config = _config_of(new)
+        if not isinstance(old, RoutedExperts) or self.old is None:
             return fresh_gate(config, len(self.index), new.config)
         counts = {self.index.count(expert) for expert in self.pool}
         times = counts.pop() if len(counts) == 1 else 0
         noise = choices.router_noise if times > 1 else 0.0
-        return copied_gate(config, self.old.config, times, new.config, noise)
+        return copied_gate(config, _config_of(old), times, new.config, noise)
 
     def router_starts(self, choices: Choices) -> Iterator[tuple[str, Start]]:
         """Rows of a router for copies of an expert are those of the expert; the rest of it stays."""
@@ -169,6 +169,12 @@ def _router_at(old: FeedForward | RoutedExperts, key: int) -> tuple[Any, str]:
     if isinstance(old.router, ByModalityRouter):
         return old.router.routers[key], f"router.routers.{key}."
     return old.router, "router."
+
+
+def _config_of(experts: RoutedExperts) -> Router.Config:
+    """The config of the router inside of a group."""
+    router = experts.config.router
+    return router.router if isinstance(router, ByModalityRouter.Config) else router
 
 
 def _spread(count: int, pool: tuple[int, ...]) -> list[int]:

@@ -198,6 +198,7 @@ def _built(
         )
     assert not report["unexpected_keys"], report
     assert not report["mismatched_keys"], report
+    model.name_or_path = model.config.name_or_path = ""  # it comes from no file
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in plan.zeros:
