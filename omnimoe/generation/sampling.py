@@ -26,6 +26,7 @@ from omnimoe.generation.prompts import Prompt, pad_prompts, padding_id
 from omnimoe.layers.masks import uncached_facts
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.spans import SpanChoices, SpanReader, bounded_ranges
+from omnimoe.spans.guidance import Scale
 
 ByModality = float | Mapping[str, float]
 """One number, or one by modality: ``0.9`` or ``{"image": 1.0, "text": 0.6}``."""
@@ -40,17 +41,18 @@ class Sampling:
         top_k: sample among so many tokens; None among all.
         top_p: sample among the most likely tokens that hold this share.
         min_p: sample among tokens at least this share as likely as the likeliest.
-        guidance: scale of classifier-free guidance in spans with boundary tokens; 1 and None are none.
+        guidance: scale of classifier-free guidance in spans with boundary tokens; 1 and None are none. By name there may
+            be two, for discrete modalities: see :class:`~omnimoe.spans.GuidanceProcessor`.
     """
 
     temperature: ByModality | None = None
     top_k: ByModality | None = None
     top_p: ByModality | None = None
     min_p: ByModality | None = None
-    guidance: ByModality | None = None
+    guidance: float | Mapping[str, Scale] | None = None
 
     @classmethod
-    def usual(cls, model: OmniMoeForCausalLM, **given: ByModality | None) -> Sampling:
+    def usual(cls, model: OmniMoeForCausalLM, **given: Any) -> Sampling:
         """The choices that were passed, and for the rest those that come with the model.
 
         The model's are those of :func:`set_sampling`, in ``model.generation_config.sampling``.
@@ -89,7 +91,12 @@ class Sampling:
         known = config.modality_names
         for what, given in vars(self).items():
             named = given if isinstance(given, Mapping) else {} if given is None else {"": given}
-            for name, value in named.items():
+            singles = [
+                (name, value)
+                for name, held in named.items()
+                for value in (held if _is_pair(what, name, held, config) else (held,))
+            ]
+            for name, value in singles:
                 if name and name not in known:
                     raise GenerationError(f"{what} names {name!r}; the modalities are {', '.join(known)}")
                 if not isinstance(value, int | float | np.number):
@@ -112,9 +119,9 @@ class Sampling:
         usual = {"temperature": 1, "top_p": 1, "min_p": 0}
         return {what: value for what, value in found.items() if value is not None and value != usual.get(what)}
 
-    def guidance_of(self, name: str) -> float:
-        """The scale that holds for a modality."""
-        given = _of(self.guidance, name)
+    def guidance_of(self, name: str) -> Any:
+        """The scale that holds for a modality, or both."""
+        given = self.guidance.get(name) if isinstance(self.guidance, Mapping) else self.guidance
         return 1.0 if given is None else given
 
     def is_greedy(self, names: Sequence[str]) -> bool:
@@ -210,6 +217,7 @@ def sample(
     spans: Sequence[str] | None = None,
     guided: Sequence[str] = (),
     grids: Mapping[str, Sequence[int]] | None = None,
+    silent: Sequence[int] = (),
     streamer: BaseStreamer | None = None,
 ) -> list[tuple[Tensor, int | None]]:
     """Continues a batch of prompts.
@@ -225,6 +233,7 @@ def sample(
         spans: modalities that may be opened besides text; None for all.
         guided: modalities where guidance holds.
         grids: rows and columns by modality, for positions in several axes.
+        silent: tokens that are never sampled.
         streamer: takes tokens as they come; for one row.
 
     Returns:
@@ -250,6 +259,7 @@ def sample(
         spans=spans,
         guidance={name: scale for name, scale in scales.items() if scale != 1} or None,
         grids=grids,
+        suppress_tokens=list(silent) or None,
         streamer=streamer,
         **({"features": features} if features else {}),
     )
@@ -258,6 +268,12 @@ def sample(
         at = torch.isin(new, torch.tensor(list(stops), dtype=torch.int64)).nonzero()
         found.append((new[: int(at[0])], int(new[int(at[0])])) if len(at) else (new, None))
     return found
+
+
+def _is_pair(what: str, name: str, held: Any, config: OmniMoeConfig) -> bool:
+    """Whether a value is two scales of guidance."""
+    is_listed = isinstance(held, tuple | list) and len(held) == 2
+    return what == "guidance" and name in config.token_ranges and is_listed
 
 
 def _of(given: ByModality | None, name: str) -> float | None:

@@ -52,6 +52,54 @@ def test_a_ragged_batch_equals_two_whole_forwards_a_step(name, scale):
         assert row == wanted + [PAD] * (len(row) - len(wanted))
 
 
+def guided_twice(model, prompt: list[int], first: float, second: float, steps: int) -> list[int]:
+    """The same by three whole forwards: the third sees the spans of the document and none of its words."""
+    grammar, ids = SpanProcessor(model.config), list(prompt)
+    ranges = [model.config.token_ranges[name] for name in SPAN]
+    spans = {*range(3, 7), *(token for held in ranges for token in range(held.start, held.stop))}
+    for _ in range(steps):
+        logits = model(torch.tensor([ids])).logits[:, -1]
+        last = max(place for place, token in enumerate(ids) if token in range(1, 7))
+        if ids[last] == BEGIN_IMAGE and len(ids) - 1 - last < 4:
+            plain = model(torch.tensor([[BOS, *ids[last:]]])).logits[:, -1]
+            wordless = [token for token in ids if token in spans]
+            middle = model(torch.tensor([[BOS, *wordless]])).logits[:, -1]
+            logits = plain + second * (middle - plain) + first * (logits - middle)
+        ids.append(int(grammar(torch.tensor([ids]), logits).argmax()))
+        if ids[-1] == EOS:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.no_grad()
+def test_two_scales_guide_away_from_the_words_and_then_from_the_spans(use_cache):
+    """Rows with a span before, rows without, and a row that opens one later."""
+    model = build(DENSE)
+    picture = [
+        BEGIN_IMAGE,
+        *range(model.config.token_ranges["image"].start, model.config.token_ranges["image"].start + 4),
+    ]
+    held = [
+        [BOS, 9, *picture, END_IMAGE, 12, 13, BEGIN_IMAGE],
+        [BOS, 8, 10, BEGIN_IMAGE],
+        [BOS, *picture, END_IMAGE, 9],
+    ]
+    length = max(map(len, held))
+    given = {
+        "input_ids": torch.tensor([[PAD] * (length - len(row)) + row for row in held]),
+        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in held]),
+    }
+    options = {"max_new_tokens": 12, "do_sample": False, "use_cache": use_cache}
+    made = model.generate(**given, **options, guidance={"image": (3.0, 1.5)})
+    for row, prompt in zip(made[:, length:].tolist(), held, strict=True):
+        wanted = guided_twice(model, prompt, 3.0, 1.5, 12)
+        assert row == wanted + [PAD] * (len(row) - len(wanted))
+    once = model.generate(**given, **options, guidance={"image": 3.0})
+    assert not torch.equal(made, once)
+    assert torch.equal(made[1, : length + 4], once[1, : length + 4]), "without a span before there is nothing between"
+
+
 def test_guidance_changes_what_is_drawn_and_one_number_holds_for_all_spans():
     model = build(DENSE)
     plain, by_name, everywhere = (
@@ -124,6 +172,7 @@ def test_beams_and_samples_are_guided():
         (DENSE, {"text": 2.0}, "guidance names 'text'; the modalities with boundary tokens are image, speech"),
         (DENSE, -1.0, "guidance must be 0 or more, got -1.0"),
         (DENSE, float("nan"), "guidance must be 0 or more, got nan"),
+        (DENSE, {"image": (3.0, 1.0, 2.0)}, "give one number, or two"),
         (DENSE.replace(modalities=(TEXT,)), 2.0, "have no boundary tokens to guide within"),
         (with_towers(DENSE, "modality", keys=("und", "gen")), 2.0, "picked by the keys"),
     ],
