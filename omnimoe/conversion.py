@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from omnimoe.checkpoint import CheckpointError, Hub, Source
 from omnimoe.checkpoint.header import read_header
 from omnimoe.convert import CONVERTERS, find_converter, to_omnimoe, to_published
+from omnimoe.convert.folders import check_destination
 from omnimoe.convert.load import fetch_weights
 from omnimoe.hub import MODELS
 from omnimoe.model import OmniMoeForCausalLM
@@ -42,6 +44,7 @@ def convert_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    overwrite: bool = False,
 ) -> Conversion:
     """Writes a published checkpoint as one of ours, or one of ours in the layout it was published in.
 
@@ -57,19 +60,22 @@ def convert_checkpoint(
         revision: branch, tag or commit, on the Hub.
         token: for what is private or gated.
         local_files_only: look on the Hub's local cache alone.
+        overwrite: replace the model that is in ``destination``; refused where False.
 
     Raises:
-        CheckpointError: if the source is of no family that is known, malformed, or does not fit; nothing is written.
+        CheckpointError: if the source is of no family that is known, malformed, or does not fit, or there is a model in
+            ``destination``; nothing is written.
         ValueError: for another target.
     """
     if to not in TARGETS:
         raise ValueError(f"a checkpoint is converted to {' or '.join(map(repr, TARGETS))}, not to {to!r}")
     MODELS.names()  # the families bring their converters
     destination = Path(destination)
+    how: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite}
     if isinstance(source, OmniMoeForCausalLM):
         if to != "published":
             raise ValueError("a model of ours is saved with save_pretrained; pass to='published' for its old layout")
-        return _written(to_published(source, destination, max_shard_size=max_shard_size).name, destination)
+        return _written(to_published(source, destination, **how).name, destination)
     hub = Hub(revision=revision, token=token, local_files_only=local_files_only)
     place = Source.find(source, hub=hub)
     folder = place.fetch()
@@ -80,15 +86,16 @@ def convert_checkpoint(
         if converter is not None:
             raise CheckpointError(f"{fspath(source)!r} is a checkpoint as it is published, of family {converter.name}")
         place.fetch(["*.safetensors"], at=folder)
-        return _written(to_published(folder, destination, max_shard_size=max_shard_size).name, destination)
+        return _written(to_published(folder, destination, **how).name, destination)
     if converter is None:
         known = sorted(kind for name in CONVERTERS for kind in CONVERTERS.get(name).model_types or (name,))
         raise CheckpointError(
             f"{fspath(source)!r} is no checkpoint of a family that is converted, or one of omnimoe already; known: "
             f"{', '.join(known)}"
         )
+    check_destination(destination, converter, overwrite)  # before hours of download
     fetch_weights(place, folder, converter)
-    to_omnimoe(folder, destination, converter, max_shard_size=max_shard_size)
+    to_omnimoe(folder, destination, converter, **how)
     return _written(converter.name, destination)
 
 

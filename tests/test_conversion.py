@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from omnimoe import CheckpointError, OmniMoeForCausalLM, convert_checkpoint, from_pretrained, load, shrink
 from omnimoe.cli import main
-from omnimoe.convert import CONVERTERS
+from omnimoe.convert import CONVERTERS, folders
+from tests.checkpoint.files import contents
 from tests.zoo.seeds.tiny import publish, published_model
 
 
@@ -78,6 +79,53 @@ def test_refusals_leave_the_destination_alone(mixtral, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["note.txt"]
     assert main(["convert", str(ours), str(tmp_path / "kept")]) == 2
     assert capsys.readouterr().err.startswith("omnimoe convert: ")
+
+
+@pytest.mark.parametrize("to", ["omnimoe", "published"])
+def test_a_model_that_is_there_is_replaced_only_if_told(mixtral, tmp_path, capsys, to):
+    source = mixtral
+    if to == "published":
+        convert_checkpoint(mixtral, source := tmp_path / "ours")
+    there = tmp_path / "there"
+    load("mot_nano", num_layers=1, seed=0).save_pretrained(there, max_shard_size="400KB")
+    (there / "notes.txt").write_text("mine")
+    before = contents(there)
+    with pytest.raises(CheckpointError, match=r"there holds README.md, config.json, .* more already; name another"):
+        convert_checkpoint(source, there, to=to)
+    assert main(["convert", str(source), str(there), "--to", to]) == 2
+    assert "pass overwrite=True (--overwrite) to replace them" in capsys.readouterr().err
+    assert contents(there) == before
+    assert main(["convert", str(source), str(there), "--to", to, "--overwrite"]) == 0
+    convert_checkpoint(source, tmp_path / "fresh", to=to)
+    fresh, replaced = contents(tmp_path / "fresh"), contents(there)
+    assert {name: replaced.pop(name) for name in ("notes.txt", "README.md")}.keys() <= before.keys()
+    assert replaced == fresh, "nothing of the earlier model is left"
+
+
+@pytest.mark.parametrize("to", ["omnimoe", "published"])
+def test_a_conversion_that_fails_midway_leaves_what_it_was_told_to_replace(mixtral, tmp_path, monkeypatch, to):
+    source = mixtral
+    if to == "published":
+        convert_checkpoint(mixtral, source := tmp_path / "ours")
+    convert_checkpoint(mixtral, tmp_path / "there")
+    before = contents(tmp_path / "there")
+
+    def fail(*args, **kwargs):
+        raise OSError("a broken disk")
+
+    monkeypatch.setattr(folders, "_copy_beside", fail)  # the last thing that is written
+    with pytest.raises(OSError, match="a broken disk"):
+        convert_checkpoint(source, tmp_path / "there", to=to, overwrite=True)
+    assert contents(tmp_path / "there") == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "model-00001-of-00002.safetensors", "manifest.json"])
+def test_a_file_of_the_user_is_not_replaced_unasked(mixtral, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=f"holds {name} already"):
+        convert_checkpoint(mixtral, tmp_path)
+    assert contents(tmp_path).keys() == {name}
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_model_that_is_no_longer_of_its_family_stays_ours(mixtral, tmp_path):

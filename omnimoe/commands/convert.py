@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("omnimoe", "published"), default="omnimoe", help="the layout to write")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit, on the Hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model that is in the destination")
     parser.add_argument("--offline", action="store_true", help="look on the Hub's local cache alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         max_shard_size=args.max_shard_size,
         revision=args.revision,
         local_files_only=args.offline,
+        overwrite=args.overwrite,
     )
     if args.json:
         print(json.dumps({**dataclasses.asdict(done), "folder": str(done.folder)}))

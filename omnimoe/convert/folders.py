@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import shutil
@@ -18,7 +19,7 @@ from omnimoe.convert.files import Held, Weights, main_dtype, write_weights
 from omnimoe.convert.published import Published
 from omnimoe.convert.rules import Piece, Plan, Shape
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
-from omnimoe.publish import publish
+from omnimoe.publish import MANIFEST, SEALED, family_of, publish, read_manifest
 
 BESIDE = (
     "generation_config.json",
@@ -42,8 +43,35 @@ _FREE = {"use_cache", "output_router_logits", "initializer_range", "published"}
 """Fields of a config that weights do not depend on."""
 
 
+def check_destination(destination: Path, converter: Converter, overwrite: bool) -> None:
+    """Refuses a folder with files that a conversion would replace, unless that is asked for.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    if overwrite or not destination.is_dir():
+        return
+    weights = ["model.safetensors", *converter.weight_files.values()]
+    names = {CONFIG, MANIFEST, SEALED, *BESIDE, *converter.json_files, *converter.beside, *weights}
+    families = {family_of(name) for name in weights}
+    shards = {path.name for path in destination.iterdir() if family_of(path.name) in families}
+    held = sorted({name for name in names if (destination / name).exists()} | shards)
+    if held:
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        raise CheckpointError(
+            f"{destination} holds {', '.join(held[:3])}{more} already; name another folder, or pass overwrite=True "
+            "(--overwrite) to replace them"
+        )
+
+
 def to_omnimoe(
-    folder: Path, destination: Path, converter: Converter, *, strict: bool = True, max_shard_size: int | str = "5GB"
+    folder: Path,
+    destination: Path,
+    converter: Converter,
+    *,
+    strict: bool = True,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
 ) -> Plan:
     """Writes a published checkpoint as one of ours; types stay as they are.
 
@@ -53,13 +81,15 @@ def to_omnimoe(
         converter: of its family.
         strict: as for :class:`~omnimoe.convert.published.Published`; only a whole checkpoint can be written.
         max_shard_size: bytes of a file.
+        overwrite: replace what another save or conversion has written there.
 
     Returns:
         The plan that was followed.
 
     Raises:
-        CheckpointError: if the weights do not fit; nothing is written then.
+        CheckpointError: if the weights do not fit, or the files are there already; nothing is written then.
     """
+    check_destination(destination, converter, overwrite)
     with Published(folder, converter, strict=strict) as held:
         skipped = sorted(held.skipped)
         if skipped:
@@ -71,7 +101,7 @@ def to_omnimoe(
         tensors = {name: (dtypes[by_ours[name][0].published], shape) for name, shape in held.plan.ours.items()}
         config = held.config
         config.architectures, config.dtype = [OmniMoeForCausalLM.__name__], held.dtype
-        with publish(destination, needed=_bytes(tensors.values())) as fresh:
+        with publish(destination, needed=_bytes(tensors.values()), replaces=_saved(destination)) as fresh:
             config.save_pretrained(fresh)
             write_weights(fresh, tensors, lambda name: held.parts(by_ours[name]), max_shard_size=max_shard_size)
             _copy_beside(folder, fresh, converter)
@@ -79,7 +109,11 @@ def to_omnimoe(
 
 
 def to_published(
-    source: Path | OmniMoeForCausalLM, destination: Path, *, max_shard_size: int | str = "5GB"
+    source: Path | OmniMoeForCausalLM,
+    destination: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
 ) -> Converter:
     """Writes a model that came from a published checkpoint in the layout it came in.
 
@@ -87,22 +121,26 @@ def to_published(
         source: a folder of ours, or a model.
         destination: where to.
         max_shard_size: bytes of a file.
+        overwrite: replace what another save or conversion has written there.
 
     Returns:
         The converter of its family.
 
     Raises:
-        CheckpointError: if the model came from no published checkpoint, or is no longer of the shape it had then.
+        CheckpointError: if the model came from no published checkpoint, is no longer of the shape it had then, or the
+            files are there already.
     """
     if isinstance(source, Path):
         config = OmniMoeConfig.from_dict(read_json(source / CONFIG, CheckpointError))
         converter = _family_of(config, str(source))
+        check_destination(destination, converter, overwrite)
         with torch.device("meta"):
             plan = converter.plan(OmniMoeForCausalLM(config))
         with Weights(source) as weights:
             _export(weights, plan, converter, config, destination, max_shard_size, source)
         return converter
     converter = _family_of(source.config, "this model")
+    check_destination(destination, converter, overwrite)
     held = Held(source.state_dict())
     _export(held, converter.plan(source), converter, source.config, destination, max_shard_size, None)
     return converter
@@ -139,7 +177,7 @@ def _export(
             yield piece.change.back(tensor.squeeze(0) if len(piece.region) == 2 else tensor)
 
     files = config.published["files"]
-    with publish(destination, needed=_bytes(tensors.values())) as fresh:
+    with publish(destination, needed=_bytes(tensors.values()), replaces=_saved(destination)) as fresh:
         dtype = str(main_dtype(weights.dtypes, weights.shapes)).removeprefix("torch.")
         for name, plain in files.items():
             kind = next((key for key in ("dtype", "torch_dtype") if key in plain), None)
@@ -187,6 +225,13 @@ def _family_of(config: OmniMoeConfig, what: str) -> Converter:
             f"{converter.name} has no form for that; keep it as a model of omnimoe"
         )
     return converter
+
+
+def _saved(folder: Path) -> set[str]:
+    """Names of what an earlier save or conversion wrote, all of which go; of files of somebody else's, none."""
+    with contextlib.suppress(ValueError):
+        return set(read_manifest(folder))
+    return set()
 
 
 def _bytes(tensors: Iterable[tuple[torch.dtype, Shape]]) -> int:
