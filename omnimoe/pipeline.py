@@ -48,7 +48,6 @@ class Stage(nn.Module):
         input_ids: Tensor,
         modality_ids: Tensor | None = None,
         block_ids: Tensor | None = None,
-        features: dict[str, Tensor] | None = None,
         labels: Tensor | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor]:
@@ -60,7 +59,6 @@ class Stage(nn.Module):
             input_ids: ``(B, T)`` int64.
             modality_ids: ``(B, T)`` int64; by the partition of the vocabulary where None.
             block_ids: ``(B, T)`` int64; as the model makes them where None.
-            features: rows of modalities that are only read, which the first stage embeds.
             labels: ``(B, T)`` int64, which the last stage scores.
             inputs: more of what :class:`OmniMoeForCausalLM` takes; the same on every stage.
 
@@ -74,7 +72,7 @@ class Stage(nn.Module):
         base, config = self.model.model, self.model.config
         given = {**inputs, "modality_ids": modality_ids, "block_ids": block_ids, "use_cache": False}
         if self.index == 0:
-            given |= {"input_ids": input_ids, "features": features}
+            given |= {"input_ids": input_ids}
             balance = torch.zeros(2, device=input_ids.device)
         elif x is None or balance is None:
             raise InputError(f"stage {self.index} of {self.count} got no hidden states; pass what stage before it gave")
@@ -129,10 +127,10 @@ def pipeline_stage(model: OmniMoeForCausalLM, index: int, count: int) -> Stage:
             f"stage {index} of {count} cannot be cut out of {config.num_layers} layers; take 2 to {config.num_layers} "
             "stages, counted from 0"
         )
-    both = [held.name for held in config.modalities if not held.is_discrete and not held.is_input_only]
+    continuous = [held.name for held in config.modalities if not held.is_discrete]
     unfit = (
         (config.tie_word_embeddings, "has one table for the first stage and the last; set tie_word_embeddings=False"),
-        (both, f"has {', '.join(both)}, embedded on the first stage and predicted on the last; take FSDP2"),
+        (continuous, f"has {', '.join(continuous)}, whose features all stages would have to read; take FSDP2"),
         (config.needs_token_ids, "has routers that look at token ids, which go to the first stage alone; take FSDP2"),
     )
     for is_unfit, reason in unfit:

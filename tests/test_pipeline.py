@@ -101,7 +101,7 @@ def test_without_labels_what_is_left_is_the_balance_loss():
         (DENSE, 2, 2, "stage 2 of 2 cannot"),
         (DENSE, 0, 1, "stage 0 of 1 cannot"),
         (DECLARATIONS["dense_tied"], 0, 2, "one table for the first stage and the last; set tie_word_embeddings=False"),
-        (DECLARATIONS["transfusion"], 0, 2, "has latent, embedded on the first stage and predicted on the last"),
+        (DECLARATIONS["transfusion"], 0, 2, "has latent, whose features all stages would have to read; take FSDP2"),
         (HASHED, 0, 2, "routers that look at token ids"),
     ],
     ids=["layers", "index", "one", "tied", "latents", "hash"],
