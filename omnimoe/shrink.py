@@ -19,6 +19,8 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         num_layers: layers to keep; ranges of changed layers are moved so that the first of each is kept.
     """
     fresh = iter(range(3, 64))
+    widths = tuple(max(2, hidden_size * width // config.hidden_size // 2 * 2) for width in config.widths)
+    head_dim = hidden_size // 4 if widths else None
     markers: dict[int, int] = {}
 
     def moved(token: int | None) -> int | None:
@@ -41,7 +43,7 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
             turned = turned.replace(sections=(hidden_size // 8 - (axes - 1), *(1,) * (axes - 1)))
         elif turned is not None and turned.axes:
             turned = turned.replace(axes=tuple(place % turned.num_axes for place in range(hidden_size // 8)))
-        return part.replace(num_heads=4, num_kv_heads=max(1, 4 // groups), head_dim=None, rope=turned)
+        return part.replace(num_heads=4, num_kv_heads=max(1, 4 // groups), head_dim=head_dim, rope=turned)
 
     def experts(part: Any) -> Any:
         if part is None or not hasattr(part, "intermediate_size"):
@@ -53,6 +55,11 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
             widest = max(width for _, width in part.pools)
             narrow["pools"] = tuple(
                 (count, max(8, narrow["intermediate_size"] * width // widest // 8 * 8)) for count, width in part.pools
+            )
+        if getattr(part, "intermediate_sizes", ()):
+            largest = max(part.intermediate_sizes)
+            narrow["intermediate_sizes"] = tuple(
+                max(2, narrow["intermediate_size"] * size // largest) for size in part.intermediate_sizes
             )
         return part.replace(**narrow)
 
@@ -81,6 +88,7 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
     return config.replace(
         **kept,
         hidden_size=hidden_size,
+        widths=widths,
         num_layers=num_layers,
         modalities=tuple(modalities),
         attention=attention(config.attention),

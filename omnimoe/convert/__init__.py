@@ -5,7 +5,7 @@ rules between parameter names. ``omnimoe.from_pretrained`` then loads such a che
 ``omnimoe convert`` writes it as ours, and back.
 """
 
-from omnimoe.convert.changes import Chain, Change, Deinterleave, Reshape, Transpose
+from omnimoe.convert.changes import Chain, Change, Deinterleave, Permute, Reshape, Transpose
 from omnimoe.convert.converter import CONVERTERS, Converter, find_converter, register_converter
 from omnimoe.convert.folders import to_omnimoe, to_published
 from omnimoe.convert.published import Published
@@ -18,6 +18,7 @@ __all__ = [
     "Converter",
     "Deinterleave",
     "Part",
+    "Permute",
     "Published",
     "Reshape",
     "Rows",

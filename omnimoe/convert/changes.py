@@ -38,6 +38,23 @@ class Transpose(Change):
 
 
 @dataclass(frozen=True)
+class Permute(Change):
+    """The axes in another order: the kernel of a convolution with its channels last.
+
+    Args:
+        order: the published axis that each of ours is.
+    """
+
+    order: tuple[int, ...]
+
+    def into(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(self.order)
+
+    def back(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(tuple(self.order.index(axis) for axis in range(len(self.order))))
+
+
+@dataclass(frozen=True)
 class Reshape(Change):
     """The same numbers in the same order under another shape, such as the kernel of a convolution over patches.
 

@@ -11,7 +11,7 @@ from typing import Any
 from omnimoe.checkpoint import CheckpointError, read_json
 from omnimoe.checkpoint.folder import inside
 from omnimoe.config import COUNT_LIMIT, SIZE_LIMIT, ConfigError
-from omnimoe.convert.rules import Plan, Rule, make_plan
+from omnimoe.convert.rules import Plan, Rule, Shape, make_plan
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.registry import Registry
 
@@ -22,6 +22,10 @@ JsonFiles = Mapping[str, dict[str, Any]]
 
 
 def _nothing_tied(config: OmniMoeConfig) -> dict[str, str]:
+    return {}
+
+
+def _nothing_filled(config: OmniMoeConfig) -> dict[str, Shape]:
     return {}
 
 
@@ -40,9 +44,14 @@ class Converter:
         tied: published names that repeat another one, for a config: a file may hold them or not.
         ignored: patterns of whole published names that have no place in our model on purpose, each with the reason;
             or these for a config.
+        spellings: patterns of names as some files have them, each with the published name; in order, and only where a
+            file lacks that name.
+        filled: published tensors that no model reads, for a config: they are ignored where they are read, and written
+            as zeros, so that whoever wants every name finds it.
+        described_by: whether ``config.json`` describes a checkpoint of the family, where it has no ``model_type``.
         optional: patterns of published names that a file may lack; what they give then keeps its start.
         fresh: names of ours that no published tensor gives.
-        beside: further files that go along as they are where a folder is converted.
+        beside: further files, and folders of files, that go along as they are where a folder is converted.
         notice: what the licence of the weights restricts, logged when they are loaded; where empty, a licence in the
             checkpoint's own card that may restrict is.
     """
@@ -55,6 +64,9 @@ class Converter:
     weight_files: Mapping[str, str] = field(default_factory=lambda: {"": "model.safetensors"})
     tied: Callable[[OmniMoeConfig], dict[str, str]] = _nothing_tied
     ignored: Mapping[str, str] | Callable[[OmniMoeConfig], Mapping[str, str]] = field(default_factory=dict)
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    filled: Callable[[OmniMoeConfig], dict[str, Shape]] = _nothing_filled
+    described_by: Callable[[Mapping[str, Any]], bool] | None = None
     optional: tuple[str, ...] = ()
     fresh: Callable[[OmniMoeConfig], Iterable[str]] = _nothing_tied
     beside: tuple[str, ...] = ()
@@ -99,6 +111,8 @@ class Converter:
 
     def reason_to_ignore(self, name: str, config: OmniMoeConfig) -> str | None:
         """Why a published name has no place here, or None where it should have one."""
+        if name in self.filled(config):
+            return "nothing reads them"
         patterns = self.ignored(config) if callable(self.ignored) else self.ignored
         return next((why for pattern, why in patterns.items() if re.fullmatch(pattern, name)), None)
 
@@ -109,7 +123,10 @@ class Converter:
     def serves(self, folder: Path) -> bool:
         """Whether a folder holds a checkpoint of the family."""
         if self.model_types:
-            return _model_type(folder) in self.model_types
+            plain = _plain_config(folder)
+            kind = plain.get("model_type")
+            described = self.described_by is not None and kind is None and self.described_by(plain)
+            return described or kind in self.model_types
         return all((folder / name).is_file() for name in self.json_files)
 
 
@@ -162,8 +179,12 @@ def find_converter(folder: Path) -> Converter | None:
 
 def _model_type(folder: Path) -> str | None:
     """None where ``config.json`` is missing or broken, which a family with files of its own does not mind."""
-    try:
-        kind = read_json(folder / CONFIG, CheckpointError).get("model_type")
-    except CheckpointError:
-        return None
+    kind = _plain_config(folder).get("model_type")
     return kind if isinstance(kind, str) else None
+
+
+def _plain_config(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / CONFIG, CheckpointError)
+    except CheckpointError:
+        return {}

@@ -79,6 +79,20 @@ class Weights:
             self.shapes[name], self.dtypes[name] = entry.shape, DTYPES[entry.dtype]
             self._places[name] = path, stored
 
+    def respell(self, spellings: Mapping[str, str]) -> None:
+        """Gives tensors other names.
+
+        Args:
+            spellings: a pattern and what stands in its place, one after the other; a name that the files hold already
+                is not given again.
+        """
+        for pattern, instead in spellings.items():
+            for known in list(self.shapes):
+                name = re.sub(pattern, instead, known)
+                if name not in self.shapes:
+                    for table in (self.shapes, self.dtypes, self._places):
+                        table[name] = table.pop(known)
+
     def read(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
         """A tensor, or a slice of it.
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from omnimoe.checkpoint import CheckpointError, read_json
+from omnimoe.checkpoint.folder import PICKLES, inside
 from omnimoe.convert.converter import CONFIG, CONVERTERS, Converter
 from omnimoe.convert.files import Held, Weights, main_dtype, write_weights
-from omnimoe.convert.published import Published
-from omnimoe.convert.rules import Piece, Plan, Shape
+from omnimoe.convert.published import ROWS, Published
+from omnimoe.convert.rules import Plan, Shape
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.publish import MANIFEST, SEALED, family_of, publish, read_manifest
 
@@ -171,7 +172,15 @@ def _export(
             )
         tensors[name], by_published[name] = tensors[twins[name]], by_published[twins[name]]
 
-    def parts(pieces: list[Piece]) -> Iterator[Tensor]:
+    for name, shape in converter.filled(config).items():
+        tensors[name], by_published[name] = (main_dtype(weights.dtypes, weights.shapes), shape), []
+
+    def parts(name: str) -> Iterator[Tensor]:
+        pieces = by_published[name]
+        if not pieces:
+            kind, shape = tensors[name]
+            starts = range(0, shape[0], ROWS)
+            yield from (torch.zeros(min(ROWS, shape[0] - start), *shape[1:], dtype=kind) for start in starts)
         for piece in pieces:
             tensor = weights.read(piece.ours, piece.region)
             yield piece.change.back(tensor.squeeze(0) if len(piece.region) == 2 else tensor)
@@ -186,16 +195,14 @@ def _export(
         for prefix, file in converter.weight_files.items():
             mine = {name: held for name, held in tensors.items() if _prefix_of(name, converter) == prefix}
             stored = {name.removeprefix(prefix): held for name, held in mine.items()}
-            read = _reader(by_published, prefix, parts)
+            read = _reader(prefix, parts)
             write_weights(fresh, stored, read, file=file, max_shard_size=max_shard_size)
         if beside is not None:
             _copy_beside(beside, fresh, converter)
 
 
-def _reader(
-    by_published: dict[str, list[Piece]], prefix: str, parts: Callable[[list[Piece]], Iterator[Tensor]]
-) -> Callable[[str], Iterator[Tensor]]:
-    return lambda name: parts(by_published[prefix + name])
+def _reader(prefix: str, parts: Callable[[str], Iterator[Tensor]]) -> Callable[[str], Iterator[Tensor]]:
+    return lambda name: parts(prefix + name)
 
 
 def _prefix_of(name: str, converter: Converter) -> str:

@@ -28,7 +28,7 @@ from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 logger = logging.getLogger(__name__)
 
 ROWS = 4096
-"""Rows that are compared at a time where a file repeats a tensor."""
+"""Rows that are compared at a time where a file repeats a tensor, or written where it has one that nothing reads."""
 
 
 class Published:
@@ -48,6 +48,7 @@ class Published:
         self.config: OmniMoeConfig = converter.read(folder)
         check_generation(folder)
         self.weights = Weights(folder, converter.weight_files)
+        self.weights.respell(converter.spellings)
         try:
             self._check(strict)
         except BaseException:

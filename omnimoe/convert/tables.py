@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from omnimoe.convert.changes import Change
 from omnimoe.convert.rules import Rule, bank, rename
+from omnimoe.encoders.siglip import Siglip
 from omnimoe.experts import RoutedExperts
 from omnimoe.model import OmniMoeConfig
 
@@ -114,3 +116,27 @@ def mixture_rules(
     yield rename(f"{ours}.router.scorer.weight", f"{theirs}.gate.weight")
     published = tuple(f"{theirs}.experts.{expert}" for expert in range(experts.num_experts))
     yield from network_rules(published, f"{ours}.experts", names)
+
+
+def siglip_rules(encoder: Siglip.Config, theirs: str, ours: str, *, kernel: Change | None = None) -> Iterator[Rule]:
+    """The table of a SigLIP tower.
+
+    Args:
+        encoder: its config.
+        theirs: the published prefix.
+        ours: our prefix.
+        kernel: what happens to the map of patches, where it is published as the kernel of a convolution.
+    """
+    yield rename(f"{ours}.position_embedding.weight", f"{theirs}.embeddings.position_embedding.weight")
+    into = f"{theirs}.embeddings.patch_embedding"
+    yield rename(f"{ours}.patch_embedding.weight", f"{into}.weight", change=kernel or Change())
+    yield rename(f"{ours}.patch_embedding.bias", f"{into}.bias")
+    parts = ("layer_norm1", "layer_norm2", *(f"self_attn.{site}_proj" for site in ("q", "k", "v", "out")))
+    pairs = [("post_layernorm", "post_layernorm")]
+    for index in range(encoder.num_layers):
+        pairs += [
+            (f"layers.{index}.{part}", f"encoder.layers.{index}.{part}") for part in (*parts, "mlp.fc1", "mlp.fc2")
+        ]
+    for mine, published in pairs:
+        for kind in ("weight", "bias"):
+            yield rename(f"{ours}.{mine}.{kind}", f"{theirs}.{published}.{kind}")

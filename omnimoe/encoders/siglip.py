@@ -129,8 +129,12 @@ class Siglip(Encoder):
         size, config = self.config.patch_size, self.config
         fitted = fit_size(*picture.size, patch_size=size, shortest=config.shortest, longest=size * config.max_side)
         pixels = torch.from_numpy(np.array(picture.resize(fitted, Image.Resampling.BICUBIC), dtype=np.float32))
-        cells = (pixels / 127.5 - 1).unflatten(1, (-1, size)).unflatten(0, (-1, size))  # (rows, P, columns, P, 3)
-        return cells.transpose(1, 2).flatten(2)
+        return self.cells(pixels / 127.5 - 1)
+
+    def cells(self, pixels: Tensor) -> Tensor:
+        """``(rows, columns, 3 P^2)`` of a picture ``(H, W, 3)`` in [-1, 1] whose sides are multiples of P."""
+        size = self.config.patch_size
+        return pixels.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2).flatten(2)
 
     def pad(self, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
         """Patches ``(rows, columns, 3 P^2)`` of each picture to one batch, as :meth:`prepare` gives it."""

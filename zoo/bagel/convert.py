@@ -14,7 +14,7 @@ from omnimoe.connectors import MLP
 from omnimoe.convert import Converter, Rule, bank, register_converter, rename
 from omnimoe.convert.converter import JsonFiles
 from omnimoe.convert.decoders import activation, read_config, refuse, rope_of
-from omnimoe.convert.tables import ATTENTION
+from omnimoe.convert.tables import ATTENTION, siglip_rules
 from omnimoe.encoders.siglip import Siglip
 from omnimoe.modalities import Connected, GridPatches
 
@@ -109,7 +109,7 @@ def bagel_rules(config: OmniMoeConfig) -> Iterator[Rule]:
     for index in range(config.num_layers):
         yield from _layer_rules(f"{theirs}.layers.{index}", f"model.backbone.layers.{index}")
     vision, image = (f"model.modalities.{name}" for name in ("vision", "image"))
-    yield from _vision_rules(config, f"{vision}.encoder")
+    yield from siglip_rules(config.modalities[1].encoder, "vit_model.vision_model", f"{vision}.encoder")
     for ours, published in (("up_proj", "fc1"), ("down_proj", "fc2")):
         for kind in ("weight", "bias"):
             yield rename(f"{vision}.connector.{ours}.{kind}", f"connector.{published}.{kind}")
@@ -139,21 +139,6 @@ def _layer_rules(theirs: str, ours: str) -> Iterator[Rule]:
     gates = ((f"{network}.gate_proj.weight", f"{network}.up_proj.weight") for network in networks)
     yield bank(f"{ours}.mlp.experts.gate_up_proj", *gates)
     yield bank(f"{ours}.mlp.experts.down_proj", *(f"{network}.down_proj.weight" for network in networks))
-
-
-def _vision_rules(config: OmniMoeConfig, ours: str) -> Iterator[Rule]:
-    theirs = "vit_model.vision_model"
-    encoder = config.modalities[1].encoder
-    yield rename(f"{ours}.position_embedding.weight", f"{theirs}.embeddings.position_embedding.weight")
-    pairs = [("patch_embedding", "embeddings.patch_embedding"), ("post_layernorm", "post_layernorm")]
-    parts = ("layer_norm1", "layer_norm2", *(f"self_attn.{site}_proj" for site in ("q", "k", "v", "out")))
-    for index in range(encoder.num_layers):
-        pairs += [
-            (f"layers.{index}.{part}", f"encoder.layers.{index}.{part}") for part in (*parts, "mlp.fc1", "mlp.fc2")
-        ]
-    for mine, published in pairs:
-        for kind in ("weight", "bias"):
-            yield rename(f"{ours}.{mine}.{kind}", f"{theirs}.{published}.{kind}")
 
 
 BAGEL = register_converter(
