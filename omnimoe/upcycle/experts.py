@@ -15,6 +15,9 @@ from omnimoe.routers import ByModalityRouter, Router, StaticRouter
 from omnimoe.upcycle.gates import CHANGED, EXACT, RESCALED, UNROUTED, Gate, copied_gate, fresh_gate
 from omnimoe.upcycle.sources import Change, Choices, Plan, Start, copies_of, start_of
 
+_NEAR = 0.05
+"""Of a new router's usual spread, where sums of its weights are estimated."""
+
 
 @start_of.register
 def _(new: FeedForward, old: nn.Module, choices: Choices) -> Plan:
@@ -43,6 +46,9 @@ def _(new: RoutedExperts, old: nn.Module, choices: Choices) -> Plan:
             function, gate = CHANGED, replace(gate, why=f"of the router, {', '.join(sorted(held.fresh))} is new")
         elif factor != 1 and not choices.rescale:
             function = CHANGED
+        elif factor != 1 and not gate.is_even:
+            # the mean of the sum is that of a router whose scores lie near their middle
+            plan.factors |= {name: _NEAR for name in held.fresh if name.endswith("scorer.weight")}
         outcomes.setdefault(function, gate.why)
     noise = choices.expert_noise
     for name, _ in new.experts.named_parameters():
@@ -51,9 +57,8 @@ def _(new: RoutedExperts, old: nn.Module, choices: Choices) -> Plan:
         plan.starts[f"experts.{name}"] = start
     if noise and len(set(index)) < len(index):
         outcomes[CHANGED] = f"copies are moved apart by {noise:g} of their spread"
-    if isinstance(old, FeedForward):
-        # networks beside the copies add nothing at first
-        plan.zeros |= {f"shared_experts.{name}" for name in ("down_proj",) if new.shared_experts is not None}
+    if isinstance(old, FeedForward) and new.shared_experts is not None:
+        plan.factors["shared_experts.down_proj"] = 0.0  # beside the copies it adds nothing at first
     worst = next(name for name in (CHANGED, RESCALED, EXACT) if name in outcomes)
     plan.changes.append(Change(where="", function=worst, why=outcomes[worst]))
     return plan

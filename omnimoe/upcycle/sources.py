@@ -101,12 +101,19 @@ class Choices:
 
 @dataclass
 class Plan:
-    """Where weights start, by name; those that are not named are new."""
+    """Where weights start.
+
+    Args:
+        starts: by name; what is not named is new.
+        changes: what can be said of experts.
+        fresh: names that are new, though the seed has weights of that name.
+        factors: what new weights are multiplied by once they are drawn.
+    """
 
     starts: dict[str, Start] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
-    zeros: set[str] = field(default_factory=set)
     fresh: set[str] = field(default_factory=set)
+    factors: dict[str, float] = field(default_factory=dict)
 
 
 @functools.singledispatch
@@ -173,7 +180,7 @@ def plan_of(new: nn.Module, old: nn.Module, placements: list[str], choices: Choi
         for name, found in part.starts.items():
             plan.starts.setdefault(start + name, replace(found, key=start + found.key))
         plan.changes += [replace(change, where=path) for change in part.changes]
-        plan.zeros |= {start + name for name in part.zeros}
+        plan.factors |= {start + name: factor for name, factor in part.factors.items()}
         plan.fresh |= {start + name for name in part.fresh}
     for name, tensor in new.state_dict().items():
         if name in TABLES:

@@ -111,8 +111,8 @@ def upcycle(
     held = _seed_of(seed)
     added, names, ranges = read_modalities(modalities), tuple(keys), tuple(layers)
     frozen = (freeze,) if isinstance(freeze, str) else tuple(freeze)
-    asked = (added, names, towers is not None, experts is not None, ranges, tie is not None, changes)
-    if not any(asked) and markers == "behind":
+    parts = (towers, experts, router, tie)
+    if not (added or names or ranges or changes or markers != "behind" or any(part is not None for part in parts)):
         raise ConfigError("upcycle was asked for nothing new; name modalities, towers or experts")
     for name, noise in (("expert_noise", expert_noise), ("router_noise", router_noise), ("row_noise", row_noise)):
         if not 0 <= noise < float("inf"):
@@ -201,8 +201,8 @@ def _built(
     model.name_or_path = model.config.name_or_path = ""  # it comes from no file
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name in plan.zeros:
-            parameters[name].zero_()
+        for name, factor in plan.factors.items():
+            parameters[name].mul_(factor)
     return model
 
 

@@ -104,7 +104,7 @@ def target_config(
     }
     given = dict(changes or {})
     for name in given:
-        if name in values:
+        if name in (*values, "num_layers", "num_hidden_layers"):
             raise ConfigError(f"{name} of the new model follows from the other arguments; leave it out")
     config = seed.replace(**{**values, **given})
     config.dtype = seed.dtype
