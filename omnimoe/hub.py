@@ -37,7 +37,7 @@ from omnimoe.classifier import class_of
 from omnimoe.closest import closest_models
 from omnimoe.config import ConfigError
 from omnimoe.convert import find_converter
-from omnimoe.convert.load import load_converted
+from omnimoe.convert.load import fetch_below, load_converted
 from omnimoe.model import MODELS, OmniMoeConfig, OmniMoePreTrainedModel
 from omnimoe.registry import RegistryError
 from omnimoe.towers import load_pieces, pieces, select
@@ -344,9 +344,11 @@ def _config_at(
 ) -> OmniMoeConfig:
     """The config of a model that lies somewhere; its weights are not fetched."""
     hub = Hub(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
-    folder = _source(source, subfolder=subfolder, hub=hub).fetch()
+    place = _source(source, subfolder=subfolder, hub=hub)
+    folder = place.fetch()
     converter = find_converter(folder)
     if converter is not None:
+        fetch_below(place, folder, converter)
         return converter.read(folder)
     if _holds_adapters(folder):
         base = read_json(folder / CONFIG_OF_ADAPTERS, CheckpointError).get("base_model_name_or_path")

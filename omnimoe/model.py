@@ -59,6 +59,8 @@ from omnimoe.steps import Generates
 
 MODELS: Registry[Callable[[], OmniMoeConfig]] = Registry("model")
 register_model = MODELS.register
+Later = dict[int, list[tuple[Tensor, Tensor]]]
+"""Of a layer, the rows to which something is added before it, and what."""
 
 
 class Layer(GradientCheckpointingLayer, Block):
@@ -283,11 +285,12 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             position_ids = block_positions(block_ids, valid, segment_ids)
         positions = rotary_positions(position_ids, segment_ids, batch_size, past, length, device)
 
-        x = self._embed(input_ids, inputs_embeds, features, timesteps, rows)
+        x, later = self._embed(input_ids, inputs_embeds, features, timesteps, rows)
         kept = selected(output_hidden_states, config.num_layers + 1)
         seen: list[Tensor | None] = []
 
         def observe(x: Tensor) -> Tensor:
+            x = entered(x, later, len(seen))
             shown = rows.to_time(x) if len(seen) in kept else None
             seen.append(shown)
             return x if shown is None else rows.to_rows(shown)  # on the way, so that it can have a gradient
@@ -298,8 +301,9 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             mask,
             rows.to_rows(positions),
             past_key_values,
-            observe=observe if kept else None,
+            observe=observe if kept or later else None,
         )
+        x = entered(x, later, config.num_layers)
         weights = tuple(part for part in attentions if part is not None)
         if output_attentions and not weights and self._attends:
             raise InputError(f"attention {attends!r} gives no weights; call set_attn_implementation('eager') for them")
@@ -323,7 +327,9 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         features: dict[str, Tensor] | None,
         timesteps: dict[str, Tensor] | None,
         rows: RowLayout,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Later]:
+        """Rows that enter the first layer, and what is added to some of them before later ones."""
+        later: Later = {}
         x = rows.to_rows(inputs_embeds) if input_ids is None else self.embed_tokens(rows.to_rows(input_ids))
         check_rows("features", features, free=self.config.own_form)
         check_rows("timesteps", timesteps)
@@ -341,6 +347,9 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             if index is None:
                 index = rows.where(modality_id, len(embedded))
                 check_embedded(name, embedded, len(index))
+            embedded, *deeper = self.modalities[name].layered(embedded)
+            for layer, added in enumerate(deeper, start=1):
+                later.setdefault(layer, []).append((index, added))
             if embedded.shape[1] < x.shape[1]:
                 embedded = nn.functional.pad(embedded, (0, x.shape[1] - embedded.shape[1]))
             x = x.index_copy(0, index, embedded.to(x.dtype))
@@ -352,7 +361,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
                 continue
             # an absent modality takes part with no rows: its gradients are zero, not missing
             x = x + 0 * sum(parameter.sum() for parameter in self.modalities[name].parameters()).to(x.dtype)
-        return x
+        return x, later
 
     def _noisy(
         self,
@@ -417,6 +426,13 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             block_ids=block_ids,
             attend=attention_function(attends, ALL_ATTENTION_FUNCTIONS.get_interface),
         )
+
+
+def entered(x: Tensor, later: Later, layer: int) -> Tensor:
+    """Rows ``(N, D)`` as they enter a layer, with what is added to some of them there."""
+    for index, added in later.get(layer, ()):
+        x = x.index_add(0, index, nn.functional.pad(added, (0, x.shape[1] - added.shape[1])).to(x.dtype))
+    return x
 
 
 class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, GenerationMixin):

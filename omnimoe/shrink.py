@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from omnimoe.encoders.merged import Cosmos3Edge, Merged, Qwen3VL
 from omnimoe.encoders.siglip import Siglip
 from omnimoe.layers import LatentAttention
-from omnimoe.modalities import CodedPictures, Connected, GridPatches
+from omnimoe.modalities import CodedPictures, Connected, Deep, GridPatches
 from omnimoe.model import OmniMoeConfig
 
 
@@ -68,13 +69,21 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         small: dict[str, Any] = {"begin_id": moved(modality.begin_id), "end_id": moved(modality.end_id)}
         if modality.num_tokens is not None:
             small["num_tokens"] = 4
-        if modality.placeholder_id is not None and modality.placeholder_id >= 64:
+        if modality.placeholder_id is not None and (modality.placeholder_id >= 64 or config.published):
             small["placeholder_id"] = moved(modality.placeholder_id)
         if isinstance(modality, Connected.Config | GridPatches.Config) and modality.max_side:
             small["max_side"] = 8
         if isinstance(modality, Connected.Config) and isinstance(modality.encoder, Siglip.Config):
             narrow = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 2, "max_side": 8}
             small |= {"encoder": modality.encoder.replace(**narrow), "channels": 32}
+        if isinstance(modality, Deep.Config) and isinstance(modality.encoder, Merged.Config):
+            narrow = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2, "num_places": 16}
+            encoder = modality.encoder.replace(**narrow, patch_size=4, out_size=hidden_size)
+            if isinstance(encoder, Qwen3VL.Config):
+                encoder = encoder.replace(deep_layers=encoder.deep_layers and (0,))
+            elif isinstance(encoder, Cosmos3Edge.Config):
+                encoder = encoder.replace(merger_size=48)
+            small |= {"encoder": encoder, "depth": encoder.depth, "channels": hidden_size * (1 + encoder.depth)}
         if modality.is_discrete:
             small |= {"vocab_size": 64 if not modalities else 16, "vocab_start": None}
         if isinstance(modality, CodedPictures.Config):

@@ -118,7 +118,7 @@ class Source:
         """The folder with these files in it, fetched where they are not there.
 
         Args:
-            files: names, or patterns with ``*`` that do not reach into folders.
+            files: names, or patterns with ``*``, which reach into folders only where one of them names a folder.
             at: the folder that another call returned, so that all files are of its commit.
 
         Raises:
@@ -156,7 +156,7 @@ class Source:
                 local_files_only=self.hub.local_files_only,
                 force_download=self.hub.force_download,
                 allow_patterns=[inside + name for name in files],
-                ignore_patterns=[f"{inside}*/*"],
+                ignore_patterns=None if any("/" in name for name in files) else [f"{inside}*/*"],
             )
             if is_first:
                 self._say_if_renamed()

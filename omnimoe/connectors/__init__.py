@@ -5,7 +5,7 @@ from __future__ import annotations
 from omnimoe.connectors.base import CONNECTORS, Connector, register_connector
 from omnimoe.connectors.latent_queries import LatentQueries
 from omnimoe.connectors.pool import Pool
-from omnimoe.connectors.projections import MLP, Linear
+from omnimoe.connectors.projections import MLP, AsIs, Linear
 from omnimoe.connectors.q_former import QFormer
 
-__all__ = ["CONNECTORS", "MLP", "Connector", "LatentQueries", "Linear", "Pool", "QFormer", "register_connector"]
+__all__ = ["CONNECTORS", "MLP", "AsIs", "Connector", "LatentQueries", "Linear", "Pool", "QFormer", "register_connector"]

@@ -13,6 +13,22 @@ from omnimoe.connectors.base import Connector, register_connector
 _APPROXIMATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
+@register_connector("as_is")
+class AsIs(Connector):
+    """Nothing: rows that have the model's width already."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Connector.Config):
+        """Nothing to choose."""
+
+    def __init__(self, config: AsIs.Config, *, channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x
+
+
 @register_connector("linear")
 class Linear(Connector):
     """One matrix.

@@ -43,7 +43,8 @@ class Weights:
 
     Args:
         folder: of a checkpoint.
-        files: for each prefix that names are given, the file, or the file whose index is there.
+        files: for each prefix that names are given, the file, or the file whose index is there; it may lie in a folder
+            below.
 
     Raises:
         CheckpointError: if a file is missing or malformed, lies outside of the folder, or two files hold one name.
@@ -155,17 +156,18 @@ def file_names(folder: Path, files: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _index_of(folder: Path, file: str) -> dict[str, str]:
-    """The shard of each tensor; empty without an index."""
+    """The shard of each tensor, as it is reached from the folder; empty without an index."""
     path = folder / f"{file}.index.json"
     if not path.exists():
         return {}
-    shards = read_json(inside(folder, path.name), CheckpointError).get("weight_map")
+    shards = read_json(inside(folder, f"{file}.index.json"), CheckpointError).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{path} has no weight_map from keys to file names; fetch the model again")
     for shard in shards.values():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", shard, re.ASCII):
             raise CheckpointError(f"{path} names {shard!r}; a shard is a .safetensors file in the same folder")
-    return shards
+    at = file[: file.rfind("/") + 1]
+    return {name: at + shard for name, shard in shards.items()}
 
 
 def stored_names(folder: Path, file: str = "model.safetensors") -> list[str]:
@@ -194,7 +196,7 @@ def write_weights(
         folder: where to.
         tensors: type and shape of each.
         read: gives the parts of a tensor one by one, in the order of its memory.
-        file: name of the file.
+        file: name of the file, which may lie in a folder below.
         max_shard_size: bytes of a file, or words such as ``"5GB"``.
     """
     stem, _, suffix = file.rpartition(".")
@@ -204,10 +206,12 @@ def write_weights(
         filename_pattern=f"{stem}{{suffix}}.{suffix}",
         max_shard_size=max_shard_size,
     )
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
     for name, held in split.filename_to_tensors.items():
         _write_file(folder / name, {key: tensors[key] for key in held}, read)
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        shards = {name: shard.rpartition("/")[2] for name, shard in split.tensor_to_filename.items()}
+        index = {"metadata": split.metadata, "weight_map": shards}
         (folder / f"{file}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

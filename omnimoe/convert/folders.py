@@ -191,6 +191,7 @@ def _export(
         for name, plain in files.items():
             kind = next((key for key in ("dtype", "torch_dtype") if key in plain), None)
             written = plain if kind is None else {**plain, kind: dtype}
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             (fresh / name).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         for prefix, file in converter.weight_files.items():
             mine = {name: held for name, held in tensors.items() if _prefix_of(name, converter) == prefix}
@@ -247,5 +248,10 @@ def _bytes(tensors: Iterable[tuple[torch.dtype, Shape]]) -> int:
 
 def _copy_beside(folder: Path, destination: Path, converter: Converter) -> None:
     for name in (*BESIDE, *converter.beside):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, destination / name)
+        held = folder / name
+        files = sorted(held.iterdir()) if held.is_dir() else [held]
+        for path in files:
+            if path.is_file() and path.suffix not in PICKLES:
+                place = path.relative_to(folder).as_posix()
+                (destination / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(inside(folder, place), destination / place)

@@ -15,8 +15,17 @@ from omnimoe.convert.published import Published
 from omnimoe.model import OmniMoeForCausalLM
 
 
+def fetch_below(place: Source, folder: Path, converter: Converter) -> None:
+    """Fetches the JSON files of the folders below, where a checkpoint of the family has such."""
+    files = (*converter.json_files, *converter.weight_files.values())
+    below = sorted({name.rpartition("/")[0] for name in files if "/" in name})
+    if below:
+        place.fetch([f"{part}/*.json" for part in below], at=folder)
+
+
 def fetch_weights(place: Source, folder: Path, converter: Converter) -> None:
     """Fetches the weights of a checkpoint whose other files are in the folder."""
+    fetch_below(place, folder, converter)
     for names in file_names(folder, converter.weight_files).values():
         place.fetch(names, at=folder)
 

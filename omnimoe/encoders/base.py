@@ -24,7 +24,7 @@ ENCODERS: Registry[type[Encoder]] = Registry("encoder")
 
 EXTRA = "pip install 'omnimoe[encoders]'"
 
-_BUILT_IN = ("efficientnet", "whisper", "minilm", "hf", "siglip")
+_BUILT_IN = ("efficientnet", "whisper", "minilm", "hf", "siglip", "merged")
 
 
 class EncoderError(ValueError):

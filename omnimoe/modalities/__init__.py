@@ -3,6 +3,7 @@
 from omnimoe.modalities.base import MODALITIES, Modality, register_modality
 from omnimoe.modalities.coded_pictures import CodedPictures
 from omnimoe.modalities.connected import Connected
+from omnimoe.modalities.deep import Deep
 from omnimoe.modalities.grid_patches import GridPatches
 from omnimoe.modalities.patches import Patches
 from omnimoe.modalities.timed_patches import DomainPatches, TimedPatches
@@ -14,6 +15,7 @@ __all__ = [
     "MODALITIES",
     "CodedPictures",
     "Connected",
+    "Deep",
     "DomainPatches",
     "GridPatches",
     "Modality",

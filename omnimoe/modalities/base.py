@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -80,6 +80,10 @@ class Modality(nn.Module, Configurable):
     def head(self, x: Tensor) -> Tensor:
         """``(n, D)`` to ``(n, C)``."""
         raise TypeError(f"{type(self).__name__} does not define head(x) -> (n, C)")
+
+    def layered(self, embedded: Tensor) -> Sequence[Tensor]:
+        """What :meth:`embed` gives as ``(n, D)`` each: what enters, then what is added after one layer, after two, ..."""
+        return (embedded,)
 
     def predict(self, x: Tensor, given: Any) -> Tensor:
         """``(n, D)`` to ``(n, C)``, for the features ``given`` that entered at those rows; by default :meth:`head`."""

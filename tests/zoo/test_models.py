@@ -58,7 +58,7 @@ def assert_printed_as(params: int, number: float) -> None:
 
 def batch_of(config: OmniMoeConfig, batch_size: int = 2, length: int = 24) -> dict:
     """Random ids, spans of every modality among them, and what continuous modalities need."""
-    ids = torch.randint(8, 60, (batch_size, length))
+    ids = torch.randint(16, 60, (batch_size, length))  # above the special ones of a small copy
     batch = {"input_ids": ids}
     for place, modality in enumerate(config.modalities[1:], start=1):
         span = slice(4 * place, 4 * place + 4)
@@ -232,7 +232,7 @@ def test_a_small_copy_steps_saves_and_generates(name, tmp_path):
             parameter.data = parameter.data.clone()
         assert torch.equal(model(**batch).logits, again(**batch).logits)
 
-    prompt = batch["input_ids"] if "features" not in batch else torch.randint(8, 60, (2, 6))
+    prompt = batch["input_ids"] if "features" not in batch else torch.randint(16, 60, (2, 6))
     made = model.generate(
         prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
     )

@@ -1,0 +1,283 @@
+"""Cosmos3 at a tiny size beside its references: diffusers' of both towers, transformers' of the reasoner.
+
+All three read one published folder, which our model wrote.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omnimoe.convert import to_published
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.zoo.cosmos3.convert import COSMOS3, VISION
+from omnimoe.zoo.cosmos3.layout import lay_out, to_latent
+from tests.zoo.cosmos3.tiny import KINDS, Sample, asked, batch, generator, make_model, reasoner, samples
+
+pytest.importorskip("diffusers", reason="pip install 'omnimoe[diffusers]'")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind) -> OmniMoeForCausalLM:
+    return make_model(kind)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    made = tmp_path_factory.mktemp("published") / "cosmos3"
+    to_published(model, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def peers(kind, folder) -> tuple[Any, Any]:
+    return reasoner(kind, folder), generator(kind, folder)
+
+
+def close(found: Tensor, wanted: Tensor, bound: float = 1e-5) -> None:
+    assert found.shape == wanted.shape
+    error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    assert error < bound, error
+
+
+def said(peer: Any, sample: Sample) -> Tensor:
+    """Logits of transformers' reasoner over the words of a sample."""
+    ids = torch.tensor([list(sample.scene.ids)])
+    given: dict[str, Any] = {}
+    if sample.pictures:
+        patches, grids = zip(*sample.pictures, strict=True)
+        given = {"pixel_values": torch.cat(patches), "image_grid_thw": torch.stack(grids)}
+        given["mm_token_type_ids"] = (ids == 100).int()
+    return peer(input_ids=ids, **given).logits[0]
+
+
+def drawn(peers: tuple[Any, Any], sample: Sample) -> dict[str, Tensor]:
+    """What diffusers' generator predicts, by modality; pictures that are seen enter as transformers' reasoner has them.
+
+    diffusers' forward takes words alone, so with pictures its layers are called here one by one.
+    """
+    reader, peer = peers
+    given = asked(sample)
+    if not sample.pictures:
+        out = peer(**given)
+        sound = None if out.sound is None else out.sound[0].T
+        return {"video": out.sample[0][0], "sound": sound, "action": None if out.action is None else out.action[0]}
+    ids = torch.tensor([list(sample.scene.ids)])
+    patches, grids = (torch.cat([p[0] for p in sample.pictures]), torch.stack([p[1] for p in sample.pictures]))
+    features = reader.model.get_image_features(patches, grids)
+    held = ids[0] == 100
+    und = peer.embed_tokens(ids[0]).masked_scatter(held.unsqueeze(1), torch.cat(list(features.pooler_output)))
+    deep = [torch.cat(list(part)) for part in getattr(features, "deepstack_features", None) or []]
+    places, _ = reader.model.get_rope_index(input_ids=ids, mm_token_type_ids=held[None].int(), image_grid_thw=grids)
+    start = float(places.max()) + 1 + 15_000
+    later = given["position_ids"][:, len(ids[0]) :] - (len(ids[0]) + 15_000) * torch.tensor([[1.0], [0], [0]])
+    later = later + start * torch.tensor([[1.0], [0], [0]])
+    cos, sin = (
+        part.squeeze(0) for part in peer.rotary_emb(torch.cat((places[:, 0], later), 1)[:, None], "cpu", und.dtype)
+    )
+    gen, shapes = peer._patchify_and_pack_latents(given["vision_tokens"])
+    code = peer.time_embedder(peer.time_proj(given["vision_timesteps"] * 0.001))
+    gen = peer.proj_in(gen) + code  # the whole clip carries noise
+    split = len(und)
+    for index, layer in enumerate(peer.layers):
+        und, gen = layer(und, gen, (cos[:split], sin[:split], cos[split:], sin[split:]))
+        if index < len(deep):
+            und = und.masked_scatter(held.unsqueeze(1), und[held] + deep[index])
+    rows = peer.proj_out(peer.norm_moe_gen(gen))
+    found = peer._unpatchify_and_unpack_latents(
+        rows, given["vision_token_shapes"], given["vision_noisy_frame_indexes"], shapes
+    )
+    return {"video": found[0][0]}
+
+
+def compare(model: OmniMoeForCausalLM, peers: tuple[Any, Any], held: list[Sample], side: str = "left") -> int:
+    """Holds a batch to the references, sample by sample; how many parts were compared."""
+    given = batch(model, held, side)
+    with torch.no_grad():
+        out = model(**given)
+        start = dict.fromkeys(("video", "sound", "action"), 0)
+        compared = 0
+        for row, sample in enumerate(held):
+            at = int(given["attention_mask"][row].argmax())
+            close(out.logits[row, at : at + len(sample.scene.ids)], said(peers[0], sample))
+            shape = sample.scene.video
+            counts = {"video": torch.Size(shape).numel() if shape else 0}
+            counts |= {"sound": sample.scene.sound, "action": sample.scene.action}
+            wanted = drawn(peers, sample) if shape else {}
+            for name, count in counts.items():
+                mine = (out.predictions or {}).get(name, torch.empty(0))[start[name] : start[name] + count]
+                start[name] += count
+                if name == "video" and count:
+                    mine = to_latent(mine.view(*shape, -1), sample.latent.shape[2:])
+                    close(mine[:, sample.noisy], wanted[name][:, sample.noisy])
+                elif count and not (name == "action" and sample.acted):
+                    close(mine, wanted[name])
+                compared += bool(count)
+        return compared
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_of_everything(kind, model, peers, side):
+    assert compare(model, peers, samples(kind), side) == (8 if kind == "cosmos3_omni" else 6)
+
+
+@pytest.mark.parametrize("lacking", ["pictures", "latent", "both", "words of the others"])
+def test_a_batch_without_one_kind(kind, model, peers, lacking):
+    held = samples(kind, seed=1)
+    if lacking in ("pictures", "both"):
+        held = [sample for sample in held if not sample.pictures]
+    if lacking in ("latent", "both"):
+        held = [sample for sample in held if sample.latent is None]
+    if lacking == "words of the others":
+        held = held[2:3]
+    assert held
+    compare(model, peers, held)
+
+
+def gradients(model: OmniMoeForCausalLM, peer_grads: dict[str, Tensor | None]) -> int:
+    """Compares gradients under the published names; how many were there."""
+    named, compared = dict(model.named_parameters()), 0
+    scale = max(float(held.norm()) for held in peer_grads.values() if held is not None)
+    for piece in COSMOS3.plan(model).pieces:
+        if piece.published not in peer_grads:
+            continue
+        wanted, found = peer_grads[piece.published], named[piece.ours].grad
+        if wanted is None:
+            assert found is None or float(piece.place(found).abs().max()) == 0, piece.published
+            continue
+        wanted = piece.change.into(wanted)
+        assert (piece.place(found) - wanted).norm() < 2e-5 * wanted.norm() + 1e-7 * scale, piece.published
+        compared += 1
+    return compared
+
+
+def test_gradients_of_what_is_generated(kind, folder):
+    """They reach the keys and values of the first tower, and nothing of its last layer behind them."""
+    model, peer = make_model(kind), generator(kind, folder)
+    sample = samples(kind)[4]
+    out, wanted = model(**batch(model, [sample])), peer(**asked(sample))
+    mine = to_latent(out.predictions["video"].view(*sample.scene.video, -1))[:, sample.noisy]
+    loss = mine.square().sum() + out.predictions["action"].square().sum()
+    theirs = wanted.sample[0][0][:, sample.noisy].square().sum() + wanted.action[0].square().sum()
+    if wanted.sound is not None:
+        loss = loss + out.predictions["sound"].square().sum()
+        theirs = theirs + wanted.sound[0].square().sum()
+    loss.backward()
+    theirs.backward()
+    last = f"layers.{model.config.num_layers - 1}."
+    grads = {name: held.grad for name, held in peer.named_parameters()}
+    assert float(grads[f"{last}mlp.up_proj.weight"].abs().max()) == 0
+    assert float(grads[f"{last}self_attn.to_k.weight"].abs().max()) > 0
+    assert gradients(model, grads) > 80 - 24 * (kind == "cosmos3_edge")
+
+
+def test_gradients_of_what_is_said(kind, folder):
+    model, peer = make_model(kind), reasoner(kind, folder)
+    sample = samples(kind)[3]
+    mix = torch.randn(1, len(sample.scene.ids), 120, generator=torch.Generator().manual_seed(3))
+    (model(**batch(model, [sample])).logits * mix).mean().backward()
+    (said(peer, sample) * mix[0]).mean().backward()
+    grads = {}
+    for name, held in peer.named_parameters():
+        name = name.removeprefix("model.language_model.")
+        if kind == "cosmos3_edge":
+            name = name.replace("fc1", "up_proj").replace("fc2", "down_proj") if name.startswith("layers.") else name
+            name = f"{VISION}{name}" if name.startswith("model.") else name
+        elif name.startswith("model.visual."):
+            name = f"{VISION}{name.removeprefix('model.visual.')}"
+        for site in ("q", "k", "v"):
+            name = name.replace(f"self_attn.{site}_proj.", f"self_attn.to_{site}.") if name[:6] == "layers" else name
+            name = name.replace(f"self_attn.{site}_norm.", f"self_attn.norm_{site}.")
+        name = name.replace("self_attn.o_proj.", "self_attn.to_out.")
+        grads[name] = held.grad
+    assert gradients(model, grads) > 60
+
+
+@torch.no_grad()
+def test_no_word_sees_what_is_generated(kind, model):
+    sample = samples(kind)[2]
+    words = Sample(type(sample.scene)(ids=sample.scene.ids))
+    alone, together = model(**batch(model, [words])), model(**batch(model, [sample]))
+    length = len(sample.scene.ids)
+    assert torch.allclose(together.logits[:, :length], alone.logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_words_are_computed_once_for_all_steps(kind, model):
+    """Of a padded batch: words in two pieces into a cache, then two steps at different times over it."""
+    held = [sample for sample in samples(kind) if sample.scene.video and not sample.pictures][:1] * 2
+    held[1] = Sample(
+        type(held[0].scene)(**{**vars(held[0].scene), "ids": held[0].scene.ids[:3]}),
+        **{name: value for name, value in vars(held[0]).items() if name != "scene"},
+    )
+    given = batch(model, held)
+    cut = len(held[0].scene.ids)
+    columns = ("input_ids", "modality_ids", "position_ids")
+    cache = None
+    for start, stop in ((0, 3), (3, cut)):
+        part = {name: given[name][:, start:stop] for name in columns}
+        out = model(**part, attention_mask=given["attention_mask"][:, :stop], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+    rest = {name: given[name][:, cut:] for name in columns}
+    for scale in (1.0, 0.5):
+        times = {name: held_times * scale for name, held_times in given["timesteps"].items()}
+        whole = model(**{**given, "timesteps": times})
+        step = model(
+            **rest,
+            attention_mask=given["attention_mask"],
+            features=given["features"],
+            timesteps=times,
+            past_key_values=cache,
+        )
+        for name, wanted in whole.predictions.items():
+            close(step.predictions[name], wanted)
+        cache.crop(cut - given["input_ids"].shape[1])
+
+
+@torch.no_grad()
+def test_words_one_by_one_after_pictures(kind, model, peers):
+    """Greedy text of a padded batch, as transformers generates it one by one."""
+    held = [sample for sample in samples(kind) if not sample.scene.video]
+    given = batch(model, held)
+    found = model.generate(
+        given["input_ids"],
+        attention_mask=given["attention_mask"],
+        position_ids=given["position_ids"],
+        features=given.get("features"),
+        max_new_tokens=5,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        suppress_tokens=[100, 101, 102, 117, 118, 119],
+    )
+    for row, sample in enumerate(held):
+        ids = list(sample.scene.ids)
+        for _ in range(5):
+            logits = said(peers[0], Sample(type(sample.scene)(ids=ids, seen=sample.scene.seen), sample.pictures))[-1]
+            logits[[100, 101, 102, 117, 118, 119]] = -torch.inf
+            ids.append(int(logits.argmax()))
+        assert found[row, -5:].tolist() == ids[-5:]
+
+
+def test_what_does_not_fit_a_layout_is_refused(kind, model):
+    from omnimoe import InputError
+    from omnimoe.zoo.cosmos3.layout import Scene
+
+    wrong = [
+        (Scene(ids=[]), "a scene needs words"),
+        (Scene(ids=[5, 100, 100]), r"a picture at 1 that is not of the shape \(0, 0, 0\)"),
+        (Scene(ids=[5], seen=[(1, 1, 1)]), "seen has 1 shapes, more than the ids have pictures"),
+    ]
+    if kind == "cosmos3_edge":
+        wrong.append((Scene(ids=[5], sound=3), "asks for sound, and the model makes text, vision, video, action"))
+    for scene, message in wrong:
+        with pytest.raises(InputError, match=message):
+            lay_out(model.config, [scene])
