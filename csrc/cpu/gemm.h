@@ -303,11 +303,13 @@ inline __attribute__((always_inline)) void dot_product(
 
 constexpr int64_t kRunOfSums = 128;  // units that are added up before they join the rest: shorter sums round less
 
+// Where it `adds`, to what the tile holds; as if all had been one product, if that was a number of whole runs.
 template <class T, bool Fetch = false, int R = kMostRows>
 void panel_tile(int64_t rows, const typename Scheme<T>::Unit* left, int64_t row_step, int64_t unit_step,
-                const typename Scheme<T>::Unit* panel, int64_t count, Accumulator<T>* tile, Ahead ahead = {}) {
+                const typename Scheme<T>::Unit* panel, int64_t count, Accumulator<T>* tile, Ahead ahead = {},
+                bool adds = false) {
   if constexpr (R > 1)
-    if (rows < R) return panel_tile<T, Fetch, R - 1>(rows, left, row_step, unit_step, panel, count, tile, ahead);
+    if (rows < R) return panel_tile<T, Fetch, R - 1>(rows, left, row_step, unit_step, panel, count, tile, ahead, adds);
   typename Lanes<Accumulator<T>>::Vector sums[R][2];
   for (int64_t start = 0; start == 0 || start < count; start += kRunOfSums) {
     panel_product<T, R, Fetch>(left + start * unit_step, row_step, unit_step, panel + start * kPanel<T>,
@@ -315,7 +317,7 @@ void panel_tile(int64_t rows, const typename Scheme<T>::Unit* left, int64_t row_
     if constexpr (Fetch) ahead = {ahead.low + kRunOfSums * 64, ahead.high + kRunOfSums * 64};
     for (int i = 0; i < R; ++i) {
       Accumulator<T>* to = tile + i * kPanel<T>;
-      if (start) {
+      if (start || adds) {
         sums[i][0] += load(to);
         sums[i][1] += load(to + kLanes<T>);
       }

@@ -60,6 +60,20 @@ def test_values_are_those_of_a_loop_whatever_lies_past_the_end(through, sizes, i
     check(sizes, 64, 8, dtype, indexed=indexed)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_groups_too_long_to_be_packed_at_once(compiled, dtype):
+    with backend("cpp"):
+        check((513, 0, 2049, 1024), 50, 40, dtype, beyond=2)
+        grad, x = torch.randn(2100, 50).to(dtype), torch.randn(2100, 40).to(dtype)
+        threads = torch.get_num_threads()
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(grouped_wgrad(grad, x, ends((2100,))))
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 @settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=9),
