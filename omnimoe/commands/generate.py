@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
@@ -114,8 +115,10 @@ def _run_published(kind: type[Pipeline], source: str, documents: list, args: arg
     import torch
 
     from omnimoe.generation.media import Generated
+    from omnimoe.pipelines import Pipeline
 
-    if args.to not in kind.targets:
+    has_any = kind.interleave is not Pipeline.interleave
+    if args.to not in (*kind.targets, *([ANY] if has_any else [])):
         raise ValueError(f"{source} makes {', '.join(kind.targets)}, not {args.to!r}")
     for name in ("best_of", "tokenizer"):
         if getattr(args, name):
@@ -124,25 +127,34 @@ def _run_published(kind: type[Pipeline], source: str, documents: list, args: arg
     # a picture may be given by its path, and a text is never one
     read = [[Path(raw) if kind != "text" and isinstance(raw, str) else raw for kind, raw in held] for held in documents]
     asked = [document for document in read for _ in range(args.num)]
+    chosen = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if args.to != "text":
+        makes = kind.draw if args.to == "image" else kind.interleave
+        if unused := sorted(set(chosen) - set(inspect.signature(makes).parameters)):
+            raise ValueError(f"--{unused[0].replace('_', '-')} changes nothing of what {source} draws; leave it out")
     device = default_device(args.device)
     pipeline = kind.from_pretrained(source, device=device, dtype="float32" if device == "cpu" else "auto")
     made: list[Generated] = []
+    documents_made: list[list[Generated]] = []
     for start in range(0, len(asked), args.batch_size):
         part = asked[start : start + args.batch_size]
+        seed = None if args.seed is None else args.seed + start
         if args.to == "image":
-            seed = None if args.seed is None else args.seed + start
-            drawn = pipeline.draw(part, sizes=size, guidance=args.guidance, steps=args.steps, seed=seed)
+            drawn = pipeline.draw(part, sizes=size, guidance=args.guidance, steps=args.steps, seed=seed, **chosen)
             made += [Generated(modality="image", raw=picture) for picture in drawn]
+        elif args.to == ANY:
+            guided = {"guidance": args.guidance, "max_new_tokens": args.max_new_tokens}
+            documents_made += pipeline.interleave(part, seed=seed, **guided, **chosen)
         else:
-            chosen = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-            chosen = {name: value for name, value in chosen.items() if value is not None}
             is_sampled = bool(chosen) and chosen.get("temperature") != 0
             options = {**chosen, "do_sample": True} if is_sampled else {"do_sample": False}
             if args.seed is not None:
                 torch.manual_seed(args.seed + start)
             said = pipeline.answer(part, max_new_tokens=args.max_new_tokens or 512, **options)
             made += [Generated(modality="text", raw=text) for text in said]
-    _tell(_write(made, documents, args), args, is_streamed=False)
+    told = _write_documents(documents_made, documents, args) if args.to == ANY else _write(made, documents, args)
+    _tell(told, args, is_streamed=False)
     return 0
 
 

@@ -41,8 +41,8 @@ class Sampling:
         top_k: sample among so many tokens; None among all.
         top_p: sample among the most likely tokens that hold this share.
         min_p: sample among tokens at least this share as likely as the likeliest.
-        guidance: scale of classifier-free guidance in spans with boundary tokens; 1 and None are none. By name there may
-            be two, for discrete modalities: see :class:`~omnimoe.spans.GuidanceProcessor`.
+        guidance: scale of classifier-free guidance in spans with boundary tokens; 1 and None are none. By name two may
+            be given, for discrete modalities: see :class:`~omnimoe.spans.GuidanceProcessor`.
     """
 
     temperature: ByModality | None = None

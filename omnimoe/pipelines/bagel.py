@@ -25,7 +25,7 @@ from omnimoe.encoders.siglip import fit_size
 from omnimoe.guidance import Guidance
 from omnimoe.hub import from_pretrained, model_info
 from omnimoe.model import MODELS, OmniMoeForCausalLM
-from omnimoe.pipelines.base import Part, Pipeline, register_pipeline
+from omnimoe.pipelines.base import Part, Pipeline, read_documents, register_pipeline
 from omnimoe.tokenizers import Tokenizer, TokenizerError
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
 from omnimoe.zoo.bagel.autoencoder import FILE, PIXELS, BagelAutoencoder
@@ -258,27 +258,8 @@ class Bagel(Pipeline):
 
 
 def _documents(given: Any) -> list[list[str | Image.Image]]:
-    """Documents with their pictures opened and brought to a size that the autoencoder takes.
-
-    Raises:
-        ValueError: if what was given is one document or one part of it, or a document is empty.
-    """
-    if isinstance(given, str | PathLike | np.ndarray | Tensor | Image.Image):
-        raise ValueError(f"documents must be a list of documents, got one {type(given).__name__}; put it into a list")
-    if not len(given):
-        raise ValueError("there is no document; pass one or more")
-    read = []
-    for place, document in enumerate(given):
-        if isinstance(document, PathLike | np.ndarray | Tensor | Image.Image):
-            raise ValueError(
-                f"document {place} is a {type(document).__name__}; a document is words, or a list of words and "
-                "pictures: [[picture, 'make it green']]"
-            )
-        parts = [document] if isinstance(document, str) else list(document)
-        if not parts:
-            raise ValueError(f"document {place} is empty; give it words or a picture")
-        read.append([part if isinstance(part, str) else _fitted(part) for part in parts])
-    return read
+    """Documents with their pictures opened and brought to a size that the autoencoder takes."""
+    return read_documents(given, _fitted)
 
 
 def _fitted(picture: Any) -> Image.Image:

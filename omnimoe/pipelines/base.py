@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from PIL.Image import Image
+from torch import Tensor
 
 from omnimoe.checkpoint import CheckpointError, Hub, Source
 from omnimoe.convert import find_converter
@@ -19,7 +21,7 @@ from omnimoe.registry import Registry
 Part = str | Any
 """Words, a str; or a picture: a ``pathlib.Path``, a PIL image, or a uint8 array ``(H, W, 3)``."""
 
-_BUILT_IN = ("bagel",)
+_BUILT_IN = ("bagel", "chameleon")
 
 
 class Pipeline:
@@ -53,6 +55,47 @@ class Pipeline:
     ) -> list[str]:
         """A text for each document."""
         raise ValueError(f"{type(self).__name__} makes {', '.join(self.targets)} and writes no text")
+
+    def interleave(
+        self,
+        documents: Sequence[Sequence[Part] | str],
+        *,
+        max_new_tokens: int | None = None,
+        guidance: Any = None,
+        seed: int | None = None,
+    ) -> list[list[Any]]:
+        """Words and pictures for each document, as the model chooses: :class:`~omnimoe.generate.Generated` spans."""
+        raise ValueError(
+            f"{type(self).__name__} makes {', '.join(self.targets)} one at a time, not one after the other"
+        )
+
+
+def read_documents(given: Any, read: Callable[[Any], Any]) -> list[list[Any]]:
+    """Documents as lists of parts, their pictures read.
+
+    Args:
+        given: a list of documents, each words or a list of words and pictures.
+        read: what to do with a picture.
+
+    Raises:
+        ValueError: if what was given is one document or one part of it, or a document is empty.
+    """
+    if isinstance(given, str | PathLike | np.ndarray | Tensor | Image):
+        raise ValueError(f"documents must be a list of documents, got one {type(given).__name__}; put it into a list")
+    if not len(given):
+        raise ValueError("there is no document; pass one or more")
+    found = []
+    for place, document in enumerate(given):
+        if isinstance(document, PathLike | np.ndarray | Tensor | Image):
+            raise ValueError(
+                f"document {place} is a {type(document).__name__}; a document is words, or a list of words and "
+                "pictures: [[picture, 'make it green']]"
+            )
+        parts = [document] if isinstance(document, str) else list(document)
+        if not parts:
+            raise ValueError(f"document {place} is empty; give it words or a picture")
+        found.append([part if isinstance(part, str) else read(part) for part in parts])
+    return found
 
 
 PIPELINES: Registry[type[Pipeline]] = Registry("pipeline")

@@ -174,6 +174,7 @@ CHAMELEON = register_converter(
         rules=chameleon_rules,
         tied=tied_head,
         ignored=ROTARY_TABLES,
+        beside=("vqgan.safetensors",),
         notice="Chameleon's weights are under the Chameleon Research License: for research, not for commercial use",
     )
 )
