@@ -154,7 +154,7 @@ def _adapter() -> type:
             revision: on the Hub.
             key: the key of text, for models whose copies are picked by ``key_ids``.
             all_rows: let every row of the vocabulary have a probability.
-            peft: folder of an adapter.
+            peft: folder of an adapter, or its id on the Hub.
             options: of the harness's adapter for transformers: ``batch_size``, ``max_length``, ``add_bos_token``.
         """
 
@@ -187,9 +187,7 @@ def _adapter() -> type:
             self._allowed = text_rows(config, size) if not all_rows else torch.ones(size, dtype=torch.bool)
             self._allowed = self._allowed.to(model.device)
             if peft:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, peft).eval()
+                model.load_adapter(peft)
             super().__init__(pretrained=model, tokenizer=tokens, backend="causal", **options)
 
         def _inputs(self, ids: Tensor) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -316,6 +317,95 @@ class TestFromPretrained:
         (saved / "config.json").write_text(json.dumps(plain))
         from_pretrained(saved)
         assert not canary.exists()
+
+
+SPLIT = """
+import sys
+import torch
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+from omnimoe import from_pretrained
+whole, ids = from_pretrained(sys.argv[1]), torch.arange(20, 32).view(2, 6)
+split, report = from_pretrained(
+    sys.argv[1], distributed_config=DistributedConfig(tp_size=2), output_loading_info=True
+)
+assert isinstance(split.model.backbone.layers[0].self_attn.q_proj.weight, DTensor)
+assert not any(report.values()), report
+torch.testing.assert_close(split(ids).logits, whole(ids).logits, atol=1e-5, rtol=1e-4)
+"""
+
+
+class TestArgumentsOfTransformers:
+    def test_the_report(self, saved):
+        model, report = from_pretrained(saved, output_loading_info=True)
+        assert isinstance(model, OmniMoeForCausalLM)
+        assert {name: report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")} == {
+            name: set() for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        }
+        assert not any(from_pretrained(saved, towers=["text"], output_loading_info=True)[1].values())
+        assert not any(load(saved, pretrained=True, output_loading_info=True)[1].values())
+
+    @pytest.mark.parametrize("lenient", ["strict", "ignore_mismatched_sizes"])
+    def test_the_report_of_what_does_not_fit(self, saved, lenient):
+        edit(saved, lambda weights: weights.update({"model.extra": torch.ones(1)}))
+        edit(saved, lambda weights: weights.pop("model.norm.weight"))
+        with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+            from_pretrained(saved, output_loading_info=True)
+        given = {lenient: lenient != "strict"}
+        _, report = from_pretrained(saved, output_loading_info=True, **given)
+        assert (set(report["missing_keys"]), set(report["unexpected_keys"])) == ({"model.norm.weight"}, {"model.extra"})
+
+    def test_of_a_published_checkpoint(self, tmp_path):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+        LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path)
+        model, report = from_pretrained(tmp_path, output_loading_info=True)
+        assert isinstance(model, OmniMoeForCausalLM)
+        assert not any(report.values())
+        with pytest.raises(ValueError, match="is logged; leave output_loading_info or strict out"):
+            from_pretrained(tmp_path, output_loading_info=True, strict=False)
+        for name, value in (("num_labels", 2), ("quantization_config", "int8")):
+            with pytest.raises(ValueError, match=f"{name} is for whole models of omnimoe"):
+                from_pretrained(tmp_path, **{name: value})
+
+    @pytest.mark.hazard(29)
+    def test_trust_in_remote_code_runs_none(self, saved):
+        canary = saved / "ran"
+        (saved / "modeling.py").write_text(f"open({str(canary)!r}, 'w')\nclass Model: pass\n")
+        plain = json.loads((saved / "config.json").read_text())
+        plain["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "modeling.Model")
+        (saved / "config.json").write_text(json.dumps(plain))
+        assert type(from_pretrained(saved, trust_remote_code=True)) is OmniMoeForCausalLM
+        assert not canary.exists()
+
+    def test_one_process_is_not_several(self, saved):
+        from transformers.distributed import DistributedConfig
+
+        for given, message in (
+            ({}, "distributed_config is for one process of several; start the program with torchrun"),
+            ({"device": "cpu"}, "distributed_config says where the weights go; leave device and device_map out"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                from_pretrained(saved, distributed_config=DistributedConfig(tp_size=2), **given)
+
+    @pytest.mark.slow
+    @pytest.mark.ranks
+    def test_a_model_on_two_processes(self, tmp_path):
+        from tests.declarations import DENSE, build
+
+        build(DENSE).save_pretrained(tmp_path / "model")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        (tmp_path / "split.py").write_text(SPLIT)
+        done = subprocess.run(
+            [*command, str(tmp_path / "split.py"), str(tmp_path / "model")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 class TestListing:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnimoe import load_tokenizer
+from omnimoe import CheckpointError, load_tokenizer
 from omnimoe.lm_eval import TextTokenizer, text_rows, text_tokenizer
 from omnimoe.modalities import Tokens
 from tests.declarations import DECLARATIONS, IMAGE, PATCHES, build
@@ -141,6 +141,9 @@ class TestLikelihoods:
             requests("loglikelihood", PAIRS), disable_tqdm=True
         )
         assert [one[0] for one in found] == pytest.approx([one[0] for one in merged], abs=1e-3)
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"{}")
+        with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
+            adapter(build(declared("mot")), device="cpu", peft=str(tmp_path))
 
 
 class TestGeneration:
