@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omnimoe.config import ConfigError
 from omnimoe.layers.attention import Attention, register_attention
@@ -72,8 +72,8 @@ class ReaderAttention(Attention):
         super().__init__(config, hidden_size=hidden_size, num_modalities=num_modalities, layer_idx=layer_idx)
         self.readers = config.readers
         shared = (0,) * num_modalities
-        self.q_norm = BankRMSNorm(shared, self.head_dim, config.qk_norm_eps)
-        self.k_norm = BankRMSNorm(shared, self.head_dim, config.qk_norm_eps)
+        self.q_norm: nn.Module = BankRMSNorm(shared, self.head_dim, config.qk_norm_eps)
+        self.k_norm: nn.Module = BankRMSNorm(shared, self.head_dim, config.qk_norm_eps)
         self.read_norm = BankRMSNorm(shared, self.head_dim, config.qk_norm_eps)
 
     def forward(

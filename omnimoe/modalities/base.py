@@ -82,7 +82,7 @@ class Modality(nn.Module, Configurable):
         raise TypeError(f"{type(self).__name__} does not define head(x) -> (n, C)")
 
     def layered(self, embedded: Tensor) -> Sequence[Tensor]:
-        """What :meth:`embed` gives as ``(n, D)`` each: what enters, then what is added after one layer, after two, ..."""
+        """What :meth:`embed` gives, ``(n, D)`` each: what enters, then what is added after one layer, after two, ..."""
         return (embedded,)
 
     def predict(self, x: Tensor, given: Any) -> Tensor:

@@ -54,6 +54,7 @@ class GridPatches(Patches):
         def active_params(self, hidden_size: int) -> int:
             return (2 * self.channels + self.time_width + hidden_size) * hidden_size
 
+    has_row_times = False
     initial = {"in_proj": "normal", "in_bias": 0.0, "out_proj": 0.0, "out_bias": 0.0}
 
     config: GridPatches.Config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,8 @@ class Patches(Modality):
             return 2 * self.channels * hidden_size
 
     initial = {"in_proj": "normal", "out_proj": 0.0}
+    has_row_times = True
+    """Whether every row may have a time of its own."""
 
     def __init__(self, config: Patches.Config, *, hidden_size: int) -> None:
         super().__init__()
@@ -90,6 +93,10 @@ class Patches(Modality):
     def head(self, x: Tensor) -> Tensor:
         """``(n, D)`` to ``(n, C)``: the noise (ddpm) or the velocity (flow)."""
         return F.linear(x, self.out_proj)
+
+    def refilled(self, given: Any, rows: Tensor) -> Any:
+        """Features in the form of ``given`` that hold ``rows (n, C)``."""
+        return rows
 
     def corrupt(self, clean: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Adds noise for a training step.

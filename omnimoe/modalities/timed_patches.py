@@ -162,6 +162,11 @@ class DomainPatches(TimedPatches):
         """Targets in the form of the features, or ``(n, C)``, to ``(n, C)``."""
         return given if isinstance(given, Tensor) and given.ndim == 2 else self._spans(given)[0].flatten(0, 1)
 
+    def refilled(self, given: Any, rows: Tensor) -> Any:
+        """Spans in the form of ``given`` that hold ``rows (n, C)``."""
+        held, domains = self._spans(given)
+        return {"rows": rows.view_as(held), "domains": domains}
+
     def noise_of_rows(self, given: Any, timesteps: Tensor | None) -> Tensor | None:
         """``(n,)``, the time of each row of ``given``."""
         if timesteps is None:
