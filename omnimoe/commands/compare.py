@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("omnimoe-compare"), help="folder for curves, tables and runs")
     parser.add_argument("--device", default="cpu", help="where to train, such as cuda")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    add_settings(parser, without=("seed",), **DEFAULTS)
+    add_settings(parser, without=("seed", "freeze"), **DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> int:

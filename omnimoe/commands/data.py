@@ -1,4 +1,4 @@
-"""``omnimoe data build``, ``omnimoe data info`` and ``omnimoe data preview``."""
+"""``omnimoe data build``, ``retokenize``, ``info`` and ``preview``."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --tokenize: encode N varied versions of the training pictures and clips too, another one for each "
         "pass of a training",
     )
+    again = _action(actions, "retokenize", "write a corpus with its texts in another tokenizer's ids")
+    again.add_argument("data", nargs="?", default="p", help="a shipped corpus, or a folder of tokens")
+    again.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="NAME[:PATH]",
+        help="of the new ids: hf_text:PATH for a tokenizer.json, a folder, or the id of a model on the Hub",
+    )
+    again.add_argument("--out", type=Path, required=True, help="folder to write")
     info = _action(actions, "info", "what a corpus holds")
     info.add_argument("data", nargs="?", default="p", help="a shipped corpus, or a folder")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -62,8 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Builds, describes or shows."""
-    return {"build": _build, "info": _info, "preview": _preview}[args.action](args)
+    """Builds, writes anew, describes or shows."""
+    actions = {"build": _build, "retokenize": _retokenize, "info": _info, "preview": _preview}
+    return actions[args.action](args)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -85,6 +95,16 @@ def _build(args: argparse.Namespace) -> int:
         print("not all of it may be passed on: read what the licences page says of weights trained on it")
     print(f"look at it  omnimoe data preview {folder} --out preview")
     print(f"train on it omnimoe train mot_nano --data {folder} --out run")
+    return 0
+
+
+def _retokenize(args: argparse.Namespace) -> int:
+    from omnimoe.data import retokenize_corpus
+    from omnimoe.tokenizers import load_tokenizer
+
+    name, _, path = args.tokenizer.partition(":")
+    folder = retokenize_corpus(args.data, args.out, load_tokenizer(name, path or None))
+    print(f"corpus      {folder}\ntrain on it omnimoe train --from SEED --add image,speech --data {folder} --out run")
     return 0
 
 

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 from omnimoe.commands._settings import add_settings, read_device, read_settings
+from omnimoe.commands._upcycle import add_upcycling, check_options, checkpoint_of, grown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("model", help="a name of the zoo, or a JSON file that declares a model")
+    parser.add_argument("model", nargs="?", help="a name of the zoo, or a JSON file that declares a model")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints and the log")
     parser.add_argument("--resume", action="store_true", help="go on where the newest checkpoint in --out left off")
     parser.add_argument(
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=600.0, help="seconds to wait for other processes before giving them up"
     )
+    add_upcycling(parser)
     add_settings(parser)
 
 
@@ -35,30 +37,54 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, device) -> int:
-    from omnimoe.hub import add_model_config, load
+    from omnimoe.data import Corpus
     from omnimoe.train import Training, TrainSettings, load_settings
-    from omnimoe.train.checkpoint import restore
+    from omnimoe.train.checkpoint import load_checkpoint, restore
 
-    resume, is_there = args.resume, restore(args.out / "checkpoint")
+    check_options(args)
+    folder = args.out / "checkpoint"
+    resume, is_there = args.resume, restore(folder)
     if args.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume = resume or is_there
     if is_there and not resume:
         raise ValueError(f"{args.out} holds a checkpoint already; pass --resume to go on, or another --out")
-    settings = read_settings(args, load_settings(args.out / "checkpoint") if resume else TrainSettings())
-    name = args.model
-    if name.endswith(".json"):
-        if not Path(name).is_file():
-            raise ValueError(f"no file {name}; pass a name of the zoo or a JSON file that declares a model")
-        name = add_model_config(name)
-    training = Training(load(name, seed=settings.seed).to(device), settings, out=args.out, name=name)
+    seed = None if args.source is None else checkpoint_of(args.source)
+    # a seed's data go on where they were, so they are read as they were
+    base = load_settings(folder if resume else seed) if resume or seed is not None else TrainSettings()
+    settings = read_settings(args, base)
+    corpus, told = Corpus.load(settings.data), ""
+    if args.source is None:
+        model, name = _declared(args.model, settings.seed)
+    elif resume:
+        model, name = load_checkpoint(folder)[0], args.out.name
+    else:
+        (model, told), name = grown(args, corpus), args.out.name
+    training = Training(model.to(device), settings, corpus=corpus, out=args.out, name=name)
     if resume:
         training.resume()
+    elif seed is not None and not args.fresh_data:
+        training.follow(seed)
+    if training.processes.is_first and told:
+        place = f"go on after {training.batches.epoch:.3f} passes" if training.step_of_seed else "start at the front"
+        print(f"seed        {args.source}: {told}")
+        print(f"data        {place}; optimizer and schedule start anew")
     if training.processes.is_first and not training.model.config.is_causal:
         print("note: tokens of this model see later tokens, so next-token losses are not those of a generator")
     history = training.run()
     if training.processes.is_first:
         _report(training, history, args.out)
     return 130 if training.was_interrupted else 0
+
+
+def _declared(name: str, seed: int):
+    """A model by name or by file, with fresh weights."""
+    from omnimoe.hub import add_model_config, load
+
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise ValueError(f"no file {name}; pass a name of the zoo or a JSON file that declares a model")
+        name = add_model_config(name)
+    return load(name, seed=seed), name
 
 
 def _report(training, history, out: Path) -> None:

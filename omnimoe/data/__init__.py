@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy(
         "omnimoe.data.own": ("build_own",),
         "omnimoe.data.build": ("build_corpus",),
         "omnimoe.data.tokenize": ("tokenize_corpus",),
+        "omnimoe.data.retokenize": ("retokenize_corpus",),
         "omnimoe.data.splits": ("check_leaks", "LeakError"),
         "omnimoe.data.sources": ("Source", "SourceError", "fetch"),
     },

@@ -74,25 +74,25 @@ def tokenize_corpus(
     written = [value for kind, value in parts if kind == "text"]
     texts = list(dict.fromkeys([row["text"] for row in rows] + [document["text"] for document in documents] + written))
     text_index = {text: i for i, text in enumerate(texts)}
-    encoded = _encode(tokenizers["text"], texts, "text")
+    encoded = encode_all(tokenizers["text"], texts, "text")
     pictures, picture_index = _used(rows, parts, "image")
     clips, clip_index = _used(rows, parts, "audio")
     images = np.load(folder / "images.npy", mmap_mode="r")
     audio, offsets = np.load(folder / "audio.npy", mmap_mode="r"), np.load(folder / "audio_offsets.npy")
     sounds = [np.asarray(audio[offsets[i] : offsets[i + 1]]) for i in clips]
-    codes = _encode(tokenizers["image"], [images[i] for i in pictures], "pictures")
-    units = _encode(tokenizers["speech"], sounds, "speech")
+    codes = encode_all(tokenizers["image"], [images[i] for i in pictures], "pictures")
+    units = encode_all(tokenizers["speech"], sounds, "speech")
     shown = sorted({picture_index[row["image"]] for row in rows if row["split"] == "train" and row["image"] >= 0})
     heard = sorted({clip_index[row["audio"]] for row in rows if row["split"] == "train" and row["audio"] >= 0})
     varied: dict[str, np.ndarray] = {}
     for number in range(1, versions + 1):
         drawn = [vary_picture(images[pictures[i]], np.random.default_rng([number, 0, i])) for i in shown]
-        seen = dict(zip(shown, _encode(tokenizers["image"], drawn, f"pictures, version {number}"), strict=True))
+        seen = dict(zip(shown, encode_all(tokenizers["image"], drawn, f"pictures, version {number}"), strict=True))
         other = [seen.get(i, held) for i, held in enumerate(codes)]
         varied[f"image_{number}_values"] = _codes(other, tokenizers["image"])
         faster = [vary_clip(sounds[i], np.random.default_rng([number, 1, i])) for i in heard]
-        said = dict(zip(heard, _encode(tokenizers["speech"], faster, f"speech, version {number}"), strict=True))
-        varied |= _ragged(f"speech_{number}", [said.get(i, held) for i, held in enumerate(units)])
+        said = dict(zip(heard, encode_all(tokenizers["speech"], faster, f"speech, version {number}"), strict=True))
+        varied |= ragged(f"speech_{number}", [said.get(i, held) for i, held in enumerate(units)])
 
     names = {
         "languages": _names(rows, "lang"),
@@ -103,8 +103,8 @@ def tokenize_corpus(
     }
     place = {kind: {value: i for i, value in enumerate(values)} for kind, values in names.items()}
     arrays: dict[str, Any] = {
-        **_ragged("text", encoded),
-        **_ragged("speech", units),
+        **ragged("text", encoded),
+        **ragged("speech", units),
         "image_values": _codes(codes, tokenizers["image"]),
         "row_text": _column(text_index[row["text"]] for row in rows),
         "row_image": _column(picture_index.get(row["image"], -1) for row in rows),
@@ -154,7 +154,8 @@ def _about(folder: Path) -> dict[str, Any]:
     return {"name": "p", "permissive": True, "told": "en", "shares_concepts": False, "own_splits": False, **said}
 
 
-def _encode(tokenizer: Tokenizer, raws: list[Any], what: str, batch: int = 64) -> list[np.ndarray]:
+def encode_all(tokenizer: Tokenizer, raws: list[Any], what: str, batch: int = 64) -> list[np.ndarray]:
+    """Ids of each, with a bar called by ``what`` they are."""
     if not hasattr(tokenizer, "encode_batch"):
         return [np.asarray(tokenizer.encode(raw)) for raw in tqdm(raws, desc=f"tokens of {what}", disable=None)]
     encoded: list[np.ndarray] = []
@@ -229,7 +230,12 @@ def _codes(codes: list[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
     return np.stack(codes).astype(np.uint16) if codes else np.zeros((0, tokenizer.num_tokens or 0), np.uint16)
 
 
-def _ragged(name: str, items: list[np.ndarray]) -> dict[str, np.ndarray]:
+def ragged(name: str, items: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Sequences as the arrays of a file of tokens.
+
+    Raises:
+        CorpusError: if an id does not fit.
+    """
     values = np.concatenate(items) if items else np.zeros(0, np.int64)
     if values.size and int(values.max()) > np.iinfo(np.uint16).max:
         raise CorpusError(f"{name} has id {int(values.max())}; ids above 65535 do not fit the file format")

@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from omnimoe.data import Corpus
+from omnimoe.freeze import freeze
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.routing_trace import record_routing
-from omnimoe.train.checkpoint import ResumeError, load_checkpoint, save_checkpoint
+from omnimoe.train.checkpoint import ResumeError, load_checkpoint, load_state, save_checkpoint
 from omnimoe.train.data import Batch, held_out_batches, training_batches
 from omnimoe.train.evaluation import evaluate
 from omnimoe.train.log import RunLog
@@ -101,12 +102,15 @@ class Training:
         self.device = next(model.parameters()).device
         self.batches = training_batches(model.config, settings, self.corpus)
         self.held_out = held_out_batches(model.config, settings, self.corpus)
+        if settings.frozen:
+            freeze(model, settings.frozen)
         self.optimizer = make_optimizer(model, settings)
         self.processes = Processes.current()
         self.processes.check(settings.batch_size)
         self.step = 0
         self.history = History()
         self._stop_requested = self._stop_agreed = False
+        self._follows: dict[str, Any] = {}
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
         if settings.checkpoint_activations:
@@ -131,7 +135,8 @@ class Training:
         if folder is None:
             raise ResumeError("a run without a folder keeps no checkpoint to resume; give it out=")
         saved, state = load_checkpoint(folder)
-        was, now = state["settings"], self.settings.to_dict()
+        # read again, so that settings from before a field was there have its default
+        was, now = TrainSettings.from_dict(state["settings"]).to_dict(), self.settings.to_dict()
         changed = [key for key in now if key not in REPORTING and was.get(key) != now[key]]
         if changed:
             told = ", ".join(f"{key} was {was.get(key)!r} and is {now[key]!r}" for key in changed)
@@ -147,6 +152,28 @@ class Training:
         self.history = History(**state["history"])
         self._sums, self._counts = state["running"]
         self._resume_random(state["rng"])
+
+    def follow(self, checkpoint: Path | str) -> None:
+        """Takes up the data where another run's checkpoint left them; optimizer, schedule and steps start anew.
+
+        For a model that was started from that checkpoint: what the seed has seen is not shown again before the rest.
+
+        Args:
+            checkpoint: its folder.
+
+        Raises:
+            ResumeError: if it has no state of a run.
+            SequenceError: if that run read other data, or read them otherwise.
+        """
+        state = load_state(Path(checkpoint))
+        self.batches.load_state_dict(state["data"])
+        place = {"epoch": round(self.batches.epoch, 6), "tokens": state["history"]["tokens"], "step": state["step"]}
+        self._follows = {"checkpoint": str(checkpoint), **place}
+
+    @property
+    def step_of_seed(self) -> int:
+        """The step of the run whose data this one goes on with; 0 where it follows none."""
+        return self._follows.get("step", 0)
 
     def _resume_random(self, states: list[dict[str, Any]]) -> None:
         rank, world_size = self.processes.rank, self.processes.world_size
@@ -217,6 +244,8 @@ class Training:
         if self.step == 0:
             torch.manual_seed(settings.seed + self.processes.rank)
         with closing(log), self._interruptible(), bar:
+            if self.step == 0 and self._follows:
+                log.write(0, "follows", self._follows)
             if self.step == 0 and self.held_out and not self.history.steps:
                 self._evaluate(log)
             while self.step < last and not self._is_over:

@@ -53,6 +53,8 @@ class TrainSettings(Config):
     noise: str = ""
     """Share of a modality's input tokens that are replaced by random ones of it in training, as in
     image=0.1,speech=0.25; labels stay. It keeps a model with few data from learning them by heart."""
+    freeze: str = ""
+    """Keys whose weights stay as they are, as in text or text,image; see :func:`omnimoe.freeze`."""
     seed: int = 0
     """Seed of weights and data order."""
     evaluate_every: int = 100
@@ -105,6 +107,11 @@ class TrainSettings(Config):
     def noise_shares(self) -> dict[str, float]:
         """:attr:`noise` as modality to share."""
         return _read_mixture(self.noise, "noise")
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """:attr:`freeze` as names."""
+        return tuple(filter(None, (name.strip() for name in self.freeze.split(","))))
 
     @property
     def tokens_per_step(self) -> int:
