@@ -312,7 +312,7 @@ class ParallelMixin:
         if distributed_config is not None and (distributed_config.pp_size or 1) > 1:
             raise ParallelError(
                 f"pp_size={distributed_config.pp_size} cuts models by names of layers that this one does not have; "
-                "take omnimoe.pipeline.pipeline_stage with torch.distributed.pipelining, or tp_size, ep_size, fsdp_size"
+                "take omnimoe.stages.pipeline_stage with torch.distributed.pipelining, or tp_size, ep_size, fsdp_size"
             )
         banks = []
         if mesh_manager is not None and distributed_config.ep_size > 1:

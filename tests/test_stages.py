@@ -9,8 +9,8 @@ from torch import Tensor
 from omnimoe.inputs import InputError
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.parallel import ParallelError
-from omnimoe.pipeline import Stage, pipeline_stage
 from omnimoe.routers import HashRouter
+from omnimoe.stages import Stage, pipeline_stage
 from tests.declarations import DECLARATIONS, DENSE, build, ids_like, routed
 
 CUT = sorted(set(DECLARATIONS) - {"dense_tied", "transfusion"})
@@ -123,5 +123,5 @@ def test_a_size_of_transformers_own_pipeline_is_refused(monkeypatch):
     from transformers.distributed import DistributedConfig
 
     config = DistributedConfig(pp_size=2)
-    with pytest.raises(ParallelError, match="pp_size=2.*take omnimoe.pipeline.pipeline_stage"):
+    with pytest.raises(ParallelError, match="pp_size=2.*take omnimoe.stages.pipeline_stage"):
         OmniMoeForCausalLM.maybe_distribute_model(build(DENSE), config, object())

@@ -22,7 +22,7 @@ from transformers.distributed import DistributedConfig
 
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.parallel import ParallelError
-from omnimoe.pipeline import pipeline_stage
+from omnimoe.stages import pipeline_stage
 from tests.declarations import DECLARATIONS, build, ids_like
 
 CASES: dict[str, Callable[[Path], None]] = {}
@@ -266,7 +266,7 @@ def refusals(folder: Path, kind: str) -> None:
         ("odd", {"tp_size": 2}, "3 query heads and 3 key heads cannot be split over 2 ranks; take a tp_size"),
         (kind, {"tp_size": 2, "tp_plan": gone}, "match nothing"),
         (kind, {"tp_size": 2, "ep_size": 2}, "has no `ep_plan`"),
-        (kind, {"pp_size": 2}, "pp_size=2 cuts models by .*; take omnimoe.pipeline.pipeline_stage"),
+        (kind, {"pp_size": 2}, "pp_size=2 cuts models by .*; take omnimoe.stages.pipeline_stage"),
     ):
         with pytest.raises(ValueError, match=message):
             OmniMoeForCausalLM.from_pretrained(folder / name, distributed_config=DistributedConfig(**settings))
