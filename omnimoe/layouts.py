@@ -164,14 +164,22 @@ class Layout:
                 part = given[kept[mine]]
                 if len(part):
                     features[name] = part
-            elif chosen := _spans_in(mine, kept):
+            elif chosen := _spans_in(mine, kept, self._num_tokens(name)):
                 features[name] = _chosen(given, chosen)
         return self.rows[kept[held]], shapes, features
 
+    def _num_tokens(self, name: str) -> int | None:
+        """Positions of every span of a modality, where that is fixed."""
+        return self.config.modalities[self.config.modality_names.index(name)].num_tokens
 
-def _spans_in(held: Tensor, kept: Tensor) -> list[int]:
-    """Which runs of ``held (B, T)`` stand at ``kept``, in order of batch and time."""
+
+def _spans_in(held: Tensor, kept: Tensor, length: int | None = None) -> list[int]:
+    """Which spans of ``held (B, T)`` stand at ``kept``, in order of batch and time: runs, cut into pieces of ``length``
+    where that is fixed."""
     starts = held & ~F.pad(held[:, :-1], (1, 0))
+    if length is not None:
+        place = torch.arange(held.shape[1], device=held.device).expand_as(held)
+        starts = held & ((place - torch.where(starts, place, 0).cummax(dim=1).values) % length == 0)
     whole = kept[starts]
     if bool((kept[held] != whole[starts.flatten().cumsum(0).view_as(held)[held] - 1]).any()):
         raise InputError("a picture would be cut in two; leave use_cache out")

@@ -25,6 +25,14 @@ TOWERS = (0, 0, 1, 1)
 SEEN, STATE, ACTION = 100, 101, 102
 """Ids that stand at the positions of pictures, states and actions: ``<unused93>`` to ``<unused95>`` of Gemma's words.
 The id that transformers puts there, 257152, lies outside of the table."""
+BESIDE = (
+    "policy_preprocessor.json",
+    "policy_preprocessor_step_5_normalizer_processor.safetensors",
+    "policy_postprocessor.json",
+    "policy_postprocessor_step_0_unnormalizer_processor.safetensors",
+    "processor_config.json",
+)
+"""Files with the scales of a robot."""
 PREFIX = "model.paligemma_with_expert."
 VARIANTS = {
     "gemma_2b": {"hidden_size": 2048, "intermediate_size": 16_384},
@@ -222,6 +230,7 @@ PI0 = register_converter(
         spellings=SPELLINGS,
         tied=repeated,
         filled=unread,
+        beside=BESIDE,
         notice="grown from PaliGemma, whose Gemma terms restrict some uses",
     )
 )
