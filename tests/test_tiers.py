@@ -66,7 +66,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
         "steps",
     ),
     "classifier": ("model",),
-    "pipeline": ("model",),
+    "stages": ("model",),
     "shrink": ("model", "encoders"),
     "export": ("model",),
     "closest": ("checkpoint", "model"),
