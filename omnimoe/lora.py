@@ -67,7 +67,8 @@ def lora_targets(
         ``target_modules``, ``target_parameters`` and, as said above, ``inference_mode``.
 
     Raises:
-        ValueError: if a tower or a site is unknown, nothing is left, or a bank is quantised.
+        ValueError: if a tower or a site is unknown, nothing is left, a bank is quantised, or the head is the embedding
+            too.
 
     Example:
         >>> from omnimoe import load
@@ -225,7 +226,13 @@ def _chosen_sites(model: nn.Module, sites: Iterable[str] | None) -> list[_Site]:
     unknown = sorted(wanted - known)
     if unknown:
         raise ValueError(f"unknown site {unknown[0]!r}; the sites of this model are {', '.join(sorted(known))}")
-    return [site for site in found if site.labels & wanted]
+    chosen = [site for site in found if site.labels & wanted]
+    if _config(model).tie_word_embeddings and any("lm_head" in site.labels for site in chosen):
+        raise ValueError(
+            "lm_head is the embedding too (tie_word_embeddings), and an adapter that is merged would change both; "
+            "leave it out, or adapt a model that was made with tie_word_embeddings=False"
+        )
+    return chosen
 
 
 def _sites(model: nn.Module) -> Iterator[_Site]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import Trainer, TrainingArguments
 
 from omnimoe import CheckpointError, from_pretrained, lora_targets
 from omnimoe.model_card import MARK
-from tests.declarations import MOT, build
+from tests.declarations import MOT, build, ids_like
 from tests.hub.conftest import same
 from tests.hub.server import Fault
 
@@ -172,6 +173,19 @@ def test_a_save_into_no_folder(model, folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="save_directory must be a folder, got .*; '.' is the current one"):
         model.save_pretrained(folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_trainer_pushes_what_it_saves(writer, tmp_path):
+    """Its card takes the place of ours; what the manifest lists is there."""
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": row, "labels": row} for row in ids_like(MOT, 4, 6)]
+    given = {"max_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path / "run"), push_to_hub=True, hub_model_id=NAME, **given)
+    trainer = Trainer(build(MOT), arguments, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub()
+    assert same(from_pretrained(NAME, verify=True), trainer.model)
+    assert b"generated_from_trainer" in writer.repositories[NAME].files()["README.md"]
 
 
 def test_adapters_by_their_id(writer, model, tmp_path):

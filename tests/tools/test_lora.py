@@ -133,6 +133,18 @@ class TestSavedReloadedMerged:
         ids = ids_like(config)
         assert torch.equal(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
+    def test_the_head(self, tmp_path):
+        """One that is the embedding too is refused: merged, an adapter would change what enters."""
+        config = DECLARATIONS["dense"]
+        ids = ids_like(config)
+        model = adapted(build(config), sites=["lm_head"], init_lora_weights=False)
+        found = model(ids).logits
+        assert not torch.allclose(found, build(config)(ids).logits, atol=1e-2)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, found)
+        merged.save_pretrained(tmp_path)
+        torch.testing.assert_close(from_pretrained(tmp_path)(ids).logits, found)
+
     @pytest.mark.parametrize("way", ["load_adapter", "the Auto class", "from_pretrained"])
     def test_transformers_and_omnimoe_read_it_too(self, way, tmp_path):
         config = DECLARATIONS["moma"]
@@ -315,6 +327,11 @@ class TestRefusals:
             ("mot_post", {"sites": []}, "sites must be a list"),
             ("mot_post", {"sites": ["router"]}, "unknown site 'router'"),
             ("chameleon", {"towers": ["image"], "bias": "all"}, "bias='all' trains the biases of every tower"),
+            (
+                "dense_tied",
+                {"sites": ["lm_head"]},
+                r"lm_head is the embedding too \(tie_word_embeddings\).*leave it out",
+            ),
             ("dense", {"towers": ["image"]}, "an adapter of image alone has no place; leave towers out"),
             ("moe", {"towers": ["image"]}, r"every weight of the chosen sites \(model.backbone.layers.0"),
         ],
