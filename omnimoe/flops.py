@@ -278,7 +278,9 @@ def _grouped_formula(left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * left[-2] * left[-1] * right[-1]
 
 
-def _compiled_formula(x: Any, weight: Any, offsets: Any, bias: Any, index: Any, *args: Any, **kwargs: Any) -> int:
+def _compiled_formula(
+    x: Any, weight: Any, offsets: Any, bias: Any = None, index: Any = None, *args: Any, **kwargs: Any
+) -> int:
     return 2 * (index or x)[0] * weight[1] * weight[2]
 
 

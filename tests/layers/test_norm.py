@@ -28,6 +28,19 @@ def test_rms_norm_scales_each_row_by_the_copy_of_its_key(towers, shape):
 
 
 @pytest.mark.parametrize("towers", TOWERS, ids=str)
+def test_a_scale_kept_as_a_difference_from_one_starts_at_zero_and_is_multiplied_in_float32(towers):
+    layer = BankRMSNorm(towers, 8, 1e-4, offset=1.0)
+    assert not layer.weight.any()
+    shaken(layer)
+    x = torch.randn(5, 8).bfloat16()
+    y = layer(x, ROWS)
+    assert y.dtype == torch.bfloat16
+    for row, key in enumerate(ROWS.key_ids.tolist()):
+        wanted = F.rms_norm(x[row].float(), (8,), 1 + layer.weight[towers[key]], 1e-4)
+        assert torch.equal(y[row], wanted.bfloat16())
+
+
+@pytest.mark.parametrize("towers", TOWERS, ids=str)
 def test_head_norm_is_a_layer_norm_of_each_head_with_its_own_scale(towers):
     layer, x = shaken(BankHeadLayerNorm(towers, 3, 4, 1e-4)), torch.randn(5, 3, 4)
     y = layer(x, ROWS)

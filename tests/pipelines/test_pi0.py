@@ -1,0 +1,184 @@
+"""A whole pi0 folder at a tiny size, from pictures, words and states to actions."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as Model
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Sequence, Split
+
+from omnimoe import CheckpointError, convert_checkpoint
+from omnimoe.pipelines import find_pipeline
+from omnimoe.pipelines.pi0 import Pi0, Scale, on_square, read_scales, training_times
+from omnimoe.tokenizers.hf_text import HfTextTokenizer
+from omnimoe.zoo.pi0.convert import ACTION, SEEN, STATE
+from tests.zoo.pi0.peer import TINY, equal_weights, make_peer, published, save_published
+
+PLAIN = published(**TINY)
+WORDS = {word: place for place, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "\n", " ", "pick", "up", "cup"])}
+NORMALIZER = "policy_preprocessor_step_5_normalizer_processor.safetensors"
+
+
+def words() -> HfTextTokenizer:
+    model = Model(WordLevel(WORDS, unk_token="<unk>"))
+    model.pre_tokenizer = Sequence([Split(" ", "isolated"), Split("\n", "isolated")])
+    return HfTextTokenizer(HfTextTokenizer.Config(add_markers=False), model=model)
+
+
+@pytest.fixture(scope="module")
+def peer():
+    torch.manual_seed(0)
+    return make_peer(PLAIN)
+
+
+@pytest.fixture(scope="module")
+def pi0(peer) -> Pi0:
+    return Pi0(equal_weights(peer, PLAIN), words())
+
+
+@pytest.fixture(scope="module")
+def folder(peer, tmp_path_factory):
+    made = tmp_path_factory.mktemp("published") / "pi0"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps(PLAIN))
+    save_published(peer, made / "model.safetensors")
+    words().model.save(str(made / "tokenizer.json"))
+    numbers = {"mean": torch.tensor([1.0, 2.0, 3.0]), "std": torch.tensor([0.5, 1.0, 2.0])}
+    held = {f"{key}.{name}": rows.clone() for key in ("observation.state", "action") for name, rows in numbers.items()}
+    save_file(held, made / NORMALIZER)
+    return made
+
+
+def picture(seed: int, tall: int = 28, wide: int = 28) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (tall, wide, 3), dtype=np.uint8)
+
+
+def test_actions_are_those_of_the_reference(pi0, peer):
+    """Samples of several cameras and words of several lengths in one call, without a padding in the reference."""
+    pictures = [[picture(0), picture(1)], [picture(2)]]
+    states = np.random.default_rng(3).normal(size=(2, 4))
+    noise = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    found = pi0.act(pictures, ["pick up cup", "cup"], states, noise=noise)
+    assert found.shape == (2, 5, 7)
+    for row, cameras in enumerate(pictures):
+        ids = [PLAIN["vlm_config"]["image_token_index"]] * (4 * len(cameras))
+        ids += [2, *pi0.tokenizer.encode(("pick up cup\n", "cup\n")[row]).tolist()]
+        pixels = torch.stack([torch.from_numpy(seen).permute(2, 0, 1) / 255 * 2 - 1 for seen in cameras])
+        wanted = peer.sample_actions(
+            state=torch.cat((torch.tensor(states[row], dtype=torch.float32), torch.zeros(2)))[None],
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            pixel_values=pixels[None],
+            pixel_attention_mask=torch.ones(1, len(cameras), dtype=torch.bool),
+            noise=noise[row : row + 1],
+        )
+        assert float((found[row] - wanted[0]).norm() / wanted.norm()) < 1e-5
+
+
+def test_a_sample_has_its_noise_whatever_it_is_drawn_with(pi0):
+    both = pi0.act([[picture(0)], [picture(1)]], ["cup", "pick up cup"], np.ones((2, 6)), seed=3, steps=2)
+    second = pi0.act([[picture(1)]], ["pick up cup"], np.ones((1, 6)), seed=4, steps=2)
+    torch.testing.assert_close(both[1:], second, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(both[0], both[1])
+
+
+def test_a_layout_is_pictures_words_state_and_actions(pi0):
+    batch = pi0.batch([[picture(0)]], ["pick_up\ncup "], torch.ones(1, 6))
+    said = pi0.tokenizer.encode("pick up cup\n").tolist()
+    assert batch["input_ids"].tolist() == [[SEEN] * 4 + [2, *said, STATE] + [ACTION] * 5]
+    assert batch["attention_mask"].all()
+
+
+def test_a_folder_with_the_scales_of_a_robot(folder, pi0, tmp_path):
+    assert find_pipeline(folder) == (Pi0, str(folder))
+    loaded = Pi0.from_pretrained(folder)
+    states, noise = torch.tensor([[1.5, 2.0, 5.0]]), torch.randn(1, 5, 7)
+    found = loaded.act([[picture(0)]], ["cup"], states, noise=noise)
+    plain = pi0.act([[picture(0)]], ["cup"], torch.tensor([[1.0, 0.0, 1.0]]), noise=noise)
+    torch.testing.assert_close(found, plain[..., :3] * loaded.action.std + loaded.action.mean, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"states must be \(B, 3\)"):
+        loaded.act([[picture(0)]], ["cup"], torch.ones(1, 6))
+    convert_checkpoint(folder, tmp_path / "ours")
+    again = Pi0.from_pretrained(tmp_path / "ours", tokenizer=words())
+    assert torch.equal(again.act([[picture(0)]], ["cup"], states, noise=noise), found)
+
+
+def test_scales_of_the_processor_of_transformers(tmp_path):
+    assert read_scales(tmp_path) == {}
+    plain = {"state_mean": [0.0, 1.0], "state_std": [1.0, 2.0], "actions_mean": None, "actions_std": None}
+    (tmp_path / "processor_config.json").write_text(json.dumps(plain))
+    (scale,) = read_scales(tmp_path).values()
+    torch.testing.assert_close(scale.into(torch.tensor([[1.0, 5.0]])), torch.tensor([[1.0, 2.0]]))
+    (tmp_path / "processor_config.json").write_text(json.dumps({**plain, "state_std": [1.0]}))
+    with pytest.raises(CheckpointError, match="scales of states and actions"):
+        read_scales(tmp_path)
+
+
+def test_a_scale_and_its_inverse():
+    scale, x = Scale([1.0, -2.0], [0.5, 0.0]), torch.tensor([[3.0, -2.0]])
+    torch.testing.assert_close(scale.back(torch.nn.functional.pad(scale.into(x), (0, 3))), x)
+    with pytest.raises(ValueError, match="std not negative"):
+        Scale([1.0], [-1.0])
+
+
+@pytest.mark.parametrize(("tall", "wide"), [(28, 28), (56, 28), (20, 61), (7, 14)])
+def test_a_picture_on_a_black_square(tall, wide):
+    seen = picture(0, tall, wide)
+    found = on_square(Image.fromarray(seen), 28)
+    assert found.shape == (28, 28, 3)
+    ratio = max(tall, wide) / 28
+    high, broad = int(tall / ratio), int(wide / ratio)
+    top, left = (28 - high) // 2, (28 - broad) // 2
+    assert (found[:top] == -1).all()
+    assert (found[top + high :] == -1).all()
+    assert (found[:, :left] == -1).all()
+    assert (found[:, left + broad :] == -1).all()
+    for row in range(high):  # the four pixels around each centre, weighed by their distance
+        for column in range(broad):
+            at = [
+                min(max((place + 0.5) * size / count - 0.5, 0), size - 1)
+                for place, size, count in ((row, tall, high), (column, wide, broad))
+            ]
+            low = [int(place) for place in at]
+            value = np.zeros(3)
+            for down in (0, 1):
+                for right in (0, 1):
+                    near = seen[min(low[0] + down, tall - 1), min(low[1] + right, wide - 1)]
+                    share = abs(1 - down - (at[0] - low[0])) * abs(1 - right - (at[1] - low[1]))
+                    value += share * near
+            np.testing.assert_allclose(found[top + row, left + column], value / 255 * 2 - 1, atol=1e-4)
+
+
+def test_times_of_training_are_beta():
+    times = training_times(40_000, torch.Generator().manual_seed(0))
+    assert 0.001 <= float(times.min()) < float(times.max()) <= 1.0
+    beta = torch.distributions.Beta(1.5, 1.0)
+    assert float(times.mean()) == pytest.approx(0.999 * float(beta.mean) + 0.001, abs=5e-3)
+    assert float(times.std()) == pytest.approx(0.999 * float(beta.stddev), abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (([[picture(0)]], "cup", np.ones((1, 6))), "must be lists"),
+        (([[picture(0)]], ["cup", "up"], np.ones((2, 6))), "got 1 lists of pictures, 2 instructions"),
+        (([[picture(0)]], ["cup"], np.ones(6)), r"states \(6,\)"),
+        (([[picture(0)]], ["cup"], np.ones((1, 9))), "at most 6 numbers"),
+        (([[picture(0)]], ["cup " * 40], np.ones((1, 6))), "trained with at most 48; say it shorter"),
+        (([], [], np.ones((0, 6))), "for each sample"),
+    ],
+)
+def test_samples_that_mean_nothing(pi0, given, told):
+    with pytest.raises(ValueError, match=told):
+        pi0.act(*given)
+
+
+def test_noise_of_another_shape(pi0):
+    with pytest.raises(ValueError, match=r"noise must be \(1, 5, 7\)"):
+        pi0.act([[picture(0)]], ["cup"], np.ones((1, 6)), noise=torch.zeros(5, 7))
