@@ -163,9 +163,13 @@ BAD_FEATURES = {
 @pytest.mark.parametrize("case", marked(BAD_FEATURES))
 def test_bad_features_are_refused(latent, case):
     given, message = BAD_FEATURES[case]
+    fitting = {"input_ids": LATENT_IDS, "features": {"latent": torch.ones(2, 6)}}
+    before = latent(**fitting).logits
     with pytest.raises(InputError) as caught:
         latent(LATENT_IDS, **given)
     assert message in str(caught.value)
+    assert torch.equal(latent(**fitting).logits, before)
+    assert all(parameter.grad is None for parameter in latent.parameters())
 
 
 def test_a_model_with_keys_of_its_own_asks_for_them():

@@ -47,6 +47,7 @@ def test_malformed_name_raises_and_files_nothing(shapes, name):
 def test_a_name_that_is_no_string_raises(shapes, name):
     with pytest.raises(RegistryError, match=r"write register\(name\)"):
         shapes.register(name)
+    assert shapes.names() == ["circle"]
 
 
 @pytest.mark.hazard(30)

@@ -144,8 +144,9 @@ def test_killed_again_at_every_step_of_the_load_that_ends_it(saved, newer, tmp_p
         publishing._move = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
         newer.save_pretrained(saved, max_shard_size="12KB")
 
-    with pytest.raises(ChildError):
+    with pytest.raises(ChildError) as error:
         in_child(die_sealed)
+    assert error.value.signal == signal.SIGKILL
     assert (saved / SEALED / MANIFEST).exists()
     whole = shutil.copytree(saved, tmp_path / "counted")
     steps = steps_of(lambda: settle(whole))

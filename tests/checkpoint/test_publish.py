@@ -52,7 +52,7 @@ def test_what_a_failed_save_could_not_remove_goes_with_the_next(saved, newer, mo
     foreign.mkdir()
     monkeypatch.setattr(modeling_utils, "safe_save_file", lambda *args, **kwargs: 1 / 0)
     monkeypatch.setattr(publishing.shutil, "rmtree", lambda *args, **kwargs: None)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError, match="division by zero"):
         newer.save_pretrained(saved)
     monkeypatch.undo()
     assert len(left_behind(saved)) == 2

@@ -91,8 +91,11 @@ def test_nothing_of_the_step_is_held_by_the_error(corpus):
 
     # in the place of hooks, which hold what they are given themselves
     first.forward, second.mlp.forward = forward, allocate
-    with pytest.raises(OutOfMemoryError) as caught:
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    with pytest.raises(OutOfMemoryError, match="out of memory at step 1: a step needs about ") as caught:
         run.run()
+    assert same_tensors(dict(run.model.state_dict()), before)
+    assert run.step == 0
     assert caught.value.__cause__ is not None
     # the first is of the step, the second of the few tokens of the estimate
     assert len(kept) == 2

@@ -58,10 +58,12 @@ def test_a_router_is_not_blamed_for_what_reaches_it(corpus):
     run = training(corpus, "top_k", evaluate_batches=0)
     with torch.no_grad():
         run.model.model.backbone.layers[0].self_attn.o_proj.weight.fill_(float("nan"))
+    before = state_of(run)
     with pytest.raises(
         RouterError, match="layer 0 .* at step 1 for text .*; its weights are finite, so what reaches it"
     ):
         run.run()
+    assert same_tensors(state_of(run), before)
 
 
 def test_one_of_several_forwards_is_enough(corpus):
@@ -72,9 +74,11 @@ def test_one_of_several_forwards_is_enough(corpus):
         return out * float("nan") if len(forwards) == 2 else out
 
     run.model.model.backbone.layers[1].mlp.router.routers[2].scorer.register_forward_hook(once)
+    before = state_of(run)
     with pytest.raises(RouterError, match=r"layer 1 .* for speech \("):
         run.run()
     assert len(forwards) == 3
+    assert same_tensors(state_of(run), before)
 
 
 def test_a_warning_goes_on_and_off_does_not_look(corpus, caplog):
@@ -89,15 +93,20 @@ def test_a_warning_goes_on_and_off_does_not_look(corpus, caplog):
     assert same_tensors(dict(quiet.model.state_dict()), dict(warned.model.state_dict()))
     raising = training(corpus, "expert_choice", steps=2)
     spoil(raising, 3e38)
-    with pytest.raises(RouterError, match="layer 1"):
+    before = state_of(raising)
+    with pytest.raises(RouterError, match="the router of layer 1 is not finite at step 1 for image"):
         raising.run()
+    assert same_tensors(state_of(raising), before)
 
 
 def test_a_run_may_be_resumed_with_another_way_to_treat_routers(corpus, tmp_path):
     training(corpus, "top_k", out=tmp_path).run(until=2)
     training(corpus, "top_k", out=tmp_path, router_nan="off").resume()
+    other = training(corpus, "top_k", out=tmp_path, noise="image=0.1")
+    before = state_of(other)
     with pytest.raises(ResumeError, match="noise was"):
-        training(corpus, "top_k", out=tmp_path, noise="image=0.1").resume()
+        other.resume()
+    assert same_tensors(state_of(other), before)
 
 
 def test_an_unknown_way_is_refused(corpus):
@@ -147,8 +156,10 @@ def test_ids_out_of_range_are_refused_before_they_reach_a_device(corpus, wrong):
 def test_a_step_that_is_no_number_leaves_its_batches_for_the_next(corpus):
     run = training(corpus, evaluate_batches=0)
     hook = run.model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = state_of(run)
     with pytest.raises(TrainingError, match="norm of the gradient"):
         run.run()
+    assert same_tensors(state_of(run), before)
     hook.remove()
     run.run()
     whole = training(corpus, evaluate_batches=0)
