@@ -17,7 +17,7 @@ def test_the_code_runs_from_top_to_bottom(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)  # noqa: S102 - our own page
     assert "torch.int8" in capsys.readouterr().out
