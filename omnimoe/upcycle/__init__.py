@@ -2,7 +2,7 @@
 
 from omnimoe.upcycle import experts as _experts  # noqa: F401 - it says where experts start
 from omnimoe.upcycle.keys import extend_keys
-from omnimoe.upcycle.report import Measured, UpcycledWeight, UpcycleReport
+from omnimoe.upcycle.report import Measured, UpcycledWeight, UpcycleReport, measure
 from omnimoe.upcycle.sources import Change, Choices, Plan, Start, start_of
 from omnimoe.upcycle.start import upcycle
 from omnimoe.upcycle.vocabulary import Vocabulary
@@ -17,6 +17,7 @@ __all__ = [
     "UpcycledWeight",
     "Vocabulary",
     "extend_keys",
+    "measure",
     "start_of",
     "upcycle",
 ]

@@ -1,0 +1,157 @@
+"""Whether an upcycled model beats the same architecture from scratch, at equal FLOPs in all, the seed's counted.
+
+A dense seed is trained, grown into experts by modality and trained on: optimizer and schedule anew, the data going on.
+The same architecture is trained from fresh weights on the same data for as many steps as the same FLOPs allow. Each of
+the three has a whole schedule of its own.
+
+    python benchmarks/upcycle_flops.py --seed-steps 200 --steps 400 --seeds 3 --out result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import omnimoe
+from omnimoe import OmniMoeForCausalLM, load, upcycle
+from omnimoe.data import Corpus
+from omnimoe.flops import flops
+from omnimoe.routers import ExpertChoiceRouter
+from omnimoe.train import History, Training, TrainSettings
+
+WAYS: dict[str, dict[str, Any]] = {
+    "experts": {"experts": {"text": 4, "image": 4, "speech": 4}},
+    "moma": {
+        "experts": {"text": 4, "image": 4, "speech": 4},
+        "router": ExpertChoiceRouter.Config(gumbel_noise=1.0),
+    },
+    "towers": {"towers": "modality"},
+}
+"""Token choice of two, MoMa's expert choice of one, and towers without experts."""
+
+
+def trained(
+    model: OmniMoeForCausalLM, settings: TrainSettings, corpus: Corpus, out: Path, *, follows: Path | None = None
+) -> History:
+    """A run, on the data after another's where ``follows`` names it."""
+    run = Training(model, settings, corpus=corpus, out=out, name=out.name)
+    if follows is not None:
+        run.follow(follows / "checkpoint")
+    return run.run()
+
+
+def compare(args: argparse.Namespace, corpus: Corpus, seed: int, folder: Path) -> dict[str, Any]:
+    """The three runs of one random seed: curves over training FLOPs, forward and backward."""
+    changes = {"num_layers": args.num_layers} if args.num_layers else {}
+    shared = TrainSettings(
+        data=args.data,
+        batch_size=args.batch_size,
+        sequence_length=args.sequence_length,
+        learning_rate=args.lr,
+        evaluate_batches=args.evaluate_batches,
+        evaluate_every=args.evaluate_every,
+        text_share=args.text_share,
+        precision=args.precision,
+        steps=args.seed_steps,
+        warmup=min(args.warmup, args.seed_steps),
+        seed=seed,
+    )
+    first = load(args.model, seed=seed, **changes)
+    before = trained(first, shared, corpus, folder / "seed")
+    grown, report = upcycle(first.eval(), rng_seed=seed, return_report=True, **WAYS[args.way])
+    batch = Training(first, shared, corpus=corpus, show_progress=False).held_out[0]
+    costs = [3 * flops(model, batch).per_token * shared.tokens_per_step for model in (first, grown)]
+    fresh = load(args.model, seed=seed, **{**changes, **_parts(grown)})
+    budget = args.seed_steps * costs[0] + args.steps * costs[1]
+    settings = shared.replace(steps=args.steps, warmup=min(args.warmup, args.steps))
+    after = trained(grown, settings, corpus, folder / "upcycled", follows=folder / "seed")
+    whole = shared.replace(steps=max(1, round(budget / costs[1])), warmup=args.warmup)
+    scratch = trained(fresh, whole, corpus, folder / "scratch")
+    curves = {
+        "seed": _curve(before, 0.0, costs[0]),
+        "upcycled": _curve(after, args.seed_steps * costs[0], costs[1]),
+        "scratch": _curve(scratch, 0.0, costs[1]),
+    }
+    return {
+        "seed": seed,
+        "is_preserved": report.is_preserved,
+        "report": report.complaint,
+        "flops": {"budget": budget, "scratch": whole.steps * costs[1]},
+        "steps": {"seed": args.seed_steps, "upcycled": args.steps, "scratch": whole.steps},
+        "seconds": {"seed": before.seconds, "upcycled": after.seconds, "scratch": scratch.seconds},
+        "curves": curves,
+    }
+
+
+def _parts(model: OmniMoeForCausalLM) -> dict[str, Any]:
+    names = ("attention", "experts", "norm", "final_norm", "layers")
+    return {name: getattr(model.config, name) for name in names}
+
+
+def _curve(history: History, before: float, cost: float) -> dict[str, Any]:
+    return {"flops": [before + step * cost for step in history.steps], "held_out": history.held_out}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs all seeds, prints the losses at the end, and says who was lower."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--way", choices=WAYS, default="experts")
+    parser.add_argument("--model", default="dense_nano", help="the dense seed")
+    parser.add_argument("--num-layers", type=int, help="of it, if not as many as it has")
+    parser.add_argument("--data", default="p")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed-steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--warmup", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--text-share", type=float, default=0.1)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--evaluate-every", type=int, default=25)
+    parser.add_argument("--evaluate-batches", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(arguments)
+    corpus = Corpus.load(args.data)
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(args.seeds):
+            runs.append(compare(args, corpus, seed, Path(folder) / str(seed)))
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "arguments": {name: str(held) if isinstance(held, Path) else held for name, held in vars(args).items()},
+        "omnimoe": omnimoe.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "corpus": corpus.meta["rows_sha256"][:12],
+        "runs": runs,
+        "final": {},
+    }
+    print(f"{'held out':<10}{'upcycled':>12}{'scratch':>12}{'difference':>14}")
+    for name in runs[0]["curves"]["scratch"]["held_out"]:
+        ends = [[run["curves"][kind]["held_out"][name][-1] for run in runs] for kind in ("upcycled", "scratch")]
+        gaps = [one - other for one, other in zip(*ends, strict=True)]
+        spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
+        result["final"][name] = {"upcycled": ends[0], "scratch": ends[1], "mean": statistics.mean(gaps), "std": spread}
+        means = [statistics.mean(held) for held in ends]
+        print(f"{name:<10}{means[0]:>12.4f}{means[1]:>12.4f}{statistics.mean(gaps):>+9.4f} ± {spread:.4f}")
+    steps = runs[0]["steps"]
+    print(
+        f"{args.way}: {steps['seed']} steps of the seed and {steps['upcycled']} upcycled, beside {steps['scratch']} "
+        f"from scratch, {runs[0]['flops']['budget']:.3g} and {runs[0]['flops']['scratch']:.3g} FLOPs"
+    )
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
