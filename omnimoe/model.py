@@ -31,6 +31,7 @@ from omnimoe.blocks import block_ids_of, block_positions
 from omnimoe.encode import Encodes
 from omnimoe.experts_interface import NAME as OWN_EXPERTS
 from omnimoe.experts_interface import experts_function
+from omnimoe.grids import grid_positions
 from omnimoe.guarded import GuardedFiles
 from omnimoe.inputs import (
     InputError,
@@ -53,7 +54,7 @@ from omnimoe.outputs import OmniMoeModelOutput, OmniMoeOutput, as_asked, router_
 from omnimoe.parallel import ParallelMixin
 from omnimoe.recompute import recompute
 from omnimoe.registry import Registry
-from omnimoe.routers import Router, Routing
+from omnimoe.routers import Router, Routing, Scorer
 from omnimoe.scoring import Scores, aux_loss_of
 from omnimoe.steps import Generates
 
@@ -136,7 +137,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         )
         for modality in self.modalities.values():
             modality.meet(dict(self.modalities.items()))
-        shared = {"hidden_size": config.hidden_size, "num_modalities": config.num_keys, "widths": config.widths}
+        shared: dict[str, Any] = {"hidden_size": config.hidden_size, "num_modalities": config.num_keys}
+        shared["widths"] = config.widths
         self.backbone = Backbone(config.blocks, **shared, layer=Layer)
         self.norm = build_norm(config.final_norm, **shared)
         self._needs_key_order, self._needs_token_ids = config.needs_key_order, config.needs_token_ids
@@ -151,10 +153,16 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             if isinstance(module, Router)
             for name, buffer in module.named_buffers(recurse=False)
             if buffer.is_floating_point()
+        } | {
+            f"scorer.{name}"
+            for module in self.modules()
+            if isinstance(module, Scorer) and module.keep_float32
+            for name, _ in module.named_parameters(recurse=False)
         }
         self.gradient_checkpointing = False
         with torch.device("cpu"):  # before anything is traced, since a graph that adds to it is traced again
-            self._tables: dict[torch.device, Tensor] = {torch.device("cpu"): config.modality_of_ids()}
+            tables = ("modality_of_ids", *(("key_of_markers",) if config.markers == "key" else ()))
+            self._tables = {(name, torch.device("cpu")): getattr(config, name)() for name in tables}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -165,10 +173,29 @@ class OmniMoeModel(OmniMoePreTrainedModel):
 
     def modality_ids_of(self, input_ids: Tensor) -> Tensor:
         """The modality of each id by the partition of the vocabulary, ``(B, T)`` to ``(B, T)`` int64."""
-        device = input_ids.device
-        if device not in self._tables or len(self._tables[device]) != self.config.vocab_size:
-            self._tables[device] = self.config.modality_of_ids().to(device)
-        return self._tables[device][input_ids]
+        return self._from_table("modality_of_ids", input_ids)
+
+    def shapes_of(self, features: dict[str, Any] | None) -> dict[str, Tensor]:
+        """Rows along time, height and width of the spans of ``features``, ``(S, 3)`` by modality, where they are known.
+
+        Raises:
+            InputError: for a modality that there is not, or that is discrete.
+        """
+        found = {}
+        for name, given in (features or {}).items():
+            if name not in self.modalities:
+                raise InputError(f"features for {name!r}, but the continuous modalities are {list(self.modalities)}")
+            shapes = self.modalities[name].shapes_of(given)
+            if shapes is not None:
+                found[name] = shapes
+        return found
+
+    def _from_table(self, name: str, input_ids: Tensor) -> Tensor:
+        """What a table of the config over the vocabulary says of each id."""
+        place = name, input_ids.device
+        if place not in self._tables or len(self._tables[place]) != self.config.vocab_size:
+            self._tables[place] = getattr(self.config, name)().to(input_ids.device)
+        return self._tables[place][input_ids]
 
     def forward(
         self,
@@ -256,6 +283,9 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             if len(config.keys) > 1:
                 raise InputError(f"copies are picked by the keys {config.keys}; pass key_ids")
             key_ids = torch.zeros_like(modality_ids) if config.keys else modality_ids
+            if config.markers == "key" and input_ids is not None:
+                ends = self._from_table("key_of_markers", input_ids)
+                key_ids = torch.where(ends < 0, key_ids, ends)
         modality_ids, key_ids = modality_ids.long(), key_ids.long()
         is_cached = past_key_values is not None
         valid = valid_positions(attention_mask, segment_ids, batch_size, past, length, is_cached=is_cached)
@@ -283,6 +313,13 @@ class OmniMoeModel(OmniMoePreTrainedModel):
                     "positions are counted in blocks, of which a cache keeps none; pass position_ids, as generate does"
                 )
             position_ids = block_positions(block_ids, valid, segment_ids)
+        if position_ids is None and config.positions == "grids":
+            if not isinstance(past, int) or past:
+                raise InputError(
+                    "positions are counted by the shapes of pictures, of which a cache keeps none; pass position_ids, "
+                    "as generate does"
+                )
+            position_ids = grid_positions(config, modality_ids, self.shapes_of(features), valid, segment_ids)
         positions = rotary_positions(position_ids, segment_ids, batch_size, past, length, device)
 
         x, later = self._embed(input_ids, inputs_embeds, features, timesteps, rows)

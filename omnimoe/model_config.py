@@ -101,10 +101,12 @@ class OmniMoeConfig(PreTrainedConfig):
     """Every block is private, with noise or without."""
     positions: str = "time"
     """``"time"``: one on for every token. ``"blocks"``: the tokens of a block share one position, and a private block
-    takes none of its own (BAGEL)."""
+    takes none of its own (BAGEL). ``"grids"``: in time, row and column, by the shapes of the pictures and clips in
+    ``features`` (Qwen2-VL, ERNIE-4.5-VL)."""
     markers: str = "text"
     """Group of boundary tokens: ``"text"`` leaves them to the modality whose range holds them, ``"own"`` gives a span's
-    begin and end token to the span's modality."""
+    begin and end token to the span's modality, ``"key"`` leaves them where they are and lets them meet the copies and
+    experts of the span's modality (ERNIE-4.5-VL)."""
     vocab_size: int = 0
     """Rows of the embedding table; 0 takes what the modalities need."""
     tie_word_embeddings: bool = False
@@ -179,22 +181,31 @@ class OmniMoeConfig(PreTrainedConfig):
                 )
         if self.mask not in MASK_RULES:
             raise ConfigError(f"unknown mask rule {self.mask!r}{MASK_RULES.hint(self.mask)}")
-        if self.positions not in ("time", "blocks"):
-            raise ConfigError(f"positions must be 'time' or 'blocks', got {self.positions!r}")
-        if self.markers not in ("text", "own"):
-            raise ConfigError(f"markers must be 'text' or 'own', got {self.markers!r}")
+        if self.positions not in ("time", "blocks", "grids"):
+            raise ConfigError(f"positions must be 'time', 'blocks' or 'grids', got {self.positions!r}")
+        if self.markers not in ("text", "own", "key"):
+            raise ConfigError(f"markers must be 'text', 'own' or 'key', got {self.markers!r}")
         unknown = set(self.bidirectional_modalities) - set(names)
         if unknown:
             raise ConfigError(f"bidirectional_modalities names {sorted(unknown)}, but the modalities are {names}")
         if self.vocab_size < needed:
             raise ConfigError(f"vocab_size {self.vocab_size} is less than the {needed} rows that the modalities own")
         for modality in self.modalities:
-            for role in ("begin_id", "end_id", "placeholder_id"):
-                token = getattr(modality, role)
-                if token is not None and not 0 <= token < self.vocab_size:
-                    raise ConfigError(
-                        f"{role} {token} of modality {modality.name!r} is outside the {self.vocab_size} rows"
-                    )
+            if any(len(ids) != 3 for ids in modality.more_ids):
+                raise ConfigError(
+                    f"more_ids of modality {modality.name!r} must be begin, end and placeholder of each kind of span, "
+                    f"got {modality.more_ids}"
+                )
+            for ids in modality.ids_of_spans:
+                for role, token in zip(("begin_id", "end_id", "placeholder_id"), ids, strict=True):
+                    if token is not None and not 0 <= token < self.vocab_size:
+                        raise ConfigError(
+                            f"{role} {token} of modality {modality.name!r} is outside the {self.vocab_size} rows"
+                        )
+        if self.markers == "key" and self.keys:
+            raise ConfigError(
+                f"markers 'key' takes modalities for keys, and the keys are {self.keys}; drop one of them"
+            )
 
     def _check_widths(self) -> None:
         if self.keys or len(self.widths) != len(self.modalities):
@@ -214,7 +225,7 @@ class OmniMoeConfig(PreTrainedConfig):
                 )
         for layer, block in enumerate(self.blocks):
             for part in (block.attention, block.experts):
-                if "widths" not in inspect.signature(part.target.__init__).parameters:
+                if "widths" not in inspect.signature(part.target).parameters:
                     raise ConfigError(
                         f"{type(part).__qualname__} in layer {layer} has no towers of different widths; leave widths "
                         "empty, or take Attention and FeedForward"
@@ -280,12 +291,24 @@ class OmniMoeConfig(PreTrainedConfig):
             if modality.name in ranges:
                 table[ranges[modality.name].start : ranges[modality.name].stop] = modality_id
         for modality_id, modality in enumerate(self.modalities):
-            if modality.placeholder_id is not None:
-                table[modality.placeholder_id] = modality_id
-            if (markers or self.markers) == "own":
-                for token in (modality.begin_id, modality.end_id):
+            for begin, end, placeholder in modality.ids_of_spans:
+                if placeholder is not None:
+                    table[placeholder] = modality_id
+                for token in (begin, end) if (markers or self.markers) == "own" else ():
                     if token is not None:
                         table[token] = modality_id
+        return table
+
+    def key_of_markers(self) -> torch.Tensor:
+        """The key of every boundary token, where ``markers`` gives it that of the span.
+
+        Returns:
+            ``(V,)`` int64 on the CPU, -1 for all other rows of the vocabulary.
+        """
+        table = torch.full((self.vocab_size,), -1, dtype=torch.int64)
+        for key, modality in enumerate(self.modalities):
+            ends = [token for begin, end, _ in modality.ids_of_spans for token in (begin, end) if token is not None]
+            table[ends] = key
         return table
 
     @property

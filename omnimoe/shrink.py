@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from omnimoe.encoders.merged import Cosmos3Edge, Merged, Qwen3VL
+from omnimoe.encoders.rotary_vit import RotaryViT
 from omnimoe.encoders.siglip import Siglip
 from omnimoe.layers import LatentAttention
 from omnimoe.modalities import CodedPictures, Connected, Deep, GridPatches
@@ -76,6 +77,12 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         if isinstance(modality, Connected.Config) and isinstance(modality.encoder, Siglip.Config):
             narrow = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 2, "max_side": 8}
             small |= {"encoder": modality.encoder.replace(**narrow), "channels": 32}
+        if modality.more_ids:
+            small["more_ids"] = tuple(tuple(moved(token) for token in ids) for ids in modality.more_ids)
+        if isinstance(modality, Connected.Config) and isinstance(modality.encoder, RotaryViT.Config):
+            narrow = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 2}
+            encoder = modality.encoder.replace(**narrow, patch_size=4, out_size=hidden_size)
+            small |= {"encoder": encoder, "channels": hidden_size}
         if isinstance(modality, Deep.Config) and isinstance(modality.encoder, Merged.Config):
             narrow = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2, "num_places": 16}
             encoder = modality.encoder.replace(**narrow, patch_size=4, out_size=hidden_size)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from omnimoe.blocks import block_ids_of, block_positions
+from omnimoe.grids import grid_positions
 from omnimoe.inputs import InputError, check_prompt, check_routers_generate, repeated
 from omnimoe.spans import span_positions, span_processors
 
@@ -77,12 +78,17 @@ class Generates(GenerationMixin):
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Positions of the prompt; those of what is generated go on by one."""
-        if self.config.positions != "blocks" or inputs_tensor.ndim != 2:
+        if self.config.positions == "time" or inputs_tensor.ndim != 2:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         modality_ids, block_ids = model_kwargs.get("modality_ids"), model_kwargs.get("block_ids")
         length = inputs_tensor.shape[1]
+        modality_ids = self.model.modality_ids_of(inputs_tensor) if modality_ids is None else modality_ids
+        if self.config.positions == "grids":
+            shapes, mask = self.model.shapes_of(model_kwargs.get("features")), model_kwargs.get("attention_mask")
+            valid = None if mask is None else mask[:, :length].bool()
+            # the steps of transformers append to the last axis, where they expect time
+            return grid_positions(self.config, modality_ids[:, :length], shapes, valid).movedim(-1, 0)
         if block_ids is None:
-            modality_ids = self.model.modality_ids_of(inputs_tensor) if modality_ids is None else modality_ids
             block_ids = block_ids_of(self.config, modality_ids[:, :length], inputs_tensor)
         mask = model_kwargs.get("attention_mask")
         return block_positions(block_ids[:, :length], None if mask is None else mask[:, :length].bool())
@@ -102,8 +108,11 @@ class Generates(GenerationMixin):
                     kinds = self.model.modality_ids_of(input_ids) if kinds is None else kinds
                     held = kinds == self.model._modality_id(name)
                     held = held if mask is None else held & mask[:, : held.shape[1]].bool()
-                    rows = repeated(f"{argument}[{name!r}]", rows, held.sum(1).tolist(), expand_size)
-                    model_kwargs[argument] = {**model_kwargs[argument], name: rows}
+                    counts, modality = held.sum(1).tolist(), self.model.modalities[name]
+                    own = modality.repeated(rows, counts, expand_size) if argument == "features" else None
+                    if own is None:
+                        own = repeated(f"{argument}[{name!r}]", rows, counts, expand_size)
+                    model_kwargs[argument] = {**model_kwargs[argument], name: own}
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -148,7 +157,13 @@ class Generates(GenerationMixin):
         settings = kwargs.get("generation_config") or (args[0] if args else None)
         first = span_processors(self, model_kwargs or {}, use_cache=getattr(settings, "use_cache", True))
         entries = [held for held in self.config.modalities if held.is_input_only]
-        barred = [token for held in entries for token in (held.placeholder_id, held.begin_id) if token is not None]
+        barred = [
+            token
+            for held in entries
+            for begin, _, placeholder in held.ids_of_spans
+            for token in (placeholder, begin)
+            if token is not None
+        ]
         if barred:
             # there would be no features for what they open
             first.append(SuppressTokensLogitsProcessor(barred, device=self.device))

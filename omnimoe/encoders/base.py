@@ -24,7 +24,7 @@ ENCODERS: Registry[type[Encoder]] = Registry("encoder")
 
 EXTRA = "pip install 'omnimoe[encoders]'"
 
-_BUILT_IN = ("efficientnet", "whisper", "minilm", "hf", "siglip", "merged")
+_BUILT_IN = ("efficientnet", "whisper", "minilm", "hf", "siglip", "merged", "rotary_vit")
 
 
 class EncoderError(ValueError):
@@ -42,6 +42,7 @@ class Features:
         grid: rows and columns of the places, ``n`` in all; None where they have one axis.
         places: ``(B, n)`` int64, where each row stands in the largest picture that the encoder takes; None where all
             inputs have one ``grid``.
+        shapes: ``(B, 3)`` int64, rows of each input along time, height and width; None where an encoder tells no such.
     """
 
     rows: Tensor
@@ -49,6 +50,7 @@ class Features:
     mask: Tensor | None = None
     grid: tuple[int, int] | None = None
     places: Tensor | None = None
+    shapes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,11 +61,12 @@ class Features:
         return self._each(lambda part: part[index])
 
     def to(self, *args: Any, **kwargs: Any) -> Features:
-        """As ``Tensor.to``; a dtype does not touch the mask and the places."""
+        """As ``Tensor.to``; a dtype does not touch the mask, the places and the shapes."""
         moved = self._each(lambda part: part.to(*args, **kwargs))
         mask = None if moved.mask is None else moved.mask.bool()
         places = None if moved.places is None else moved.places.long()
-        return dataclasses.replace(moved, mask=mask, places=places)
+        shapes = None if moved.shapes is None else moved.shapes.long()
+        return dataclasses.replace(moved, mask=mask, places=places, shapes=shapes)
 
     def detach(self) -> Features:
         """The same without a graph."""
@@ -72,7 +75,8 @@ class Features:
     def _each(self, change: Any) -> Features:
         mask = None if self.mask is None else change(self.mask)
         places = None if self.places is None else change(self.places)
-        return dataclasses.replace(self, rows=change(self.rows), pooled=change(self.pooled), mask=mask, places=places)
+        held = {"mask": mask, "places": places, "shapes": None if self.shapes is None else change(self.shapes)}
+        return dataclasses.replace(self, rows=change(self.rows), pooled=change(self.pooled), **held)
 
     @staticmethod
     def cat(parts: Sequence[Features]) -> Features:
@@ -80,6 +84,7 @@ class Features:
         length = max(part.rows.shape[1] for part in parts)
         is_ragged = any(part.mask is not None or part.rows.shape[1] < length for part in parts)
         rows, masks, places = [], [], []
+        shapes = [part.shapes for part in parts if part.shapes is not None]
         for part in parts:
             missing = length - part.rows.shape[1]
             if part.places is not None:
@@ -93,6 +98,7 @@ class Features:
             mask=torch.cat(masks) if is_ragged else None,
             grid=parts[0].grid,
             places=torch.cat(places) if places else None,
+            shapes=torch.cat(shapes) if len(shapes) == len(parts) else None,
         )
 
 

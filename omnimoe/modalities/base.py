@@ -49,6 +49,14 @@ class Modality(nn.Module, Configurable):
         placeholder_id: int | None = None
         """Token that stands at the positions of a continuous modality; lets modality ids be read off input ids."""
 
+        more_ids: tuple[tuple[int | None, int | None, int | None], ...] = ()
+        """Begin token, end token and placeholder of each further kind of span: of clips beside those of pictures."""
+
+        @property
+        def ids_of_spans(self) -> tuple[tuple[int | None, int | None, int | None], ...]:
+            """Begin token, end token and placeholder of every kind of span."""
+            return ((self.begin_id, self.end_id, self.placeholder_id), *self.more_ids)
+
         @property
         def is_discrete(self) -> bool:
             """Whether the modality owns rows of the vocabulary."""
@@ -91,6 +99,20 @@ class Modality(nn.Module, Configurable):
 
     def meet(self, modalities: Mapping[str, Modality]) -> None:
         """Is shown all continuous modalities of the model once, and may use parts of them."""
+
+    def shapes_of(self, given: Any) -> Tensor | None:
+        """Rows along time, height and width of each span of the features ``given``, ``(S, 3)``; None where unknown."""
+        return None
+
+    def repeated(self, given: Any, counts: Sequence[int], times: int) -> Any:
+        """Features of a batch each of whose sequences stands there ``times`` in a row; None where unknown.
+
+        Args:
+            given: the features.
+            counts: how many positions of the modality each sequence has.
+            times: how often a sequence is repeated.
+        """
+        return None
 
     def rows_of(self, given: Any) -> Tensor:
         """Targets in the form of the features to ``(n, C)``."""

@@ -7,8 +7,10 @@ name is in the config, and it is loaded when first needed. An encoder that is tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -131,14 +133,38 @@ class Connected(Modality):
     def span_ids(self, inputs: Any) -> list[Tensor]:
         """The ids that stand for each span of ``inputs``: begin, placeholders, end, ``(n,)`` int64 on the CPU.
 
+        A clip, a span of several rows in time, has those of the last of ``more_ids``, where there are any.
+
         Raises:
             ValueError: if the config has no placeholder_id.
         """
-        place, ends = self.config.placeholder_id, (self.config.begin_id, self.config.end_id)
-        if place is None:
+        if self.config.placeholder_id is None:
             raise ValueError(f"modality {self.config.name!r} has no placeholder_id, so no ids can stand for it")
-        begin, end = ([] if marker is None else [marker] for marker in ends)
-        return [torch.tensor([*begin, *[place] * count, *end]) for count in self.row_counts(inputs)]
+        counts, shapes = self.row_counts(inputs), self.shapes_of(inputs)
+        is_clip = [False] * len(counts) if shapes is None else (shapes[:, 0] > 1).tolist()
+        spans = []
+        for count, moves in zip(counts, is_clip, strict=True):
+            begin, end, place = self.config.ids_of_spans[-1 if moves else 0]
+            spans.append([begin, *[place] * count, end])
+        return [torch.tensor([token for token in span if token is not None]) for span in spans]
+
+    def repeated(self, given: Any, counts: Sequence[int], times: int) -> Any:
+        """Spans go along with the sequence whose positions they fill; None where they fill no whole sequences."""
+        ends, filled = list(accumulate(counts)), list(accumulate(self.row_counts(given)))
+        stops = [0, *(bisect_right(filled, end) for end in ends)]
+        if filled and ends != [filled[stop - 1] if stop else 0 for stop in stops[1:]]:
+            return None
+        index = [place for span in pairwise(stops) for _ in range(times) for place in range(*span)]
+        if isinstance(given, Mapping):
+            return {name: held[index] for name, held in given.items()}
+        return given[index]
+
+    def shapes_of(self, given: Any) -> Tensor | None:
+        """Read off features that tell them, or by the encoder off what it prepared."""
+        if isinstance(given, Features):
+            return given.shapes
+        tell = getattr(self.get_encoder(), "shapes", None) if isinstance(given, Mapping) else None
+        return None if tell is None else torch.tensor(tell(given))
 
     def _features(self, inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if isinstance(inputs, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +43,29 @@ class Scorer(nn.Module):
         hidden_size: D.
         num_experts: E.
         bias: add a learned number to each expert's logit.
+        keep_float32: keep the weights in float32 too, whatever the model is built in or cast to.
     """
 
     initial = {"weight": "normal", "bias": 0.0}
 
-    def __init__(self, hidden_size: int, num_experts: int, bias: bool = False) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, bias: bool = False, keep_float32: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
+        self.keep_float32 = keep_float32
+        dtype = torch.float32 if keep_float32 else None
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, dtype=dtype)) if bias else None
         self.reset_parameters()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        if not self.keep_float32:
+            return super()._apply(fn, recurse)
+
+        def moved(tensor: Tensor) -> Tensor:
+            given = fn(tensor)
+            # through the dtype of the cast the weights would come back rounded
+            return tensor.to(given.device) if given.is_floating_point() and given.dtype != tensor.dtype else given
+
+        return super()._apply(moved, recurse)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """A small normal start; a bias starts at zero."""

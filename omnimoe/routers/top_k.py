@@ -39,12 +39,16 @@ class TopKRouter(BalancedRouter):
         """``"softmax"``, ``"sigmoid"`` or ``"sqrt_softplus"``, over all experts, before the choice."""
         normalize: bool = True
         """Divide the chosen scores by their sum, where several are chosen."""
+        normalize_min: float = 0.0
+        """The least that they are divided by, where their sum is smaller (ERNIE 4.5: 1e-12)."""
         routed_scaling_factor: float = 1.0
         """What the weights are multiplied by in the end."""
         top_p: float | None = None
         """Keep only as many of the ``top_k`` as it takes to reach this share of the scores; None keeps all."""
         logit_bias: bool = False
         """Add a learned number to each expert's logit."""
+        keep_float32: bool = False
+        """Keep the router's weights in float32 in a model of half precision."""
         num_groups: int = 1
         """Groups of neighbouring experts, of one size."""
         num_groups_kept: int = 1
@@ -95,6 +99,8 @@ class TopKRouter(BalancedRouter):
                     raise ConfigError(f"{name} must be positive, got {given}; None sets no limit")
             if self.later_choice_threshold is not None and self.later_choice_threshold <= 0:
                 raise ConfigError(f"later_choice_threshold must be positive, got {self.later_choice_threshold}")
+            if self.normalize_min < 0:
+                raise ConfigError(f"normalize_min must be at least 0, got {self.normalize_min}")
             if self.noise < 0 or not 0 <= self.input_jitter < 1:
                 raise ConfigError(
                     f"noise {self.noise} must be at least 0, input_jitter {self.input_jitter} at least 0 and below 1"
@@ -161,7 +167,7 @@ class TopKRouter(BalancedRouter):
             )
         self.zero_ids = tuple(num_experts + i for i, kind in enumerate(free_experts) if kind == "zero")
         self.num_gated = num_gated_experts
-        self.scorer = Scorer(hidden_size, count + num_gated_experts, config.logit_bias)
+        self.scorer = Scorer(hidden_size, count + num_gated_experts, config.logit_bias, config.keep_float32)
 
     def forward(self, x: Tensor, rows: RowLayout) -> Routing:
         """``(N, D)`` rows to N·K entries, the K of a row side by side."""
@@ -253,5 +259,6 @@ class TopKRouter(BalancedRouter):
             return weights, shared
         weights = scores.gather(1, held).masked_fill(void, 0.0)
         if config.normalize and config.top_k > 1:
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            least = max(config.normalize_min, torch.finfo(weights.dtype).tiny)
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(least)
         return weights * config.routed_scaling_factor, None

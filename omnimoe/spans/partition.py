@@ -166,5 +166,5 @@ def end_ids(config: OmniMoeConfig) -> list[int]:
 def _special_ids(config: OmniMoeConfig) -> set[int]:
     found = {config.pad_token_id, config.bos_token_id, *end_ids(config)}
     for held in config.modalities:
-        found |= {held.begin_id, held.end_id, held.placeholder_id}
+        found |= {token for ids in held.ids_of_spans for token in ids}
     return {token for token in found if token is not None}

@@ -247,11 +247,14 @@ def test_a_small_copy_steps_saves_and_generates(name, tmp_path):
 def test_a_causal_model_does_not_see_the_future(name):
     config = shrink(config_of(name))
     model = OmniMoeForCausalLM(config).eval()
-    ids = batch_of(config)["input_ids"]
+    batch = batch_of(config)
+    ids, given = batch["input_ids"], batch.get("features", {})
+    seen = {"features": {name: given[name] for name in config.input_only}}  # what only enters must, where it stands
     changed = ids.clone()
     changed[:, 14:] = (changed[:, 14:] + 5).clamp(max=config.vocab_size - 1)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits[:, :14], model(changed).logits[:, :14], atol=1e-5, rtol=1e-5)
+        found, wanted = (model(held, **seen).logits[:, :14] for held in (ids, changed))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("untied", "dense"), [("mot_37m", "chameleon_37m"), ("mot_nano", "dense_nano")])

@@ -21,7 +21,7 @@ from omnimoe import CheckpointError, OmniMoeForCausalLM, from_pretrained, list_m
 from omnimoe.convert import CONVERTERS
 from omnimoe.model import MODELS
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "olmoe", "deepseek", "gpt_oss")
+FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "olmoe", "deepseek", "gpt_oss", "ernie4_5")
 SEEDS = sorted(name for family in FAMILIES for name in list_models(family=family))
 LARGE = {
     "deepseek_v3",
@@ -31,6 +31,8 @@ LARGE = {
     "smollm2_360m",
     "qwen3_8b",
     "gpt_oss_120b",
+    "ernie4_5_21b_a3b",
+    "ernie4_5_300b_a47b",
 }
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in SEEDS]
 # Parameters as the authors or the files state them, where known; the bias of DeepSeek's routers is none.

@@ -76,6 +76,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v3",
         _DEEPSEEK | scaled("yarn", original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7),
     ),
+    "ernie4_5": ("ernie4_5", {"head_dim": 16}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "num_hidden_layers": 3,
+            "moe_num_experts": 6,
+            "moe_k": 3,
+            "moe_intermediate_size": 24,
+            "moe_num_shared_experts": 2,
+        },
+    ),
     "gpt_oss": (
         "gpt_oss",
         {
