@@ -85,7 +85,8 @@ class Chameleon(Pipeline):
         if source in MODELS and not Path(source).is_dir():
             source = model_info(fspath(source)).pretrained or source
         options: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        folder = Source.find(source, hub=Hub(**options)).fetch(("*.json", FILE))
+        # a pattern, since most have no such file, and one that is named in full must be there
+        folder = Source.find(source, hub=Hub(**options)).fetch(("*.json", f"{FILE}*"))
         model = from_pretrained(source, dtype=dtype, device=device, **options)
         beside = folder / FILE
         if decoder is not None or beside.is_file():

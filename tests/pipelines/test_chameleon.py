@@ -21,6 +21,7 @@ from omnimoe.pipelines import find_pipeline
 from omnimoe.pipelines.chameleon import GUIDANCE, Chameleon
 from omnimoe.tokenizers.raster import to_middle, to_signed
 from omnimoe.zoo.chameleon.decoder import FILE
+from tests.hub.conftest import hub  # noqa: F401 - a fixture
 from tests.zoo.chameleon.tiny import CELLS, FIRST_CODE, SIDE, decoder_tensors, publish, published_model
 
 PICTURES = sorted((Path(__file__).parents[1] / "fixtures" / "pictures").glob("*.png"))
@@ -220,6 +221,19 @@ class TestDecoder:
             Chameleon.from_pretrained(bare, decoder=tmp_path / "wrong.safetensors")
         with pytest.raises(CheckpointError, match="does not exist"):
             Chameleon.from_pretrained(bare, decoder=tmp_path / "none.safetensors")
+
+
+def test_by_the_name_of_the_zoo_from_the_hub(hub, bare, chameleon, file, tmp_path):  # noqa: F811
+    """The real client against a server of our own: first as Meta has it, then with the decoder beside it."""
+    hub.add("facebook/chameleon-7b", bare)
+    assert find_pipeline("chameleon_7b") == (Chameleon, "hf-hub:facebook/chameleon-7b")
+    found = Chameleon.from_pretrained("chameleon_7b")
+    assert found.answer(["a"], max_new_tokens=4) == chameleon.answer(["a"], max_new_tokens=4)
+    whole = shutil.copytree(bare, tmp_path / "whole")
+    shutil.copyfile(file, whole / FILE)
+    hub.add("facebook/chameleon-30b", whole)
+    drawn = Chameleon.from_pretrained("chameleon_34b").draw(["a"], seed=0)
+    assert np.array_equal(drawn[0], chameleon.draw(["a"], seed=0)[0])
 
 
 @pytest.mark.parametrize(
