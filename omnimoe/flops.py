@@ -157,7 +157,8 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
 
 def total_params(config: OmniMoeConfig) -> int:
     """Weights of the model, tied ones once; counted on the meta device, without memory."""
-    shared = {"hidden_size": config.hidden_size, "num_modalities": config.num_keys, "widths": config.widths}
+    shared: dict[str, Any] = {"hidden_size": config.hidden_size, "num_modalities": config.num_keys}
+    shared["widths"] = config.widths
     with torch.device("meta"):
         parts: list[nn.Module] = [Backbone(config.blocks, **shared), build_norm(config.final_norm, **shared)]
         continuous = (held for held in config.modalities if not held.is_discrete)

@@ -87,11 +87,12 @@ class Weights:
             spellings: a pattern and what stands in its place, one after the other; a name that the files hold already
                 is not given again.
         """
+        tables: tuple[dict[str, Any], ...] = (self.shapes, self.dtypes, self._places)
         for pattern, instead in spellings.items():
             for known in list(self.shapes):
                 name = re.sub(pattern, instead, known)
                 if name not in self.shapes:
-                    for table in (self.shapes, self.dtypes, self._places):
+                    for table in tables:
                         table[name] = table.pop(known)
 
     def read(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:

@@ -23,6 +23,7 @@ from omnimoe.checkpoint import CheckpointError, Hub, Source, read_json
 from omnimoe.convert.files import Weights
 from omnimoe.denoise import denoise
 from omnimoe.encoders.raw import whole_pictures
+from omnimoe.encoders.siglip import Siglip
 from omnimoe.hub import from_pretrained, model_info
 from omnimoe.model import MODELS, OmniMoeForCausalLM
 from omnimoe.pipelines.base import Pipeline, register_pipeline
@@ -93,8 +94,8 @@ class Pi0(Pipeline):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.state, self.action = state, action
-        modalities = {held.name: held for held in model.config.modalities}
-        self.encoder = modalities["vision"].encoder
+        modalities: dict[str, Any] = {held.name: held for held in model.config.modalities}
+        self.encoder: Siglip.Config = modalities["vision"].encoder
         self.num_actions = modalities["action"].num_tokens
         self.num_states = modalities["state"].channels
         self.channels = modalities["action"].channels

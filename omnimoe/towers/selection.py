@@ -130,6 +130,8 @@ def select(config: OmniMoeConfig, towers: Iterable[str] | None, without: Iterabl
         raise ConfigError(f"nothing is left of a model of {', '.join(keys)} with towers {towers} and without {without}")
     if len(kept_keys) == len(keys) and len(kept) == len(names):
         return None
+    if config.widths:
+        raise ConfigError("a model whose towers differ in width is not cut; load it whole")
     return Selection(whole=config, keys=kept_keys, modalities=kept)
 
 

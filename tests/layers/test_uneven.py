@@ -14,6 +14,7 @@ from omnimoe.inputs import InputError
 from omnimoe.layers import BankLinear, RowLayout
 from omnimoe.layers.uneven import Uneven, UnevenMLP, build_norm, copy_widths, linear_bank, mlp_bank
 from omnimoe.modalities import Patches, Trajectory
+from omnimoe.towers import select
 
 KEYS = torch.tensor([[2, 0, 1, 0, 2], [1, 1, 0, 2, 2]])
 WIDTHS = (8, 4, 8)
@@ -245,3 +246,5 @@ def test_models_that_mean_nothing():
     with pytest.raises(InputError, match=r"drop key_ids"):
         model(**batch(), key_ids=torch.zeros(2, 7, dtype=torch.long))
     assert model.config.base_model_tp_plan is None
+    with pytest.raises(ConfigError, match=r"differ in width is not cut; load it whole"):
+        select(model.config, ["text"])
