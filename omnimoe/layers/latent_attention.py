@@ -1,6 +1,7 @@
 """Attention over latents: keys and values are kept as one narrow vector a token, and widened when they are attended to.
 
-The rotary part of a key is apart from it and shared by all heads. A cache holds the vector and that part.
+The rotary part of a key is apart from it and shared by all heads. A cache holds the vector and that part. A decoded
+token widens nothing: its query is narrowed instead.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from omnimoe.config import ConfigError
 from omnimoe.layers.attention import BaseAttention, register_attention, scaled_dot_product
-from omnimoe.layers.bank import TowerMap, resolve_towers
+from omnimoe.layers.bank import TowerMap, plain, resolve_towers
 from omnimoe.layers.linear import BankLinear
 from omnimoe.layers.masks import AttentionMask
 from omnimoe.layers.norm import BankRMSNorm
@@ -138,8 +139,8 @@ class LatentAttention(BaseAttention):
         if rows.cos is None or rows.sin is None:
             raise ValueError("latent attention turns queries and keys; its rows need a rotary table")
         query = self._queries(x, rows).view(len(x), self.num_heads, self.head_dim)
-        plain, turned = query.split((self.config.plain_dim, self.config.rope_dim), dim=-1)
-        query = torch.cat((plain, rope(turned.contiguous(), rows.cos, rows.sin)), dim=-1)
+        straight, turned = query.split((self.config.plain_dim, self.config.rope_dim), dim=-1)
+        query = torch.cat((straight, rope(turned.contiguous(), rows.cos, rows.sin)), dim=-1)
         latent, key = self.kv_down_proj(x, rows).split((self.config.latent_rank, self.config.rope_dim), dim=-1)
         latent = self.kv_norm(latent.contiguous(), rows)
         key = rope(key.unsqueeze(1).contiguous(), rows.cos, rows.sin)
@@ -147,9 +148,11 @@ class LatentAttention(BaseAttention):
         query, latent, key = (rows.to_time(part).transpose(1, 2) for part in (query, latent.unsqueeze(1), key))
         if cache is not None:
             latent, key = cache.update(latent, key, self.layer_idx)
-        key, value = self._widen(latent.squeeze(1), key)
-        attend = mask.attend or scaled_dot_product
-        mixed, weights = attend(self, query, key, value, mask)
+        if query.shape[2] == 1 and mask.attend is None:
+            mixed, weights = self._attend_latents(query, latent, key, mask), None
+        else:
+            key, value = self._widen(latent.squeeze(1), key)
+            mixed, weights = (mask.attend or scaled_dot_product)(self, query, key, value, mask)
         return self.o_proj(rows.to_rows(mixed.flatten(2)), rows), weights
 
     def _queries(self, x: Tensor, rows: RowLayout) -> Tensor:
@@ -161,5 +164,21 @@ class LatentAttention(BaseAttention):
         """``(B, K, R)`` and ``(B, 1, K, C_rope)`` to keys ``(B, H, K, C)`` and values ``(B, H, K, C_value)``."""
         config = self.config
         wide = F.linear(latent, self.kv_up_proj.weight.squeeze(0)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        plain, value = wide.split((config.plain_dim, config.value_dim), dim=-1)
-        return torch.cat((plain, turned.expand(-1, self.num_heads, -1, -1)), dim=-1), value
+        straight, value = wide.split((config.plain_dim, config.value_dim), dim=-1)
+        return torch.cat((straight, turned.expand(-1, self.num_heads, -1, -1)), dim=-1), value
+
+    def _attend_latents(self, query: Tensor, latent: Tensor, turned: Tensor, mask: AttentionMask) -> Tensor:
+        """Attention of one query a head, ``(B, H, 1, C)``, that widens no key: it is the query that is narrowed.
+
+        A product of a query with a widened latent is one of the narrowed query with the latent, and the sum of widened
+        values is the widened sum, so all heads read the cached ``(B, 1, K, R)`` itself.
+
+        Returns:
+            ``(B, 1, H, C_value)``.
+        """
+        up_proj = plain(self.kv_up_proj.weight).squeeze(0).unflatten(0, (self.num_heads, -1))
+        key_up, value_up = up_proj.split((self.config.plain_dim, self.config.value_dim), dim=1)  # (H, C_plain, R), ...
+        straight, rotated = query.split((self.config.plain_dim, self.config.rope_dim), dim=-1)
+        narrowed = torch.cat((straight @ key_up, rotated), dim=-1)
+        mixed, _ = scaled_dot_product(self, narrowed, torch.cat((latent, turned), dim=-1), latent, mask)
+        return (mixed.transpose(1, 2) @ value_up.transpose(1, 2)).transpose(1, 2)
