@@ -1,32 +1,18 @@
-"""BAGEL beside NeMo AutoModel's port of it: prefill, one decoded token, and one step of drawing, each with a cache.
+"""BAGEL beside NeMo AutoModel's port of it, for ``families.py``: prefill, a decoded token, a step of drawing, cached.
 
-    pip install --no-deps nemo-automodel==0.7.0
-    python benchmarks/bagel.py --out benchmarks/results/DATE-bagel-cpu.json
-
-Both hold the same random weights at a width of 512 and 8 layers, in float32, on the CPU. The port's kernels for
-attention need a GPU; in their place it is given PyTorch's, which is also what we use. Outputs are compared before
-anything is timed; a time is the median over rounds in which both take turns.
+The port's kernels for attention need a GPU; in their place it is given PyTorch's, which is also what we use.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from omnimoe.convert import to_published
 from omnimoe.model import OmniMoeForCausalLM
@@ -45,29 +31,11 @@ SIZES = {
 PROMPT, SIDE = 256, 16
 
 
-def main() -> None:
-    """Checks, times and tells."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1)")
-    parser.add_argument("--out", type=Path, help="JSON to write")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    found = measure(args.rounds)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "nemo-automodel": "0.7.0"}
-    told = {"date": str(datetime.date.today()), "threads": args.threads, **versions, **SIZES, "cases": found}
-    for name, case in found.items():
-        print(f"{name:8} ours {case['ours_ms']:8.1f} ms  port {case['port_ms']:8.1f} ms  {case['ratio']:.2f} times")
-    if args.out is not None:
-        args.out.write_text(json.dumps(told, indent=1) + "\n")
-
-
 @torch.no_grad()
-def measure(rounds: int) -> dict[str, dict[str, float]]:
-    """Times of each case in ms, and how many times ours the port takes."""
-    patch = pytest.MonkeyPatch()
+def cases() -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Each case with our model, and with the port, of the same random weights."""
     llm = {**LLM, **SIZES}
-    peer = make_peer(patch, llm, VIT).eval()
+    peer = make_peer(pytest.MonkeyPatch(), llm, VIT).eval()
     torch.manual_seed(0)
     model = OmniMoeForCausalLM(BAGEL.config_of({"llm_config.json": llm, "vit_config.json": VIT})).eval()
     for name, parameter in model.named_parameters():
@@ -80,27 +48,11 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
     ours, theirs = Ours(model), Port(peer)
     ids = torch.randint(0, 1000, (1, PROMPT))
     latents = torch.randn(SIDE, SIDE, 64)
-    cases: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+    return {
         "prefill": (lambda: ours.prefill(ids), lambda: theirs.prefill(ids)),
         "decode": (lambda: ours.decode(7), lambda: theirs.decode(7)),
         "step": (lambda: ours.step(latents, 0.6), lambda: theirs.step(latents, 0.6)),
     }
-    told = {}
-    for name, calls in cases.items():
-        first, second = (call() for call in calls)
-        error = float((first - second).norm() / second.norm())
-        if error > 1e-4:
-            raise SystemExit(f"{name}: the outputs differ by {error:.1e}, so nothing is timed")
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds):
-            for call, spent in zip(calls, times, strict=True):
-                begun = time.perf_counter()
-                call()
-                spent.append(1000 * (time.perf_counter() - begun))
-        mine, other = (statistics.median(spent) for spent in times)
-        told[name] = {"ours_ms": mine, "port_ms": other, "ratio": other / mine, "error": error}
-    patch.undo()
-    return told
 
 
 class Ours:
@@ -196,7 +148,3 @@ class Port:
             packed_text_indexes=text,
         )
         return peer.llm2vae(found[drawn])
-
-
-if __name__ == "__main__":
-    main()

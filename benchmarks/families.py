@@ -1,0 +1,154 @@
+"""Published families beside the implementations they are published with, on copies of width 512 and 8 layers.
+
+    python benchmarks/families.py --out benchmarks/results/DATE-families-cpu.json
+    python benchmarks/families.py bagel qwen3_moe --rounds 15
+
+Each pair holds the same random weights, in float32, on the CPU. Outputs are compared before anything is timed, and what
+differs is not timed; a time is the median over rounds in which both take turns in one process. The text families stand
+beside transformers with its defaults: ``sdpa`` attention and ``grouped_mm`` experts. BAGEL stands beside NeMo
+AutoModel's port: ``pip install --no-deps nemo-automodel==0.7.0``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import bagel
+
+import omnimoe
+from omnimoe.ops._extension import extension
+from tests.zoo.seeds.tiny import CASES
+
+Cases = dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]
+
+PROMPT, SEQUENCES, VOCAB = 256, 8, 32_000
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "intermediate_size": 1408, "max_position_embeddings": 1024,
+}  # fmt: skip
+SPARSE = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 352}
+LARGER: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 64},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 704},
+    "olmoe": {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 352},
+    "qwen2_moe": {**SPARSE, "shared_expert_intermediate_size": 704, "num_hidden_layers": 8, "mlp_only_layers": []},
+    "qwen3_moe": {**SPARSE, "decoder_sparse_step": 1, "head_dim": 64},
+    "deepseek_v3": {
+        "q_lora_rank": 192, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64,
+        "n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 352, "num_key_value_heads": 8,
+        "num_hidden_layers": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+    "gpt_oss": {
+        "num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 352, "head_dim": 64,
+        "num_hidden_layers": 8, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+}  # fmt: skip
+"""What a family's tiny case becomes."""
+
+
+@torch.no_grad()
+def text_cases(name: str) -> Cases:
+    """A language model: prefill, one token more of one sequence and of several."""
+    kind, values = CASES[name]
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**values, **SIZES, **LARGER.get(name, {})}))
+    for key, parameter in theirs.named_parameters():
+        parameter.copy_(1 + 0.1 * torch.randn_like(parameter) if "norm" in key else 0.02 * torch.randn_like(parameter))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = omnimoe.from_pretrained(folder)
+    ids = torch.randint(0, VOCAB, (SEQUENCES, PROMPT))
+    first, second = ((Prefill(m.eval(), ids[:1]), Decode(m, ids[:1]), Decode(m, ids)) for m in (ours, theirs))
+    return dict(zip(("prefill", "decode", f"decode {SEQUENCES}"), zip(first, second, strict=True), strict=True))
+
+
+class Prefill:
+    """A prompt, and the logits of what follows it."""
+
+    def __init__(self, model: torch.nn.Module, ids: Tensor) -> None:
+        self.model, self.ids = model, ids
+
+    def __call__(self) -> Tensor:
+        return self.model(self.ids, use_cache=True, logits_to_keep=1).logits
+
+
+class Decode:
+    """One token more for each sequence, which the cache forgets again."""
+
+    def __init__(self, model: torch.nn.Module, ids: Tensor) -> None:
+        self.model, self.ids = model, ids[:, -1:]
+        self.cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+
+    def __call__(self) -> Tensor:
+        logits = self.model(self.ids, past_key_values=self.cache, use_cache=True).logits
+        self.cache.crop(-1)
+        return logits
+
+
+FAMILIES: dict[str, Callable[[], Cases]] = {name: functools.partial(text_cases, name) for name in CASES}
+FAMILIES["bagel"] = bagel.cases
+
+
+@torch.no_grad()
+def measure(cases: Cases, rounds: int) -> dict[str, dict[str, float]]:
+    """Times of each case in ms, and how many times ours the other takes."""
+    told = {}
+    for name, calls in cases.items():
+        first, second = (call() for call in calls)
+        error = float((first - second).norm() / second.norm())
+        if error > 1e-4:
+            raise SystemExit(f"{name}: the outputs differ by {error:.1e}, so nothing is timed")
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            for call, spent in zip(calls, times, strict=True):
+                begun = time.perf_counter()
+                call()
+                spent.append(1000 * (time.perf_counter() - begun))
+        mine, other = (statistics.median(spent) for spent in times)
+        told[name] = {"ours_ms": mine, "theirs_ms": other, "ratio": other / mine, "error": error}
+    return told
+
+
+def main() -> None:
+    """Checks, times and tells."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", default=list(FAMILIES), help=f"of {', '.join(FAMILIES)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1)")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in FAMILIES]:
+        parser.error(f"unknown family {unknown[0]!r}; known: {', '.join(FAMILIES)}")
+    torch.set_num_threads(args.threads)
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "nemo-automodel")}
+    told = {"date": str(datetime.date.today()), "cpu": extension().instructions, "threads": args.threads, **versions}
+    told["families"] = {}
+    for name in args.names:
+        told["families"][name] = found = measure(FAMILIES[name](), args.rounds)
+        for case, row in found.items():
+            times = f"ours {row['ours_ms']:8.1f} ms  theirs {row['theirs_ms']:8.1f} ms"
+            print(f"{name:12} {case:9} {times}  {row['ratio']:.2f} times", flush=True)
+    if args.out is not None:
+        args.out.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
