@@ -82,6 +82,7 @@ def denoise_jointly(
     scale: float = 1.0,
     sampler: EulerSampler | SchedulerSampler | None = None,
     noise: Mapping[str, Tensor] | None = None,
+    held: Mapping[str, Tensor] | None = None,
     seed: int | None = None,
     use_cache: bool | None = None,
 ) -> dict[str, Tensor]:
@@ -97,6 +98,8 @@ def denoise_jointly(
         scale: of guidance: with predictions c and u for the two, ``u + scale (c - u)``; 1 does without.
         sampler: times and steps; :class:`EulerSampler` of 35 steps where None.
         noise: rows to start from, ``(m, C)`` by modality, in the place of ``seed``.
+        held: numbers of drawn rows that stay at 0, ``(m, C)`` bool by modality: channels that a machine does not have,
+            cells beyond the edge of a picture.
         seed: of the noise, on the model's device; None draws from the global generator.
         use_cache: keep what stands before all drawn rows. None does so where that changes nothing.
 
@@ -110,12 +113,16 @@ def denoise_jointly(
     if scale != 1 and against is None:
         raise InputError(f"scale {scale} guides away from a second condition; pass against=, or leave scale 1")
     parts = {name: _patches(model, name) for name in noisy}
+    fixed = {name: mask.to(model.device) for name, mask in (held or {}).items()}
     rows = {name: _start(model, parts[name], given, noisy, noise, seed, place) for place, name in enumerate(noisy)}
     cached = _can_keep(model) if use_cache is None else use_cache
     sides = [_Side(model, given, noisy, cached=cached)]
     if against is not None and scale != 1:
         sides.append(_Side(model, against, noisy, cached=cached))
     steppers = {name: sampler.stepper(parts[name]) for name in noisy}
+    for name, mask in fixed.items():
+        mine = noisy[name].to(model.device)
+        rows[name][mine] = rows[name][mine].masked_fill(mask, 0)
     for index, time in enumerate(sampler.times[:-1]):
         found = [side(rows, time) for side in sides]
         for name, step in steppers.items():
@@ -124,8 +131,10 @@ def denoise_jointly(
             if len(found) == 2:
                 less = found[1][name][mine].float()
                 prediction = less + scale * (prediction - less)
+            if name in fixed:
+                prediction = prediction.masked_fill(fixed[name], 0)
             rows[name][mine] = step(rows[name][mine], prediction, index)
-    return {name: held[noisy[name].to(held.device)] for name, held in rows.items()}
+    return {name: drawn[noisy[name].to(drawn.device)] for name, drawn in rows.items()}
 
 
 class _Side:

@@ -135,6 +135,15 @@ def test_a_scheduler_of_diffusers_steps_as_it_does_alone(model):
     torch.testing.assert_close(found["arm"], arm, atol=1e-4, rtol=1e-4)
 
 
+def test_what_is_held_stays_at_zero(model):
+    held = {"arm": torch.zeros(4, 3, dtype=torch.bool)}
+    held["arm"][:, 2] = True
+    options = {"sampler": EulerSampler(3), "noise": NOISE}
+    found = denoise_jointly(model, GIVEN, NOISY, held=held, **options)
+    assert float(found["arm"][:, 2].abs().max()) == 0
+    assert not torch.allclose(found["clip"], denoise_jointly(model, GIVEN, NOISY, **options)["clip"])
+
+
 def test_seeds_are_kept_apart(model):
     first, again = (denoise_jointly(model, GIVEN, NOISY, sampler=EulerSampler(1), seed=3) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -83,9 +83,9 @@ def lay_out(
         "input_ids": torch.stack([F.pad(row, (gap, 0)) for row, gap in zip(ids, ahead, strict=True)]).to(device),
         "modality_ids": torch.stack([F.pad(row, (gap, 0)) for row, gap in zip(kinds, ahead, strict=True)]).to(device),
         "attention_mask": (torch.arange(length) >= torch.tensor(ahead).unsqueeze(1)).long().to(device),
-        "position_ids": torch.stack(
-            [F.pad(row, (0, 0, gap, 0)) for row, gap in zip(places, ahead, strict=True)]
-        ).to(device),
+        "position_ids": torch.stack([F.pad(row, (0, 0, gap, 0)) for row, gap in zip(places, ahead, strict=True)]).to(
+            device
+        ),
     }
 
 

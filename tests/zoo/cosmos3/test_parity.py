@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from omnimoe import InputError
 from omnimoe.convert import to_published
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.cosmos3.convert import COSMOS3, VISION
-from omnimoe.zoo.cosmos3.layout import lay_out, to_latent
+from omnimoe.zoo.cosmos3.layout import Scene, lay_out, to_latent
 from tests.zoo.cosmos3.tiny import KINDS, Sample, asked, batch, generator, make_model, reasoner, samples
 
 pytest.importorskip("diffusers", reason="pip install 'omnimoe[diffusers]'")
@@ -268,9 +269,6 @@ def test_words_one_by_one_after_pictures(kind, model, peers):
 
 
 def test_what_does_not_fit_a_layout_is_refused(kind, model):
-    from omnimoe import InputError
-    from omnimoe.zoo.cosmos3.layout import Scene
-
     wrong = [
         (Scene(ids=[]), "a scene needs words"),
         (Scene(ids=[5, 100, 100]), r"a picture at 1 that is not of the shape \(0, 0, 0\)"),
