@@ -366,6 +366,8 @@ def _describe(model: OmniMoePreTrainedModel, name: str) -> None:
     """Gives a model what its family says of it, for the card that is written when it is saved."""
     card = card_of(name)
     known = {"license": card.license.lower(), "paper": card.papers.get(name, card.paper)} if card else {}
+    if " " in known.get("license", ""):  # no SPDX name, of which the Hub takes no others
+        known |= {"license": "other", "license_name": known["license"].replace(" ", "-")}
     model.config.card = {**known, **(getattr(model.config, "card", None) or {})}
 
 

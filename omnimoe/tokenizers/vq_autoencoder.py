@@ -19,6 +19,8 @@ from omnimoe.config import Config as ConfigBase
 from omnimoe.config import ConfigError, Configurable
 
 _GROUPS = 32
+_MOST_BLOCKS, _WIDEST = 32, 2**15
+"""Past those of any network, by which a config that was damaged or made to hurt is told."""
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -162,6 +164,15 @@ class VqAutoencoder(nn.Module, Configurable):
             for name in sizes:
                 if getattr(self, name) < 1:
                     raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            for name, value, most in (
+                ("num_blocks", self.num_blocks, _MOST_BLOCKS),
+                ("the number of multipliers", len(self.multipliers), _MOST_BLOCKS),
+                ("channels times the largest multiplier", self.channels * max(self.multipliers, default=1), _WIDEST),
+                ("latent_channels", self.latent_channels, _WIDEST),
+                ("code_channels", self.code_channels, _WIDEST),
+            ):
+                if value > most:
+                    raise ConfigError(f"{name} must be at most {most}, got {value}")
             if self.channels < _GROUPS or self.channels % _GROUPS:
                 raise ConfigError(f"channels must be a multiple of {_GROUPS}, got {self.channels}")
             if not self.multipliers or min(self.multipliers) < 1:

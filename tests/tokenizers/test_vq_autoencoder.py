@@ -107,6 +107,9 @@ def test_what_an_entry_stands_for_is_its_own_code():
         ({"channels": 48}, "multiple of 32, got 48"),
         ({"image_size": 18}, "multiple of 4, which 3 levels make a cell, got 18"),
         ({"num_codes": 0}, "num_codes must be at least 1, got 0"),
+        ({"num_blocks": 2**19}, "num_blocks must be at most 32, got 524288"),
+        ({"multipliers": (1,) * 40, "image_size": 2**39}, "number of multipliers must be at most 32, got 40"),
+        ({"channels": 2**34}, "channels times the largest multiplier must be at most 32768"),
         ({"multipliers": ()}, r"one or more numbers from 1, got \(\)"),
     ],
 )

@@ -71,7 +71,7 @@ def chameleon_config(files: JsonFiles) -> OmniMoeConfig:
         num_layers=config.num_hidden_layers,
         modalities=(
             Tokens.Config(name="text", vocab_size=config.vocab_size),
-            _pictures(words, _autoencoder(config.vq_config, files[CONFIG].get("vq_config") or {})),
+            _pictures(words, _autoencoder(config.vq_config, files[CONFIG].get("vq_config") or {}), config.vocab_size),
         ),
         attention=Attention.Config(
             num_heads=config.num_attention_heads,
@@ -114,7 +114,7 @@ def _autoencoder(vq: Any, plain: Mapping[str, Any]) -> VqAutoencoder.Config:
     )
 
 
-def _pictures(words: Mapping[str, int], autoencoder: VqAutoencoder.Config) -> CodedPictures.Config:
+def _pictures(words: Mapping[str, int], autoencoder: VqAutoencoder.Config, vocab_size: int) -> CodedPictures.Config:
     rows = {row: code for word, row in words.items() if (code := code_of(word)) is not None}
     start, count = min(rows, default=0), len(rows)
     if count != autoencoder.num_codes or sorted(rows.values()) != list(range(count)):
@@ -126,6 +126,8 @@ def _pictures(words: Mapping[str, int], autoencoder: VqAutoencoder.Config) -> Co
             f"the codes of pictures are scattered over the ids {start} to {max(rows)}, and only codes that lie "
             "together are converted"
         )
+    if max(rows) >= vocab_size:
+        raise CheckpointError(f"the vocabulary_map has id {max(rows)}, and the vocabulary {vocab_size} rows")
     codes = tuple(rows[start + place] for place in range(count))
     missing = [word for word in (BEGIN, END) if word not in words]
     if missing:

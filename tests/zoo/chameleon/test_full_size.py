@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, ChameleonForConditionalGeneration
 
-from omnimoe import CheckpointError, from_pretrained, model_info
+from omnimoe import CheckpointError, from_pretrained, load, model_info
 from omnimoe.model import MODELS, OmniMoeForCausalLM
 from omnimoe.tokenizers.vq_autoencoder import VqAutoencoder
 from omnimoe.zoo.chameleon import CHAMELEON
@@ -88,6 +88,13 @@ def test_ids_are_those_of_the_published_tokenizer(name):
     assert [code_of(word_of(code)) for code in (0, 13, 8191)] == [0, 13, 8191]
     assert config.norm_placement == ("post" if name == "chameleon_34b" else "pre")
     assert config.attention.qk_norm == "layer"
+
+
+def test_the_licence_is_told_as_the_hub_takes_it():
+    assert model_info("chameleon_7b").license == "Chameleon Research License"
+    card = load("chameleon_7b", device="meta", num_layers=1).config.card
+    assert (card["license"], card["license_name"]) == ("other", "chameleon-research-license")
+    assert model_info("chameleon_7b.twin").license == "Apache-2.0"
 
 
 def test_a_whole_vocabulary_is_read(tmp_path):

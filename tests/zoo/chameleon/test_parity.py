@@ -259,6 +259,10 @@ class TestDecoder:
             ours.model.modalities["image"].decode(torch.zeros(1, CELLS, dtype=torch.int64))
 
 
+def shifted(words: dict[str, int]) -> None:
+    words.update({word: row + 996 for word, row in words.items() if word.startswith("IMGIMG")})
+
+
 class TestVocabulary:
     """What the map of words says and cannot say."""
 
@@ -286,6 +290,8 @@ class TestVocabulary:
             (lambda words: words.pop("IMGIMGDBZ"), "names 31 codes of pictures, and the autoencoder has 32"),
             (lambda words: words.update(IMGIMGDBZ=250), "scattered over the ids"),
             (lambda words: words.update(IMGIMGDCZ=250), "names 33 codes"),
+            (lambda words: words.update(IMGIMGAZ="4"), "is malformed"),
+            (shifted, "has id 1031, and the vocabulary 296 rows"),
             (lambda words: words.pop("<eoss>"), "has no <eoss>, which stands around a picture"),
         ],
     )
@@ -294,6 +300,19 @@ class TestVocabulary:
         change(plain["vocabulary_map"])
         with pytest.raises(CheckpointError, match=message):
             CHAMELEON.config_of(plain)
+
+    def test_what_the_script_of_conversion_leaves_in_the_config_is_no_matter(self, pair):
+        plain = self.config(pair)
+        left = {
+            "ch": 32,
+            "ch_mult": [1, 2],
+            "out_channels": 3,
+            "double_z": False,
+            "z_channels": 8,
+            "monitor": "val/loss",
+        }
+        config = CHAMELEON.config_of({**plain, "vq_config": {**plain["vq_config"], **left}})
+        assert config.modalities == pair[2].config.modalities
 
     @pytest.mark.parametrize(
         ("changes", "message"),
