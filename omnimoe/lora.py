@@ -17,6 +17,7 @@ from torch import nn
 
 from omnimoe.experts import FeedForward, RoutedExperts
 from omnimoe.layers import BankLinear, BankMLP
+from omnimoe.layers.uneven import Uneven
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.quantize import is_quantized
 from omnimoe.routers import ByModalityRouter, Router, StaticRouter
@@ -308,6 +309,10 @@ def _owners(modules: dict[str, nn.Module], every: frozenset[int]) -> dict[str, _
                 for pool, (count, _) in enumerate(module.config.pools):
                     found[f"{name}.experts.pools.{pool}"] = whole[first : first + count]
                     first += count
+    for name, module in modules.items():
+        if isinstance(module, Uneven):
+            for copy, keys in enumerate(_by_copy([(copy,) for copy in module.towers])):
+                found[f"{name}.copies.{copy}"] = (keys,)
     return found
 
 

@@ -26,6 +26,7 @@ from omnimoe.config import ConfigError
 from omnimoe.experts import FeedForward, RoutedExperts
 from omnimoe.layers import BankMLP
 from omnimoe.layers.bank import Bank
+from omnimoe.layers.uneven import Uneven
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.routers import ByModalityRouter, Router, StaticRouter
 from omnimoe.routers.balance import BalancedRouter
@@ -56,7 +57,10 @@ def _(module: BankMLP, keys: tuple[int, ...]) -> dict[str, Index]:
 
 @kept_copies.register
 def _(module: FeedForward, keys: tuple[int, ...]) -> dict[str, Index]:
-    return {"experts": tuple(sorted({module.towers[key] for key in keys}))}
+    met = sorted({module.towers[key] for key in keys})
+    if isinstance(module.experts, Uneven):
+        return {f"experts.copies.{copy}": (0,) for copy in met}
+    return {"experts": tuple(met)}
 
 
 @kept_copies.register

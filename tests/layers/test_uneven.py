@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from omnimoe import Attention, FeedForward, Norm, OmniMoeConfig, OmniMoeForCausalLM, RoutedExperts, Tokens, shrink
+from omnimoe import (
+    Attention,
+    FeedForward,
+    Norm,
+    OmniMoeConfig,
+    OmniMoeForCausalLM,
+    RoutedExperts,
+    Tokens,
+    freeze,
+    lora_targets,
+    quantize,
+    shrink,
+)
 from omnimoe.config import ConfigError
 from omnimoe.flops import active_params, flops, formulas, total_params
 from omnimoe.inputs import InputError
@@ -248,3 +260,25 @@ def test_models_that_mean_nothing():
     assert model.config.base_model_tp_plan is None
     with pytest.raises(ConfigError, match=r"differ in width is not cut; load it whole"):
         select(model.config, ["text"])
+
+
+def test_adapters_and_freezing_know_which_rows_meet_a_copy():
+    config = declared()
+    chosen = lora_targets(OmniMoeForCausalLM(config), towers=["action"])["target_parameters"]
+    assert chosen
+    assert all(".copies.1." in name for name in chosen)
+    model = OmniMoeForCausalLM(config)
+    freeze(model, ["text", "latent"])
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert [name for name in trained if "backbone" in name and ".copies.1." not in name] == []
+    assert any(".copies.1." in name for name in trained)
+
+
+def test_eight_bits():
+    pytest.importorskip("torchao", reason="pip install 'omnimoe[torchao]'")
+    model, given = OmniMoeForCausalLM(declared()).eval(), batch()
+    with torch.no_grad():
+        wanted = model(**given).logits
+        quantize(model)
+        found = model(**given).logits
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
