@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, ChameleonForConditionalGeneration
 
 from omnimoe import CheckpointError, from_pretrained, load, model_info
+from omnimoe.hub import _describe
 from omnimoe.model import MODELS, OmniMoeForCausalLM
 from omnimoe.tokenizers.vq_autoencoder import VqAutoencoder
 from omnimoe.zoo.chameleon import CHAMELEON
@@ -92,7 +93,9 @@ def test_ids_are_those_of_the_published_tokenizer(name):
 
 def test_the_licence_is_told_as_the_hub_takes_it():
     assert model_info("chameleon_7b").license == "Chameleon Research License"
-    card = load("chameleon_7b", device="meta", num_layers=1).config.card
+    model = load("chameleon_7b", device="meta", num_layers=1)
+    _describe(model, "chameleon_7b")
+    card = model.config.card
     assert (card["license"], card["license_name"]) == ("other", "chameleon-research-license")
     assert model_info("chameleon_7b.twin").license == "Apache-2.0"
 
