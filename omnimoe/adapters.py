@@ -69,6 +69,7 @@ def check_fit(model: PreTrainedModel, folder: Path) -> None:
         folder: of the adapters.
 
     Raises:
+        CheckpointError: if the banks that they are for are quantised.
         ImportError: if PEFT is not installed.
         MisfitError: with what is missing, unexpected or misshapen.
     """
@@ -77,17 +78,24 @@ def check_fit(model: PreTrainedModel, folder: Path) -> None:
     except ImportError as error:
         raise ImportError("adapters need PEFT: pip install 'omnimoe[peft]'") from error
     config = PeftConfig.from_pretrained(fspath(folder))
+    parts = {type(weight).__module__.partition(".")[0] for weight in model.parameters()}
+    if getattr(config, "target_parameters", None) and "torchao" in parts:
+        raise CheckpointError(
+            f"the adapters in {folder} are added to the numbers of banks, and the model's are quantised; load it "
+            "without quantisation, merge them, and quantise then"
+        )
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config))
         own = {name: tuple(held.shape) for name, held in twin.state_dict().items()}
         inject_adapter_in_model(config, twin)
+        own |= {name: tuple(held.shape) for name, held in twin.state_dict().items()}
         states = get_peft_model_state_dict(twin, save_embedding_layers=False)
     wanted = {name.removeprefix(_PREFIX): tuple(held.shape) for name, held in states.items()}
     entries = read_header(inside(folder, ADAPTERS))
     shapes = {name.removeprefix(_PREFIX): entry.shape for name, entry in entries.items()}
-    # embeddings that were trained along lie beside the adapters
+    # embeddings and heads that were adapted or trained along lie beside the adapters
     known = {**own, **wanted}
     misfit = complaint(
         {

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from omnimoe.checkpoint import CheckpointError, read_json
 from omnimoe.checkpoint.folder import inside
+from omnimoe.checkpoint.route import CONFIG_OF_ADAPTERS
 from omnimoe.inputs import InputError, check_arguments, check_tensor, is_readable
 from omnimoe.model import OmniMoeForCausalLM, OmniMoeModel, OmniMoePreTrainedModel
 from omnimoe.model_config import OmniMoeConfig
@@ -150,9 +151,11 @@ def class_of(folder: Path | None, num_labels: int | None = None) -> type[OmniMoe
     if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
         raise ValueError(f"num_labels must be a whole number from 1, got {num_labels!r}")
     is_classifier = num_labels is not None
-    if not is_classifier and folder is not None and (folder / "config.json").is_file():
-        plain = read_json(inside(folder, "config.json"), CheckpointError)
+    held = [name for name in ("config.json", CONFIG_OF_ADAPTERS) if folder is not None and (folder / name).is_file()]
+    if folder is not None and held and not is_classifier:
+        plain = read_json(inside(folder, held[0]), CheckpointError)
         is_classifier = plain.get("architectures") == [OmniMoeForSequenceClassification.__name__]
+        is_classifier |= held[0] == CONFIG_OF_ADAPTERS and plain.get("task_type") == "SEQ_CLS"
     return OmniMoeForSequenceClassification if is_classifier else OmniMoeForCausalLM
 
 

@@ -240,6 +240,9 @@ def from_pretrained(
         selection = select(_read_config(folder), towers, without)
     if selection is None:
         place.fetch(_files_to_read(folder, allow_pickle), at=folder)
+        if _holds_adapters(folder):
+            # their base is fetched too
+            given |= {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         with _explained(folder), bars_where_seen():
             model, report = class_of(folder, num_labels).from_pretrained(
                 folder,

@@ -95,6 +95,25 @@ def test_weights_that_were_trained_along(base, adapters):
     assert torch.equal(model.lm_head.weight, head)
 
 
+def test_adapters_of_the_head(base, tmp_path):
+    """PEFT saves an adapted head along, under the name that it has below the adapter."""
+    model = add_lora(from_pretrained(base), sites=["lm_head", "q_proj"], r=2, init_lora_weights=False)
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / FILE)
+    ids = ids_like(CONFIG)
+    assert torch.equal(from_pretrained(tmp_path)(ids).logits, model.eval()(ids).logits)
+
+
+def test_adapters_onto_quantised_banks(base, adapters):
+    pytest.importorskip("torchao")
+    model = from_pretrained(base, quantization_config="int8")
+    with pytest.raises(CheckpointError, match="the model's are quantised; load it without quantisation, merge them"):
+        model.load_adapter(str(adapters))
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    with pytest.raises(CheckpointError, match="the model's are quantised"):
+        from_pretrained(adapters, quantization_config="int8")
+
+
 def test_adapters_of_a_part_of_a_model(base, tmp_path):
     part = from_pretrained(base, towers=["image"])
     ids = torch.tensor([[20, 25, 31]])

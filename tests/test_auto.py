@@ -35,6 +35,8 @@ assert type(AutoModel.from_pretrained(folder)).__name__ == "OmniMoeModel"
 model = AutoModelForCausalLM.from_pretrained(folder)
 assert type(model).__name__ == "OmniMoeForCausalLM"
 assert type(AutoModelForCausalLM.from_config(config)) is type(model) is omnimoe.OmniMoeForCausalLM
+from transformers import AutoModelForSequenceClassification
+assert type(AutoModelForSequenceClassification.from_config(config)) is omnimoe.OmniMoeForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 assert "OmniMoeForCausalLM" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 print("loaded")

@@ -153,6 +153,7 @@ def test_the_trainer_and_an_adapter(folder, tmp_path):
     assert found.predictions.shape == (8, 2)
     assert (found.predictions.argmax(-1) == found.label_ids).mean() > 0.9
     adapted.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(from_pretrained(tmp_path / "adapter")(ids).logits, adapted.eval()(ids).logits)
     again = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=2)
     torch.testing.assert_close(again.eval()(ids).logits, adapted.eval()(ids).logits)
 

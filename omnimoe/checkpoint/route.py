@@ -36,12 +36,15 @@ def find_folder(source: str | PathLike[str], given: Mapping[str, Any]) -> tuple[
     rest = {name: value for name, value in given.items() if name not in _PLACE}
     adapters = dict(rest.get("adapter_kwargs") or {})
     if (folder / CONFIG_OF_ADAPTERS).is_file() and not (folder / "config.json").is_file():
-        base = read_json(inside(folder, CONFIG_OF_ADAPTERS), CheckpointError).get("base_model_name_or_path")
+        plain = read_json(inside(folder, CONFIG_OF_ADAPTERS), CheckpointError)
+        base, revision = plain.get("base_model_name_or_path"), plain.get("revision")
         if not isinstance(base, str) or not base:
             raise CheckpointError(f"{folder / CONFIG_OF_ADAPTERS} names no base model; load that, then load_adapter")
         adapters["_adapter_model_path"] = fspath(folder)
         rest["adapter_kwargs"] = adapters
-        folder = _fetched(base, {name: given[name] for name in _OF_THE_HUB if name in given})
+        asked = {name: given[name] for name in _OF_THE_HUB if name in given}
+        # what PEFT wrote down is the revision of the base, which a folder has none of
+        folder = _fetched(base, asked if Path(base).is_dir() else {**asked, "revision": revision})
     place = folder_of_adapters(folder, rest)
     if place is not None:
         check_adapters(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from omnimoe import CheckpointError, OmniMoeForCausalLM
+from omnimoe import CheckpointError, OmniMoeForCausalLM, from_pretrained
 from tests.hub.conftest import same
 
 NAME, ADAPTERS = "org/tiny", "org/adapters"
@@ -65,6 +66,32 @@ def answers_alike(one, other) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_bring_their_base(adapted, kind):
     assert answers_alike(kind.from_pretrained(ADAPTERS), adapted)
+
+
+def test_adapters_name_the_revision_of_their_base(hub, adapted, saved, tmp_path):
+    first = hub.repositories[NAME].find("main")
+    hub.repositories[NAME].commit({"README.md": b"the model is gone"})
+    with pytest.raises(CheckpointError, match=r"'org/tiny' has no model\.safetensors"):
+        OmniMoeForCausalLM.from_pretrained(ADAPTERS, force_download=True)
+    file = tmp_path / "adapters" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": first}))
+    hub.add(ADAPTERS, tmp_path / "adapters")
+    assert answers_alike(OmniMoeForCausalLM.from_pretrained(ADAPTERS), adapted)
+
+
+def test_the_base_is_asked_for_as_its_adapters_are(hub, adapted, saved, tmp_path):
+    """With the same token, in the same cache, and not at all without network."""
+    for name in (NAME, ADAPTERS):
+        hub.repositories[name].is_private = True
+    hub.tokens["good"] = {NAME, ADAPTERS}
+    given = {"token": "good", "cache_dir": tmp_path / "other"}
+    for kind in (from_pretrained, OmniMoeForCausalLM.from_pretrained):
+        assert answers_alike(kind(ADAPTERS, **given), adapted)
+        hub.requests.clear()
+        assert answers_alike(kind(ADAPTERS, **given, local_files_only=True), adapted)
+        assert hub.requests == []
+        with pytest.raises(CheckpointError, match="there is no repository 'org/adapters'"):
+            kind(ADAPTERS, cache_dir=tmp_path / "third")
 
 
 class TestLoadAdapter:
