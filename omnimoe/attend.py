@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from omnimoe.layers.attention import Attention, eager, scaled_dot_product
 from omnimoe.layers.masks import AttentionMask
+from omnimoe.registry import RegistryError
 
 
 def attention_function(name: str, interface: Callable[[str, Any], Callable | None]) -> Callable:
@@ -56,14 +57,23 @@ def attention_function(name: str, interface: Callable[[str, Any], Callable | Non
     return attend
 
 
-def check_attention(name: str | None) -> None:
-    """Refuses an implementation whose package is not installed, when it is chosen and not at the first forward.
+def check_attention(name: object, known: Collection[str]) -> None:
+    """Refuses an implementation that is not there, when it is chosen and not at the first forward.
+
+    Args:
+        name: what was asked for; None for the default.
+        known: names that are registered. Others with a slash are kernels of a repository, which transformers fetches.
 
     Raises:
-        ImportError: with the package, and what to take instead.
+        RegistryError: if nothing has the name.
+        ImportError: if its package is not installed, with the package, and what to take instead.
     """
+    if name is None:
+        return
+    if not isinstance(name, str) or not (name == "eager" or name.removeprefix("paged|") in known or "/" in name):
+        raise RegistryError(f"unknown attention implementation {name!r}; there are eager, {', '.join(sorted(known))}")
     for part, (packages, remedy) in PACKAGES.items():
-        if name is not None and part in name and not any(importlib.util.find_spec(package) for package in packages):
+        if part in name and not any(importlib.util.find_spec(package) for package in packages):
             raise ImportError(
                 f"attention implementation {name!r} needs the package {' or '.join(packages)}; {remedy} or take 'sdpa'"
             )

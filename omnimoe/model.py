@@ -102,7 +102,7 @@ class OmniMoePreTrainedModel(ParallelMixin, Encodes, GuardedFiles):
                 module._gradient_checkpointing_func = partial(recompute, gradient_checkpointing_func)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        check_attention(attn_implementation)
+        check_attention(attn_implementation, {*ALL_ATTENTION_FUNCTIONS})
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()

@@ -14,11 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from omnimoe.attend import attention_function
 from omnimoe.layers import MASK_RULES, Attention, AttentionMask
 from omnimoe.layers.attention import eager
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.registry import RegistryError
 from tests.declarations import DECLARATIONS, build, ids_like
 
 VALID = torch.tensor([[False] * 2 + [True] * 7, [True] * 6 + [False] * 3])
@@ -249,9 +252,15 @@ def test_a_missing_package_is_told_when_it_is_chosen(name, package, remedy):
     assert model.config._attn_implementation == before
 
 
-def test_an_unknown_implementation_is_refused_and_nothing_changes():
+@pytest.mark.parametrize("name", ["lightning", "SDPA", "", 3])
+def test_an_unknown_implementation_is_refused_and_nothing_changes(name, tmp_path):
     model = build(DECLARATIONS["dense"])
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match="lightning"):
-        model.set_attn_implementation("lightning")
+    message = f"^unknown attention implementation {name!r}; there are eager, .*flex_attention, .*sdpa, xformers"
+    with pytest.raises(RegistryError, match=message):
+        model.set_attn_implementation(name)
     assert model.config._attn_implementation == before
+    model.save_pretrained(tmp_path)
+    for kind in (OmniMoeForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(RegistryError, match=message):
+            kind.from_pretrained(tmp_path, attn_implementation=name)
