@@ -32,6 +32,7 @@ from omnimoe.checkpoint.folder import check_config, files_read, is_of_ranks
 from omnimoe.checkpoint.header import Entry
 from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.checkpoint.memory import check_memory
+from omnimoe.checkpoint.pickles import check_pickles
 from omnimoe.checkpoint.route import (
     ADAPTERS,
     CONFIG_OF_ADAPTERS,
@@ -116,7 +117,7 @@ class GuardedFiles(PreTrainedModel):
             config = cls.config_class.from_pretrained(folder if config is None else config, **changes)
         if verify:
             cls._verify(folder, folder_of_adapters(folder, kwargs), kwargs.get("variant"), from_pickle)
-        entries = {} if from_pickle else check_weights(folder, variant=kwargs.get("variant"))
+        entries = check_pickles(folder) if from_pickle else check_weights(folder, variant=kwargs.get("variant"))
         is_quantised = getattr(config, "quantization_config", None) is not None
         model = cls._on_meta(config, model_args, entries if strict and not is_quantised else {}, folder)
         held = renamed(entries, model.state_dict().keys(), cls.base_model_prefix)
@@ -125,7 +126,7 @@ class GuardedFiles(PreTrainedModel):
             needed = sum(entry.size for entry in entries.values()) if is_quantised else 0
             check_memory(needed or bytes_of(model, _dtype(config, kwargs), held), fspath(folder / "config.json"))
         # where names or dtypes of the file are not the model's, only transformers can tell what fits
-        if not (from_pickle or is_quantised or is_of_ranks(folder) or kwargs.get("key_mapping")):
+        if not (is_quantised or is_of_ranks(folder) or kwargs.get("key_mapping")):
             tied, beside = getattr(model, "all_tied_weights_keys", None), [*_of_the_library(model), *swapped]
             misfit = misfits(held, model, tied, beside) if strict else ""
             if misfit:

@@ -175,7 +175,7 @@ def files_read(folder: Path, *, variant: str | None = None, from_pickle: bool = 
     found = {"config.json", "generation_config.json"}
     if from_pickle:
         path = folder / "pytorch_model.bin.index.json"
-        return found | {"pytorch_model.bin", path.name, *(_weight_map(path, "bin").values() if path.exists() else ())}
+        return found | {"pytorch_model.bin", path.name, *(weight_map(path, "bin").values() if path.exists() else ())}
     index = read_index(folder, variant=variant)
     local = (path.name for path in folder.iterdir() if _RANK_LOCAL.fullmatch(path.name))
     return found | {_named("model.safetensors", variant), _index_name(variant), *(index or {}).values(), *local}
@@ -184,24 +184,6 @@ def files_read(folder: Path, *, variant: str | None = None, from_pickle: bool = 
 def is_of_ranks(folder: Path) -> bool:
     """Whether each rank of a run wrote its own part of the weights, which transformers puts together."""
     return any(_RANK_LOCAL.fullmatch(path.name) for path in folder.iterdir())
-
-
-def check_pickles(folder: Path) -> None:
-    """Refuses an index of transformers' own pickles that leads out of the folder; their contents nobody can check."""
-    path = folder / "pytorch_model.bin.index.json"
-    if path.exists():
-        for shard in sorted(set(_weight_map(path, "bin").values())):
-            inside(folder, shard)
-    elif (folder / "pytorch_model.bin").exists():
-        inside(folder, "pytorch_model.bin")
-
-
-def has_pickles_alone(folder: Path) -> bool:
-    """Whether transformers would find its own pickle in the folder, and no safetensors."""
-    names = {path.name for path in folder.iterdir()}
-    return bool(names & {"pytorch_model.bin", "pytorch_model.bin.index.json"}) and not any(
-        name.endswith((".safetensors", ".safetensors.index.json")) for name in names
-    )
 
 
 def check_shard(folder: Path, shard: str, keys: list[str]) -> dict[str, Entry]:
@@ -239,7 +221,7 @@ def read_index(folder: Path, *, variant: str | None = None) -> dict[str, str] | 
     path = folder / _index_name(variant)
     if not path.exists():
         return None
-    return _weight_map(path, "safetensors")
+    return weight_map(path, "safetensors")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -265,6 +247,22 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def weight_map(path: Path, suffix: str) -> dict[str, str]:
+    """The file of each weight by an index whose files end in ``suffix``."""
+    plain = read_json(inside(path.parent, path.name), CheckpointError)
+    shards = plain.get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{path} has no weight_map from keys to file names; save or fetch the model again")
+    if not isinstance(plain.get("metadata", {}), dict):
+        raise CheckpointError(
+            f"{path} has metadata {plain['metadata']!r}, not an object; save or fetch the model again"
+        )
+    for shard in sorted(set(shards.values())):
+        if not re.fullmatch(rf"[\w\-][\w.\-]*\.{suffix}", shard, re.ASCII):
+            raise CheckpointError(f"{path} names {shard!r}; a shard is a .{suffix} file in the same folder")
+    return shards
+
+
 def parts_of(keys: Iterable[str]) -> str:
     """Weights in words: how many, and of which layers.
 
@@ -284,22 +282,6 @@ def parts_of(keys: Iterable[str]) -> str:
     named = ["layers " + ", ".join(" to ".join(map(str, run)) for run in runs)] if runs else []
     counted = "1 weight" if len(keys) == 1 else f"{len(keys)} weights"
     return f"{counted}: {', '.join([*named, *others[:10]])}"
-
-
-def _weight_map(path: Path, suffix: str) -> dict[str, str]:
-    """The file of each weight by an index whose files end in ``suffix``."""
-    plain = read_json(inside(path.parent, path.name), CheckpointError)
-    shards = plain.get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError(f"{path} has no weight_map from keys to file names; save or fetch the model again")
-    if not isinstance(plain.get("metadata", {}), dict):
-        raise CheckpointError(
-            f"{path} has metadata {plain['metadata']!r}, not an object; save or fetch the model again"
-        )
-    for shard in sorted(set(shards.values())):
-        if not re.fullmatch(rf"[\w\-][\w.\-]*\.{suffix}", shard, re.ASCII):
-            raise CheckpointError(f"{path} names {shard!r}; a shard is a .{suffix} file in the same folder")
-    return shards
 
 
 def _named(name: str, variant: str | None) -> str:

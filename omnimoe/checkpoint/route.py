@@ -10,8 +10,9 @@ from typing import Any
 from omnimoe.checkpoint.errors import CheckpointError, read_json
 from omnimoe.checkpoint.fetch import Hub, Source, weight_files
 from omnimoe.checkpoint.fit import FLOATS
-from omnimoe.checkpoint.folder import check_pickles, end_broken_save, has_pickles_alone, inside, read_index
+from omnimoe.checkpoint.folder import end_broken_save, inside, read_index
 from omnimoe.checkpoint.header import read_header
+from omnimoe.checkpoint.pickles import has_pickles_alone
 
 ADAPTERS = "adapter_model.safetensors"
 CONFIG_OF_ADAPTERS = "adapter_config.json"
@@ -87,16 +88,13 @@ def is_pickle(folder: Path, allow_pickle: bool, given: Mapping[str, Any]) -> boo
         given: the arguments of loading.
 
     Raises:
-        CheckpointError: if one is asked for and not allowed, or its index leads out of the folder.
+        CheckpointError: if one is asked for and not allowed.
     """
     if given.get("gguf_file"):
         raise CheckpointError("weights are read from safetensors only; convert the GGUF file first")
     if given.get("use_safetensors") is False and not allow_pickle:
         raise CheckpointError("use_safetensors=False asks for a pickle, which can run code; pass allow_pickle=True too")
-    is_asked = allow_pickle and (given.get("use_safetensors") is False or has_pickles_alone(folder))
-    if is_asked:
-        check_pickles(folder)
-    return is_asked
+    return allow_pickle and (given.get("use_safetensors") is False or has_pickles_alone(folder))
 
 
 def _fetched(source: str | PathLike[str], given: Mapping[str, Any]) -> Path:

@@ -23,9 +23,10 @@ BLOCKS = 10
 EACH = EXAMPLES[2] // BLOCKS
 
 
-def mutated(content: bytes, chance: random.Random) -> bytes:
+def mutated(content: bytes, chance: random.Random, *, header: int | None = None) -> bytes:
     """One of what happens to files: a bit, a byte, a run, a cut, an insertion, a piece twice; mostly in the header."""
-    end = len(content) if chance.random() < 0.2 else 8 + int.from_bytes(content[:8], "little")
+    header = 8 + int.from_bytes(content[:8], "little") if header is None else header
+    end = len(content) if chance.random() < 0.2 else header
     place = chance.randrange(8 if chance.random() < 0.2 else end)
     kind = chance.randrange(6)
     if kind == 0:

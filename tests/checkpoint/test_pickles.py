@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
+import random
 import tarfile
 from pathlib import Path
 
@@ -14,17 +16,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from omnimoe import from_pretrained
+from omnimoe.model import OmniMoeForCausalLM
 from tests.checkpoint.files import INDEX, WEIGHTS, load, refused, same_weights
+from tests.checkpoint.test_mutations import mutated, outcomes
 
 
 class Trap:
-    """Leaves a file behind where it is unpickled."""
+    """Leaves a folder behind where it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
 
     def __reduce__(self):
-        return (Path.touch, (self.canary,))
+        return (os.mkdir, (str(self.canary),))
 
 
 def trapped(canary: Path, weights: dict | None = None) -> bytes:
@@ -61,8 +65,85 @@ def test_asking_for_it_takes_two_words(saved, canary):
 def test_a_pickle_that_is_allowed_still_runs_no_code(saved, canary):
     (saved / WEIGHTS).unlink()
     (saved / "pytorch_model.bin").write_bytes(trapped(canary))
-    with refused(saved, "eights", Exception):
+    for by in (load, from_pretrained):
+        with refused(saved, "is not opened: it names posix.mkdir, which is no part of weights and can run code"):
+            by(saved, allow_pickle=True)
+
+
+def with_head(head: torch.Tensor):
+    return lambda weights: weights | {"lm_head.weight": head}
+
+
+@pytest.mark.hazard(3)
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        (lambda weights: weights | {"extra": torch.ones(1)}, "1 unexpected:\n  extra"),
+        (lambda weights: weights | {"extra": 1}, "holds something else than weights by name"),
+        (lambda weights: list(weights.values()), "holds something else than weights by name"),
+        (with_head(torch.ones(3, 3)), "lm_head.weight: (3, 3) in the file, (40, 16) in the model"),
+        (with_head(torch.ones(40, 16, dtype=torch.int64)), "lm_head.weight: int64 in the file, float32 in the model"),
+        (lambda weights: {name: weights[name] for name in weights if "norm" not in name}, "missing:\n  model.backbone"),
+        (b"", "cannot be read as a pickle of weights: EOFError"),
+        (b"hello", "cannot be read as a pickle of weights"),
+        (slice(None, -100), "cannot be read as a pickle of weights"),
+        (slice(None, 2000), "cannot be read as a pickle of weights"),
+    ],
+)
+def test_a_pickle_that_is_allowed_is_held_to_what_safetensors_are(saved, model, change, fragment):
+    (saved / WEIGHTS).unlink()
+    path = saved / "pytorch_model.bin"
+    torch.save(change(model.state_dict()) if callable(change) else model.state_dict(), path)
+    if not callable(change):
+        path.write_bytes(path.read_bytes()[change] if isinstance(change, slice) else change)
+    for by in (load, from_pretrained):
+        with refused(saved, fragment):
+            by(saved, allow_pickle=True)
+
+
+@pytest.mark.hazard(3)
+def test_pickles_in_shards(saved, model):
+    (saved / WEIGHTS).unlink()
+    weights = model.state_dict()
+    names = [*weights]
+    shards = {"pytorch_model-1.bin": names[:9], "pytorch_model-2.bin": names[9:]}
+    for file, held in shards.items():
+        torch.save({name: weights[name] for name in held}, saved / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+    (saved / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert same_weights(load(saved, allow_pickle=True), model)
+    torch.save(weights, saved / "pytorch_model.bin")
+    with refused(saved, "holds both pytorch_model.bin and pytorch_model.bin.index.json"):
         load(saved, allow_pickle=True)
+    (saved / "pytorch_model.bin").unlink()
+    torch.save({}, saved / "pytorch_model-2.bin")
+    with refused(saved, f"pytorch_model-2.bin has no {sorted(names[9:])[0]}, where the index looks for"):
+        load(saved, allow_pickle=True)
+    (saved / "pytorch_model-2.bin").unlink()
+    with refused(saved, "pytorch_model-2.bin is missing; fetch or copy it again"):
+        load(saved, allow_pickle=True)
+
+
+def test_changed_bytes_of_a_pickle(saved, model, canary):
+    """What is allowed is read or refused as safetensors are, whatever bytes it has."""
+    (saved / WEIGHTS).unlink()
+    torch.save(model.state_dict(), saved / "pytorch_model.bin")
+    content = (saved / "pytorch_model.bin").read_bytes()
+    changes = [mutated(content, random.Random(seed), header=4000) for seed in range(40)]
+    shapes = {name: held.shape for name, held in model.state_dict().items()}
+
+    def check(loaded: OmniMoeForCausalLM) -> None:
+        assert {name: held.shape for name, held in loaded.state_dict().items()} == shapes
+
+    found = outcomes(
+        saved,
+        "pytorch_model.bin",
+        changes,
+        check,
+        by=lambda folder: load(folder, allow_pickle=True, check_finite="off"),
+    )
+    assert found.total() == len(changes)
+    assert found["refused"] > len(changes) // 4
 
 
 @pytest.mark.hazard(3)
