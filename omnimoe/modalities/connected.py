@@ -125,6 +125,9 @@ class Connected(Modality):
 
     def row_counts(self, inputs: Any) -> list[int]:
         """How many positions each span of ``inputs`` takes; see :meth:`embed`."""
+        shapes = self.shapes_of(inputs) if isinstance(inputs, Mapping) else None
+        if shapes is not None:  # the encoder need not run
+            return [self.connector.num_rows(count) for count in shapes.prod(-1).tolist()]
         x, mask, _ = self._features(inputs)
         if mask is None:
             return [self.connector.num_rows(x.shape[1])] * len(x)

@@ -21,7 +21,7 @@ from omnimoe.registry import Registry
 Part = str | Any
 """Words, a str; or a picture: a ``pathlib.Path``, a PIL image, or a uint8 array ``(H, W, 3)``."""
 
-_BUILT_IN = ("bagel", "chameleon", "cosmos3", "pi0")
+_BUILT_IN = ("bagel", "chameleon", "cosmos3", "ernie4_5_vl", "pi0")
 
 
 class Pipeline:

@@ -56,15 +56,14 @@ DOCUMENTS: tuple[tuple[Part, ...], ...] = (
 )
 
 
-def reference(text: dict | None = None, vision: dict | None = None, **options: Any) -> Any:
+def reference(text: dict | None = None, vision: dict | None = None, markers: dict[str, int] | None = None) -> Any:
     """transformers' model with every weight drawn, biases and norms too."""
     text = {**TEXT, **(text or {})}
     config = Ernie4_5_VLMoeConfig(
         text_config=copy.deepcopy(text),
         vision_config={**VISION, **(vision or {})},
         tie_word_embeddings=text.get("tie_word_embeddings", True),
-        **IDS,
-        **options,
+        **(IDS if markers is None else markers),
     )
     config._attn_implementation = "eager"
     model = Ernie4_5_VLMoeForConditionalGeneration(config).eval()
