@@ -119,7 +119,10 @@ class Merged(Encoder):
         parts = [F.pad(part, (0, 0, 0, longest - len(part))) for part in rows.split(counts)]
         held = torch.arange(longest, device=rows.device) < torch.tensor(counts, device=rows.device).unsqueeze(1)
         pooled = torch.stack([part.mean(0) for part in rows.split(counts)])
-        return Features(rows=torch.stack(parts), pooled=pooled, mask=None if min(counts) == longest else held)
+        shapes = torch.tensor(self.shapes(inputs))
+        return Features(
+            rows=torch.stack(parts), pooled=pooled, mask=None if min(counts) == longest else held, shapes=shapes
+        )
 
     def _processor(self) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not define _processor()")

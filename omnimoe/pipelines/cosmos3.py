@@ -248,7 +248,6 @@ class Cosmos3(Pipeline):
         made = self.model.generate(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"].long(),
             features={"vision": encoder.pad(torch.cat(patches), torch.cat(grids))} if patches else None,
             max_new_tokens=max_new_tokens,
             eos_token_id=end,

@@ -94,6 +94,7 @@ def cosmos3_config(files: JsonFiles) -> OmniMoeConfig:
         bidirectional_modalities=tuple(held.name for held in modalities if held.name in DRAWN),
         joint_blocks=True,
         private_blocks=True,
+        positions="grids",
         initializer_range=plain.get("initializer_range", 0.02),
         max_position_embeddings=plain.get("max_position_embeddings", text.get("max_position_embeddings", 131_072)),
         bos_token_id=text.get("bos_token_id", whole.get("bos_token_id")),
@@ -139,6 +140,7 @@ def _modalities(whole: dict[str, Any], plain: dict[str, Any]) -> tuple[Modality.
             begin_id=whole["vision_start_token_id"],
             end_id=whole["vision_end_token_id"],
             placeholder_id=whole["image_token_id"],
+            more_ids=((whole["vision_start_token_id"], whole["vision_end_token_id"], whole["video_token_id"]),),
         ),
         TimedPatches.Config(name="video", channels=plain["patch_latent_dim"], placeholder_id=places[0]),
     ]

@@ -1,7 +1,6 @@
 """How a sample of Cosmos3 is laid out: words and pictures that are seen, then all that is generated together.
 
-Positions have three axes. A word stands at one place on all of them. A picture that is seen begins at one place, from
-which its rows and columns count on, and what follows begins after the farthest of them, as in Qwen2-VL. What is
+Positions have three axes. Those of words and of pictures that are seen are those of :mod:`omnimoe.grids`. What is
 generated begins a margin after the last word, pictures, sounds and actions at the same place; time runs there by the
 clock, so that a place is a latent picture at 24 pictures a second whatever the rate, and lies between whole numbers
 where the rate is another. Rows and columns begin at 0.
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnimoe import InputError, OmniMoeConfig
+from omnimoe.grids import grid_positions
 from omnimoe.zoo.cosmos3.convert import BASE_FPS, COMPRESSION, MARGIN
 
 Shape = tuple[int, int, int]
@@ -67,11 +67,14 @@ def lay_out(
     names = config.modality_names
     ids, kinds, places = [], [], []
     for number, scene in enumerate(scenes):
+        if not len(scene.ids):
+            raise InputError(f"scene {number} needs words; pass ids, those of an empty prompt too")
         parts = _generated(config, scene, number)
-        known = reader_positions(config, scene.ids, scene.seen)
-        start = float(known.max()) + 1 + MARGIN
         placeholders = [held.placeholder_id for held in config.modalities]
         kind = config.modality_of_ids()[torch.tensor(scene.ids)]
+        seen = {"vision": torch.tensor(scene.seen, dtype=torch.int64).view(-1, 3)}
+        known = grid_positions(config, kind.unsqueeze(0), seen)[0].float()
+        start = float(known.max()) + 1 + MARGIN
         mine = [kind] + [torch.full((len(at),), names.index(name)) for name, at in parts]
         drawn = [torch.full((len(at),), placeholders[names.index(name)] or 0) for name, at in parts]
         ids.append(torch.cat((torch.tensor(scene.ids), *drawn)))
@@ -87,35 +90,6 @@ def lay_out(
             device
         ),
     }
-
-
-def reader_positions(config: OmniMoeConfig, ids: Sequence[int], seen: Sequence[Shape] = ()) -> Tensor:
-    """Places of words and of pictures that are seen, ``(T, 3)`` float32.
-
-    Raises:
-        InputError: if there are no ids, or the pictures do not fit them.
-    """
-    if not len(ids):
-        raise InputError("a scene needs words; pass ids, those of an empty prompt too")
-    held = config.modalities[config.modality_names.index("vision")].placeholder_id
-    found, at, here, pictures = [], 0.0, 0, iter(seen)
-    while here < len(ids):
-        if ids[here] != held:
-            found.append(torch.full((1, 3), at))
-            at, here = at + 1, here + 1
-            continue
-        shape = next(pictures, (0, 0, 0))
-        count = shape[0] * shape[1] * shape[2]
-        if not count or list(ids[here : here + count]) != [held] * count:
-            raise InputError(
-                f"the ids hold a picture at {here} that is not of the shape {shape}; pass the shape of each in seen, "
-                "rows and columns after merging"
-            )
-        found.append(torch.cartesian_prod(*(torch.arange(side) for side in shape)).view(-1, 3) + at)
-        at, here = at + max(shape), here + count
-    if next(pictures, None) is not None:
-        raise InputError(f"seen has {len(seen)} shapes, more than the ids have pictures")
-    return torch.cat(found).float()
 
 
 def _generated(config: OmniMoeConfig, scene: Scene, number: int) -> list[tuple[str, Tensor]]:
