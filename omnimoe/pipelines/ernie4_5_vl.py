@@ -113,8 +113,8 @@ class Ernie45VL(Pipeline):
         length = max(len(ids) for ids, _ in laid)
         if length + 1 > config.max_position_embeddings:
             raise ValueError(
-                f"a document has {length} tokens, more than the {config.max_position_embeddings} that the model was made "
-                "for; shorten it, or give smaller pictures"
+                f"a document has {length} tokens, more than the {config.max_position_embeddings} that the model was "
+                "made for; shorten it, or give smaller pictures"
             )
         pad = self._ends[0] if config.pad_token_id is None else config.pad_token_id
         rows = [torch.cat((torch.full((length - len(ids),), pad), ids)) for ids, _ in laid]
