@@ -27,19 +27,22 @@ WAYS = {
     "untied": {"modalities": IMAGE, "tie": False},
     "roles": {"keys": ("und", "gen"), "towers": "modality"},
 }
-ROUTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
+
+
+def is_routed(seed) -> bool:
+    return any(isinstance(block.experts, RoutedExperts.Config) for block in seed.config.blocks)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_text_logits_of_published_seeds_stay(name, way):
     seed, asked = seed_of(name), WAYS[way]
-    if way == "three, two towers" and name in ROUTED:
+    if way == "three, two towers" and is_routed(seed):
         asked = asked | {"towers": {"attention": (0, 1, 1), "norm": (0, 1, 1)}}
     model, report = upcycle(seed, batch=text_of(seed), return_report=True, **asked)
     assert report.is_preserved
     # grouping by key may only change the order in which a matrix product sums
-    grouped = name in ROUTED and way in ("three", "roles")
+    grouped = is_routed(seed) and way in ("three", "roles")
     assert report.measured.difference <= (2e-5 if grouped else 0)
     ids = text_of(seed, seed=1)
     keys = {"key_ids": torch.randint(0, 2, ids.shape)} if way == "roles" else {}
@@ -213,6 +216,24 @@ def test_dtype_mode_card_and_generation():
     ids = text_of(seed)
     taken = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert taken.shape == (2, 15)
+
+
+def test_the_card_names_the_seed():
+    seed = copy.deepcopy(seed_of("llama"))
+    seed.config.name_or_path = "org/words"
+    assert upcycle(seed, modalities=IMAGE).config.card == {"base_model": "org/words"}
+    seed.config.card = {"license": "mit", "base_model": "org/earlier"}
+    assert upcycle(seed, modalities=IMAGE).config.card == {"license": "mit", "base_model": "org/earlier"}
+
+
+def test_the_text_tower_alone_is_the_seed(tmp_path):
+    seed = seed_of("text")
+    upcycle(seed, modalities=BOTH, towers="modality").save_pretrained(tmp_path)
+    alone = from_pretrained(tmp_path, towers=["text"])
+    ids = text_of(seed)
+    with torch.no_grad():
+        assert torch.equal(alone(ids).logits[..., : seed.config.vocab_size], seed(ids).logits)
+    assert alone.config.modality_names == ("text",)
 
 
 def test_greedy_text_is_the_seed_s():
