@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import close_session
 
 from omnimoe import OmniMoeConfig, OmniMoeForCausalLM
@@ -29,6 +29,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
             "HF_STORED_TOKENS_PATH": str(tmp_path / "no-tokens"),
         }.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", found.endpoint)  # of its functions, which the Trainer calls
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr("time.sleep", lambda seconds: None)
         close_session()
