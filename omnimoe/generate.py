@@ -35,6 +35,7 @@ from omnimoe.generation.sampling import ByModality, Sampling, row_generators, sa
 from omnimoe.generation.streaming import TextSpanStreamer
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.spans import bounded_ranges, owned_rows, read_spans
+from omnimoe.spans.guidance import Scale
 from omnimoe.tokenizers import Tokenizer
 
 __all__ = [
@@ -72,7 +73,7 @@ def generate(
     top_k: ByModality | None = None,
     top_p: ByModality | None = None,
     min_p: ByModality | None = None,
-    guidance: ByModality | None = None,
+    guidance: float | Mapping[str, Scale] | None = None,
     steps: int = STEPS,
     max_new_tokens: int | None = None,
     num_samples: int = 1,
@@ -97,7 +98,8 @@ def generate(
         top_p: sample among the most likely tokens that hold this share; else among all.
         min_p: sample among tokens at least this share as likely as the likeliest; else among all.
         guidance: scale of classifier-free guidance by a second forward that sees the span alone; 1 is none. For
-            modalities with boundary tokens and continuous ones.
+            modalities with boundary tokens and continuous ones. By name it may be two, away from the document without
+            its words and that away from the span alone, for discrete modalities.
         steps: forwards of the sampler, for a continuous modality.
         max_new_tokens: longest output in tokens, for modalities of free length; 128 for text and 250 for others where
             None. The text also ends where the model would begin another span.
@@ -174,7 +176,7 @@ def interleave(
     top_k: ByModality | None = None,
     top_p: ByModality | None = None,
     min_p: ByModality | None = None,
-    guidance: ByModality | None = None,
+    guidance: float | Mapping[str, Scale] | None = None,
     steps: int = STEPS,
     max_new_tokens: int | None = None,
     num_samples: int = 1,
