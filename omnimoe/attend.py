@@ -71,7 +71,10 @@ def check_attention(name: object, known: Collection[str]) -> None:
     if name is None:
         return
     if not isinstance(name, str) or not (name == "eager" or name.removeprefix("paged|") in known or "/" in name):
-        raise RegistryError(f"unknown attention implementation {name!r}; there are eager, {', '.join(sorted(known))}")
+        # as transformers begins it
+        raise RegistryError(
+            f'Specified `attn_implementation="{name}"` is not supported; there are eager, {", ".join(sorted(known))}'
+        )
     for part, (packages, remedy) in PACKAGES.items():
         if part in name and not any(importlib.util.find_spec(package) for package in packages):
             raise ImportError(
