@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, metavar="FILE", help="many inputs: a caption a line, or .jsonl with a document a line"
     )
     parser.add_argument(
-        "--to", required=True, metavar="MODALITY", help="text, image or speech; any lets the model choose, span by span"
+        "--to",
+        required=True,
+        metavar="MODALITY",
+        help="text, image, speech or video; any lets the model choose, span by span",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="where to write it; for --to any a folder, or an .html page"
@@ -65,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", metavar="HEIGHTxWIDTH", help="of pictures in pixels, for published models that draw any size"
     )
+    parser.add_argument(
+        "--frames", type=int, metavar="N", help="pictures of a clip, for published models that film (--to video)"
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest text, speech or document, in tokens")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows that are generated at once")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -87,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         return _run_published(*published, documents, args)
     if args.size is not None:
         raise ValueError(f"--size is for published models that draw any size; {args.model} draws one")
+    if args.frames is not None:
+        raise ValueError(f"--frames is for published models that film; {args.model} does not")
     options: dict[str, Any] = {"tokenizers": tokenizers, "num_samples": args.num, "steps": args.steps or 50}
     options |= {
         name: getattr(args, name)
@@ -129,8 +137,10 @@ def _run_published(kind: type[Pipeline], source: str, documents: list, args: arg
     asked = [document for document in read for _ in range(args.num)]
     chosen = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
+    if args.frames is not None and args.to != "video":
+        raise ValueError(f"--frames is for --to video, not for --to {args.to}; leave it out")
     if args.to != "text":
-        makes = kind.draw if args.to == "image" else kind.interleave
+        makes: Any = {"image": kind.draw, "video": kind.film}.get(args.to, kind.interleave)
         if unused := sorted(set(chosen) - set(inspect.signature(makes).parameters)):
             raise ValueError(f"--{unused[0].replace('_', '-')} changes nothing of what {source} draws; leave it out")
     device = default_device(args.device)
@@ -143,6 +153,10 @@ def _run_published(kind: type[Pipeline], source: str, documents: list, args: arg
         if args.to == "image":
             drawn = pipeline.draw(part, sizes=size, guidance=args.guidance, steps=args.steps, seed=seed, **chosen)
             made += [Generated(modality="image", raw=picture) for picture in drawn]
+        elif args.to == "video":
+            options = {"sizes": size, "num_frames": args.frames, "guidance": args.guidance, "steps": args.steps}
+            clips = pipeline.film(part, seed=seed, **options, **chosen)
+            made += [Generated(modality="video", raw=clip.frames) for clip in clips]
         elif args.to == ANY:
             guided = {"guidance": args.guidance, "max_new_tokens": args.max_new_tokens}
             documents_made += pipeline.interleave(part, seed=seed, **guided, **chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -24,6 +25,23 @@ Part = str | Any
 _BUILT_IN = ("bagel", "chameleon", "cosmos3", "ernie4_5_vl", "pi0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Pictures that move.
+
+    Args:
+        frames: ``(T, H, W, 3)`` uint8.
+        fps: pictures a second.
+        sound: ``(channels, n)`` float32, or None.
+        sample_rate: of the sound, in Hz.
+    """
+
+    frames: np.ndarray
+    fps: float
+    sound: Tensor | None = None
+    sample_rate: int = 0
+
+
 class Pipeline:
     """A model with all that it needs to read and to write what people do.
 
@@ -31,7 +49,7 @@ class Pipeline:
     """
 
     targets: ClassVar[tuple[str, ...]] = ()
-    """What it makes: ``"text"``, ``"image"``."""
+    """What it makes: ``"text"``, ``"image"``, ``"video"``."""
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str], *, dtype: Any = "auto", device: Any = None) -> Self:
@@ -49,6 +67,19 @@ class Pipeline:
     ) -> list[np.ndarray]:
         """A picture ``(H, W, 3)`` uint8 for each document; None takes what the family was published with."""
         raise ValueError(f"{type(self).__name__} makes {', '.join(self.targets)} and draws no pictures")
+
+    def film(
+        self,
+        documents: Sequence[Sequence[Part] | str],
+        *,
+        sizes: Sequence[tuple[int, int]] | tuple[int, int] | None = None,
+        num_frames: int | None = None,
+        guidance: Any = None,
+        steps: int | None = None,
+        seed: int | None = None,
+    ) -> list[Clip]:
+        """A clip for each document; None takes what the family was published with."""
+        raise ValueError(f"{type(self).__name__} makes {', '.join(self.targets)} and no clips")
 
     def answer(
         self, documents: Sequence[Sequence[Part] | str], *, max_new_tokens: int = 512, **options: Any

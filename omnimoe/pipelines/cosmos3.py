@@ -8,7 +8,6 @@ Documents of one call are worked on together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from omnimoe.checkpoint import CheckpointError, Hub, Source, read_json
 from omnimoe.encoders.raw import whole_pictures
 from omnimoe.hub import from_pretrained, model_info
 from omnimoe.joint_denoise import SchedulerSampler, denoise_jointly
 from omnimoe.model import MODELS, OmniMoeForCausalLM
-from omnimoe.pipelines.base import Part, Pipeline, read_documents, register_pipeline
+from omnimoe.pipelines.base import Clip, Part, Pipeline, read_documents, register_pipeline
 from omnimoe.zoo.cosmos3.convert import BASE_FPS, COMPRESSION
 from omnimoe.zoo.cosmos3.layout import PATCH, Scene, Shape, lay_out, to_latent, to_rows
 from omnimoe.zoo.cosmos3.media import CELL, decode_pictures, decode_sound, encode_picture, read_part, sound_length
@@ -33,23 +31,6 @@ STEPS, GUIDANCE = 35, 6.0
 SIZE, FRAMES = (720, 1280), 189
 """Height and width in pixels, and pictures of a clip, where none are asked for, as published."""
 _SYSTEM = "You are a helpful assistant who will generate {kind}s from a give prompt."  # as in training
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """Pictures that move.
-
-    Args:
-        frames: ``(T, H, W, 3)`` uint8.
-        fps: pictures a second.
-        sound: ``(channels, n)`` float32, or None.
-        sample_rate: of the sound, in Hz.
-    """
-
-    frames: np.ndarray
-    fps: float
-    sound: Tensor | None = None
-    sample_rate: int = 0
 
 
 @register_pipeline("cosmos3")
@@ -148,7 +129,7 @@ class Cosmos3(Pipeline):
         documents: Sequence[Sequence[Part] | str],
         *,
         sizes: Sequence[tuple[int, int]] | tuple[int, int] | None = None,
-        num_frames: int = FRAMES,
+        num_frames: int | None = None,
         fps: float = BASE_FPS,
         sound: bool = False,
         guidance: float | None = None,
@@ -161,7 +142,8 @@ class Cosmos3(Pipeline):
         Args:
             documents: words; or a picture and words, and the clip begins with the picture.
             sizes: height and width in pixels, multiples of 16, one for all or one each; :data:`SIZE` where None.
-            num_frames: pictures of a clip, one or four more and so on; others are rounded down to that.
+            num_frames: pictures of a clip, one or four more and so on; others are rounded down to that. :data:`FRAMES`
+                where None.
             fps: pictures a second.
             sound: make the sound too, for checkpoints that do.
             guidance: how far it is pushed from what is drawn of ``against``; 1 does without.
@@ -175,6 +157,7 @@ class Cosmos3(Pipeline):
         Raises:
             ValueError: if the copy cannot do it, or a size or document does not fit.
         """
+        num_frames = FRAMES if num_frames is None else num_frames
         if self.pictures is None or self.scheduler is None:
             raise ValueError("this copy has no autoencoder to draw with; load one with vae/ and scheduler/")
         if sound and (self.sounds is None or "sound" not in self.model.config.modality_names):
@@ -390,4 +373,4 @@ def _each(sizes: Any, count: int) -> list[tuple[int, int]]:
     return [(tall, wide) for tall, wide in pairs]
 
 
-__all__ = ["FRAMES", "GUIDANCE", "SIZE", "STEPS", "Clip", "Cosmos3"]
+__all__ = ["FRAMES", "GUIDANCE", "SIZE", "STEPS", "Cosmos3"]

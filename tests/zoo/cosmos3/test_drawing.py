@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import omnimoe
+from omnimoe.cli import main
 from omnimoe.convert import to_published
 from omnimoe.pipelines import find_pipeline
 from omnimoe.pipelines.cosmos3 import Cosmos3
@@ -216,6 +217,20 @@ def test_answers_about_pictures(kind, pipeline, folder):
             assert answer == pipeline.tokenizer.decode(ids[start:])
     finally:
         encoder.prepare = prepare
+
+
+def test_from_the_command_line(kind, pipeline, folder, tmp_path, capsys):
+    if kind == "cosmos3_edge":
+        pytest.skip("one family is enough")
+    given = ["generate", "--model", str(folder), "--from", "text", "a red kite", "--size", "32x48", "--steps", "2"]
+    given += ["--seed", "3", "--device", "cpu"]
+    assert main([*given, "--to", "image", "--out", str(tmp_path / "kite.png")]) == 0
+    (drawn,) = pipeline.draw(["a red kite"], sizes=(32, 48), steps=2, seed=3)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "kite.png")), drawn)
+    assert main([*given, "--to", "video", "--frames", "5", "--out", str(tmp_path / "kite.webp")]) == 0
+    assert Image.open(tmp_path / "kite.webp").n_frames == 5
+    assert main([*given, "--to", "image", "--frames", "5", "--out", str(tmp_path / "kite.png")]) != 0
+    assert "--frames is for --to video" in capsys.readouterr().err
 
 
 def test_a_copy_without_what_draws_only_answers(folder, tmp_path):

@@ -153,6 +153,22 @@ def test_places_are_found_without_being_told(kind, model):
     assert torch.equal(model(**given).logits[given["attention_mask"].bool()], wanted)
 
 
+@torch.no_grad()
+def test_a_clip_that_is_seen_enters_picture_by_picture(kind, model, peers):
+    """transformers takes a clip and cuts it; here each picture of it, two frames in Nano, is one by itself."""
+    frames, width = 2, 3 * 16 * (2 if kind == "cosmos3_omni" else 1)
+    patches = torch.randn(frames * 8, width, generator=torch.Generator().manual_seed(4))
+    ids = torch.tensor([[5, 6, 102, 101, 101, 103, 7, 102, 101, 101, 103, 8]])
+    wanted = peers[0](
+        input_ids=ids,
+        pixel_values_videos=patches,
+        video_grid_thw=torch.tensor([[frames, 4, 2]]),
+        mm_token_type_ids=2 * (ids == 101).int(),
+    ).logits
+    encoder = model.model.modalities["vision"].get_encoder()
+    close(model(ids, features={"vision": encoder.pad(patches, torch.tensor([[1, 4, 2]] * frames))}).logits, wanted)
+
+
 def gradients(model: OmniMoeForCausalLM, peer_grads: dict[str, Tensor | None]) -> int:
     """Compares gradients under the published names; how many were there."""
     named, compared = dict(model.named_parameters()), 0
