@@ -50,9 +50,9 @@ def test_the_perplexity_stays_to_the_digit(seed, asked):
     assert math.exp(held.loss) == pytest.approx(PERPLEXITY, rel=1e-4)
     assert held.new_loss == pytest.approx(held.loss, rel=1e-6)
     assert held.difference <= (1e-4 if "experts" in asked else 0)
-    # rows that no text uses take next to nothing of the softmax
-    assert math.exp(held.open_loss) == pytest.approx(math.exp(held.loss), rel=1e-4)
-    assert held.new_share < 1e-4
+    # rows that no text uses take next to nothing of the softmax; in front are also copies of its begin and end
+    assert math.exp(held.open_loss) == pytest.approx(math.exp(held.loss), rel=2e-4)
+    assert held.new_share < 2e-4
 
 
 @pytest.mark.slow
