@@ -224,7 +224,7 @@ class Cosmos3Edge(Merged):
                 "layer_norm_eps": config.eps,
                 "hidden_act": config.activation,
             },
-            text_config={"hidden_size": config.out_size},
+            text_config={"hidden_size": config.out_size, "num_attention_heads": 1, "num_key_value_heads": 1},
             projector_hidden_size=config.merger_size,
         )
         form.vision_config._attn_implementation = "sdpa"
