@@ -234,8 +234,7 @@ def scaled_dot_product(
         # queries that share a key stand in its place as one head's, so that no key is copied
         query = query.reshape(batch_size, key.shape[1], -1, query.shape[3])
     elif module.num_key_value_groups > 1:
-        key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-        value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+        key, value = (for_each_query(part, module.num_key_value_groups) for part in (key, value))
     # a branch, since a traced comparison of open sizes is no Boolean for the kernel
     if mask.is_plain_causal and mask.query_length == key.shape[2] and mask.query_length > 1:
         seen: dict[str, Any] = {"is_causal": True}
@@ -243,6 +242,11 @@ def scaled_dot_product(
         seen = {"attn_mask": None if mask.needs_no_mask else mask.dense()}
     mixed = F.scaled_dot_product_attention(query, key, value, scale=module.scaling, **seen)
     return mixed.reshape(batch_size, num_heads, query_length, -1).transpose(1, 2), None
+
+
+def for_each_query(part: Tensor, groups: int) -> Tensor:
+    """``(B, H_kv, K, C)`` keys or values to ``(B, H, K, C)``; where all queries share one, it is not copied."""
+    return part.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
 
 def _is_faster_unfused(query: Tensor, key: Tensor) -> bool:
@@ -253,8 +257,7 @@ def _is_faster_unfused(query: Tensor, key: Tensor) -> bool:
 
 def eager(module: Attention, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
     """The same in plain operations, with the attention weights ``(B, H, Q, K)``; else as :func:`scaled_dot_product`."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    key, value = (for_each_query(part, module.num_key_value_groups) for part in (key, value))
     scores = (query @ key.transpose(2, 3)) * module.scaling
     if not mask.needs_no_mask:
         scores = scores + mask.additive(scores.dtype)
