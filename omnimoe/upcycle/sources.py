@@ -187,17 +187,12 @@ def plan_of(new: nn.Module, old: nn.Module, placements: list[str], choices: Choi
             continue
         if name not in plan.starts and name not in plan.fresh and name in held and held[name].shape == tensor.shape:
             plan.starts[name] = Start(name)
-        found = plan.starts.get(name)
-        if found is not None and (found.key not in held or found.shape(held[found.key]) != tuple(tensor.shape)):
-            has = found.shape(held[found.key]) if found.key in held else "nothing"
+        found = plan.starts.get(name, Start(name) if name in held and name not in plan.fresh else None)
+        has = None if found is None or found.key not in held else found.shape(held[found.key])
+        if found is not None and has != tuple(tensor.shape):
             raise ConfigError(
                 f"{name} is to be {tuple(tensor.shape)}, and the seed has {has} for it: sizes other than the number of "
-                "copies stay as they are"
-            )
-        if found is None and name in held and name not in plan.fresh:
-            raise ConfigError(
-                f"{name} is to be {tuple(tensor.shape)}, and the seed's is {tuple(held[name].shape)}: sizes other than "
-                "the number of copies stay as they are"
+                "copies stay as they are; a part of your own says how its copies start, see omnimoe.upcycle.start_of"
             )
     return plan
 

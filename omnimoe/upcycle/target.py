@@ -143,6 +143,8 @@ def _with_experts(part: Any, asked: ExpertsAsked, router: Router.Config | None, 
         if router is not None:
             raise ConfigError("experts is a whole config and holds a router; leave router out")
         return asked
+    if not isinstance(asked, int | Mapping) or isinstance(asked, bool):
+        raise ConfigError(f"experts is a number, numbers by key or a config of experts, got {asked!r}")
     if not isinstance(part, FeedForward.Config | RoutedExperts.Config):
         raise ConfigError(f"experts cannot be started from {type(part).__qualname__}; pass a config of experts")
     if isinstance(asked, Mapping):
@@ -153,7 +155,6 @@ def _with_experts(part: Any, asked: ExpertsAsked, router: Router.Config | None, 
             raise ConfigError(f"experts gives each of {', '.join(names)} a number of experts: {told}")
         counts = tuple(asked[name] for name in names)
     else:
-        assert isinstance(asked, int)
         counts = (asked,)
     if any(not isinstance(count, int) or count < 1 for count in counts):
         raise ConfigError(f"experts are at least one, got {asked!r}")

@@ -44,6 +44,7 @@ CASES = {
     "merged pools": ("mixtral", {"modalities": {"a": 2, "b": 2}, "towers": (0, 1, 1)}, "merges some"),
     "experts of an unknown": ("text", {"modalities": IMAGE, "experts": {"text": 2, "sound": 2}}, "unknown 'sound'"),
     "experts of one only": ("text", {"modalities": IMAGE, "experts": {"text": 2}}, "'image' has no number"),
+    "experts in a word": ("text", {"experts": "4"}, "experts is a number, .* got '4'"),
     "no experts": ("text", {"experts": 0}, "at least one, got 0"),
     "fewer experts": ("mixtral", {"experts": 2}, "2 experts are fewer than the 4 of the seed"),
     "fewer in a group": ("moma_top_k", {"experts": {"text": 2, "image": 2, "speech": 1}}, "fewer than the 3"),

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
-from omnimoe import from_pretrained, load, upcycle
+from omnimoe import SpanProcessor, from_pretrained, load, upcycle
 from omnimoe.backbone import LayerRange
 from omnimoe.experts import FeedForward, RoutedExperts
 from omnimoe.freeze import frozen_rows
-from omnimoe.modalities import Patches
+from omnimoe.modalities import Patches, Tokens
 from omnimoe.routers import ByModalityRouter, TopKRouter
 from omnimoe.train import TrainSettings, make_optimizer
 from tests.declarations import ids_like
@@ -234,6 +234,20 @@ def test_the_text_tower_alone_is_the_seed(tmp_path):
     with torch.no_grad():
         assert torch.equal(alone(ids).logits[..., : seed.config.vocab_size], seed(ids).logits)
     assert alone.config.modality_names == ("text",)
+
+
+@pytest.mark.parametrize("markers", ["behind", "front"])
+def test_spans_of_a_new_modality_are_generated(markers):
+    picture = Tokens.Config(name="image", vocab_size=12, num_tokens=4)
+    model = upcycle(seed_of("llama"), modalities=[picture], towers="modality", markers=markers)
+    held = model.config.token_ranges["image"]
+    prompt = torch.cat((torch.tensor([[20, 21, 22]]), torch.tensor([[held.begin_id]])), dim=1)
+    made = model.generate(
+        prompt, max_new_tokens=5, do_sample=False, logits_processor=[SpanProcessor(model.config)], eos_token_id=-1
+    )
+    codes, end = made[0, 4:8], int(made[0, 8])
+    assert ((codes >= held.start) & (codes < held.stop)).all()
+    assert end == held.end_id
 
 
 def test_greedy_text_is_the_seed_s():
