@@ -32,6 +32,7 @@ BOS, EOS, PAD, BEGIN, END, TURN = "<s>", "</s>", "<pad>", "<racm3:break>", "<eos
 """Words of the vocabulary: of a document its begin, end and padding, of a picture its begin and end, and the end of
 what a person says."""
 CODE = re.compile(r"IMGIMG([A-J]+)Z")
+_LETTERS, _DIGITS = str.maketrans("0123456789", "ABCDEFGHIJ"), str.maketrans("ABCDEFGHIJ", "0123456789")
 DECODER = "decoder"
 """Field of the published ``vq_config`` that says whether the weights have a decoder; none is published with it."""
 _PREFIX = "model.vqmodel."
@@ -45,7 +46,7 @@ def code_of(word: str) -> int | None:
         (13, None)
     """
     found = CODE.fullmatch(word)
-    return None if found is None else int("".join(str(ord(letter) - ord("A")) for letter in found[1]))
+    return None if found is None else int(found[1].translate(_DIGITS))
 
 
 def word_of(code: int) -> str:
@@ -55,7 +56,7 @@ def word_of(code: int) -> str:
         >>> word_of(13)
         'IMGIMGBDZ'
     """
-    return f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z"
+    return f"IMGIMG{str(code).translate(_LETTERS)}Z"
 
 
 def chameleon_config(files: JsonFiles) -> OmniMoeConfig:

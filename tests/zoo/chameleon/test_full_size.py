@@ -44,7 +44,7 @@ def test_the_exact_list_of_keys_loads_and_is_given_back(name, tmp_path):
     assert model_info(name).total_params == STATED[name][1] - AUTOENCODER
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
 def test_a_key_too_few_too_many_or_of_another_shape_is_named(name, tmp_path):
     keys = dict(published_keys(name))
     lacking = "model.layers.3.self_attn.k_norm.bias"

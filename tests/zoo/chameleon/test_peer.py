@@ -8,7 +8,7 @@ import torch
 from tests.zoo.chameleon.peer import make_pair
 
 
-@pytest.mark.parametrize("form", ["7b", "34b"])
+@pytest.mark.parametrize("form", ["7b", pytest.param("34b", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_both_give_the_same(form):
     pair = make_pair(form, batch_size=2, length=64)
