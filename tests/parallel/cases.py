@@ -142,6 +142,36 @@ def expert_parallel(folder: Path, kind: str) -> None:
     check_saved(split, source, folder / f"{kind}_again")
 
 
+@case("moe", "mot_hybrid")
+def expert_parallel_generation(folder: Path, kind: str) -> None:
+    source = saved(folder, kind)
+    whole = OmniMoeForCausalLM.from_pretrained(source)
+    inputs = batch(kind)
+    del inputs["labels"]
+    for implementation in ("auto", "all_to_all"):
+        config = DistributedConfig(tp_size=2, ep_size=2, ep_implementation=implementation)
+        split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=config)
+        for extra in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+            settings = {"max_new_tokens": 4, "do_sample": False, **extra}
+            found, wanted = split.generate(**inputs, **settings), whole.generate(**inputs, **settings)
+            assert torch.equal(found, wanted), (implementation, extra)
+
+
+@case("mot", "moe", "moma_top_k")
+def recomputed(folder: Path, kind: str) -> None:
+    """Layers that are recomputed in backward send rows to the same experts, on whatever rank they lie."""
+    source = saved(folder, kind)
+    layouts = [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}] if kind != "mot" else [{"tp_size": 2}]
+    for sizes in layouts:
+        whole = OmniMoeForCausalLM.from_pretrained(source)
+        split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=DistributedConfig(**sizes))
+        split.gradient_checkpointing_enable()
+        check_step(whole, split, batch(kind))
+    split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=DistributedConfig(fsdp_size=2))
+    split.gradient_checkpointing_enable()
+    check_ranks(folder, kind, split)
+
+
 @case("dense", "dense_tied", "mot", "moe", "moma_top_k")
 def fully_sharded(folder: Path, kind: str) -> None:
     """Each rank has a row of its own: gradients are the mean of both. Then a batch without pictures on one of them."""
@@ -232,6 +262,8 @@ def pipeline(folder: Path, kind: str) -> None:
     gradients = {name: held.grad for name, held in whole.named_parameters()}
     for schedule in (ScheduleGPipe, Schedule1F1B):
         stage = pipeline_stage(OmniMoeForCausalLM.from_pretrained(source).train(), rank, 2)
+        if schedule is Schedule1F1B:
+            stage.model.gradient_checkpointing_enable()
         placed = PipelineStage(stage, rank, 2, torch.device("cpu"))
         losses: list[Tensor] = []
         out = schedule(placed, 2, loss_fn=lambda out, labels: out[1]).step(
