@@ -193,6 +193,8 @@ def test_a_lost_or_stuck_process_ends_all_of_them(tmp_path, how, rank):
     assert alive(tmp_path / "run-pids") == []
     if how == "SIGSTOP":
         assert f"process {1 - rank} of 2 lost another at step 4" in told
+    else:
+        assert f"failed (exitcode: -9) local_rank: {rank}" in told
     state = torch.load(tmp_path / "run" / "checkpoint" / "training_state.pt", weights_only=True)
     assert state["step"] == 2
 
