@@ -48,6 +48,7 @@ class OmniMoeForSequenceClassification(OmniMoePreTrainedModel):
         features: dict[str, Tensor] | None = None,
         timesteps: dict[str, Tensor] | None = None,
         inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
@@ -69,6 +70,7 @@ class OmniMoeForSequenceClassification(OmniMoePreTrainedModel):
             features: rows of continuous modalities.
             timesteps: their noise times.
             inputs_embeds: ``(B, T, D)``.
+            use_cache: taken, since tools pass it to any model; no cache is made.
             output_router_logits: return the raw router logits of each routed layer.
             output_hidden_states: return what enters each layer, or some of it.
             output_attentions: return attention weights.

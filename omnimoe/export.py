@@ -41,7 +41,7 @@ class _Forward(nn.Module):
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         out = self.model(**inputs, use_cache=False)
-        return {"logits": out.logits, **(out.predictions or {})}
+        return {"logits": out.logits, **(getattr(out, "predictions", None) or {})}
 
 
 def export(

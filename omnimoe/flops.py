@@ -71,7 +71,7 @@ def flops(
     up, may be up to one token an expert more.
 
     Args:
-        model: a model, or its config.
+        model: a model, or its config; one without a head over the vocabulary is counted without.
         batch: what the model is called with, ``input_ids (B, T)`` or all of the batch: ``modality_ids``,
             ``attention_mask``, ``segment_ids`` and ``features`` are read. None for one sequence whose tokens are spread
             evenly over the modalities.
@@ -93,6 +93,8 @@ def flops(
     else:
         work = _of_batch(config, {"input_ids": batch} if isinstance(batch, Tensor) else batch)
 
+    # a head over labels reads one position of a sequence, which is nothing beside the rest
+    outputs = config.vocab_size if isinstance(model, OmniMoeConfig) or hasattr(model, "lm_head") else 0
     table = {kind: dict.fromkeys([*config.modality_names, "padding"], 0.0) for kind in KINDS}
     for modality_id, name in enumerate(config.modality_names):
         rows, width = work.rows[name], config.width_of(name)
@@ -104,14 +106,14 @@ def flops(
             table["attention_scores"][name] += kept * _score_flops(block.attention, width, length)
             table["experts"][name] += 2 * kept * matrices
             table["router"][name] += 2 * kept * router + 2 * rows * width * (block.depth is not None)
-        table["head"][name] = 2 * rows * config.hidden_size * config.vocab_size
+        table["head"][name] = 2 * rows * config.hidden_size * outputs
         table["adapters"][name] = 2 * work.features.get(name, 0) * config.modalities[modality_id].active_params(width)
     padding = work.positions - sum(work.rows.values())
     # where rows are kept by sequence, padding is dropped with the rest
     width = config.hidden_size
     scores = sum(_score_flops(block.attention, width, work.length) for block in config.blocks if block.depth is None)
     table["attention_scores"]["padding"] = padding * scores
-    table["head"]["padding"] = 2 * padding * width * config.vocab_size
+    table["head"]["padding"] = 2 * padding * width * outputs
 
     passes = 3 if backward else 1
     by_kind = {kind: round(passes * sum(row.values())) for kind, row in table.items()}

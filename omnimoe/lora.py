@@ -142,6 +142,11 @@ def confine_lora(model: nn.Module, towers: Iterable[str], adapter_name: str = "d
             outer.unflatten(1, (-1, count))[..., others] = 0
         inner.requires_grad_(True)
         outer.requires_grad_(True)
+    for module in _base(model).modules():
+        # whole modules that train along, such as a new head
+        kept_whole = getattr(module, "modules_to_save", None)
+        if isinstance(kept_whole, nn.ModuleDict) and adapter_name in kept_whole:
+            kept_whole[adapter_name].requires_grad_(True)
     model.peft_config[adapter_name].inference_mode = False
 
 

@@ -159,7 +159,7 @@ def _table(model: PreTrainedModel, facts: dict[str, Any]) -> dict[str, str]:
         by_modality = {name: active_params(config, name) for name in config.modality_names}
         shares = ", ".join(f"{name} {count:,}" for name, count in by_modality.items())
         active = f"{active_params(config):,}" + (f" ({shares})" if len(set(by_modality.values())) > 1 else "")
-        counted = flops(config).per_token
+        counted = flops(model).per_token
         per_token = f"{counted:,.0f}, forward, in a sequence of {config.max_position_embeddings:,}"
     return {
         "parameters": f"{total:,}",

@@ -7,7 +7,16 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import omnimoe
-from omnimoe import OmniMoeForCausalLM, OmniMoeForSequenceClassification, from_pretrained, load, lora_targets
+from omnimoe import (
+    OmniMoeForCausalLM,
+    OmniMoeForSequenceClassification,
+    add_lora,
+    export,
+    flops,
+    from_pretrained,
+    load,
+    lora_targets,
+)
 from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.inputs import InputError
 from tests.checkpoint.files import refused
@@ -155,6 +164,25 @@ def test_the_trainer_and_an_adapter(folder, tmp_path):
     assert torch.equal(from_pretrained(tmp_path / "adapter")(ids).logits, adapted.eval()(ids).logits)
     again = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=2)
     torch.testing.assert_close(again.eval()(ids).logits, adapted.eval()(ids).logits)
+
+
+def test_an_adapter_on_one_tower_trains_the_head_along(folder):
+    pytest.importorskip("peft")
+    model = from_pretrained(folder, num_labels=2)
+    adapted = add_lora(model, towers=["image"], r=2, task_type="SEQ_CLS", modules_to_save=["score"])
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert [name for name in trained if "lora" not in name] == ["base_model.model.score.modules_to_save.default.weight"]
+    adapted(ids_like(model.config), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(weight.grad is not None for weight in adapted.parameters() if weight.requires_grad)
+
+
+def test_tools_that_count_and_export_take_it(folder):
+    model = from_pretrained(folder, num_labels=2)
+    ids = ids_like(model.config)
+    whole, counted = flops(from_pretrained(folder), ids), flops(model, ids)
+    assert (counted.by_kind["head"], counted.by_kind["experts"]) == (0, whole.by_kind["experts"])
+    program = export(model, inputs={"input_ids": ids}, dynamic=False)
+    torch.testing.assert_close(program.module()(input_ids=ids)["logits"], model(ids).logits)
 
 
 @pytest.mark.parametrize(
