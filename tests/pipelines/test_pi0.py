@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +162,24 @@ def test_times_of_training_are_beta():
     beta = torch.distributions.Beta(1.5, 1.0)
     assert float(times.mean()) == pytest.approx(0.999 * float(beta.mean) + 0.001, abs=5e-3)
     assert float(times.std()) == pytest.approx(0.999 * float(beta.stddev), abs=5e-3)
+
+
+def test_the_step_of_training_in_the_docs(pi0):
+    page = (Path(__file__).parents[2] / "docs" / "pi0.md").read_text(encoding="utf-8")
+    step = page.split("```python")[2].split("```")[0]
+    names = {"torch": torch, "pi0": pi0, "actions": torch.randn(2, 5, 7), "pictures": [[picture(0)]] * 2}
+    names |= {"instructions": ["cup", "pick up cup"], "states": torch.randn(2, 6)}
+    exec(compile(step, "docs/pi0.md", "exec"), names)  # noqa: S102 - our own page
+    assert names["out"].losses["action"].isfinite()
+    assert pi0.model.model.modalities["state"].connector.proj.weight.grad.any()
+    pi0.model.zero_grad()
+
+
+def test_pictures_by_their_paths(pi0, tmp_path):
+    Image.fromarray(picture(0)).save(tmp_path / "base.png")
+    by_path = pi0.batch([[str(tmp_path / "base.png")]], ["cup"], torch.ones(1, 6))
+    as_array = pi0.batch([picture(0)], ["cup"], torch.ones(1, 6))
+    assert torch.equal(by_path["features"]["vision"]["patches"], as_array["features"]["vision"]["patches"])
 
 
 @pytest.mark.parametrize(
