@@ -241,7 +241,7 @@ def scaled_dot_product(
     else:
         seen = {"attn_mask": None if mask.needs_no_mask else mask.dense()}
     mixed = F.scaled_dot_product_attention(query, key, value, scale=module.scaling, **seen)
-    return mixed.reshape(batch_size, num_heads, query_length, -1).transpose(1, 2), None
+    return mixed.reshape(batch_size, num_heads, query_length, mixed.shape[-1]).transpose(1, 2), None
 
 
 def for_each_query(part: Tensor, groups: int) -> Tensor:
