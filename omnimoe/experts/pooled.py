@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from omnimoe.layers import BankMLP
-from omnimoe.ops._pools import runs
+from omnimoe.ops._pools import Run, runs
 
 
 class PooledMLP(nn.Module):
@@ -56,6 +56,8 @@ class PooledMLP(nn.Module):
         num_rows = len(x) if token_index is None else len(token_index)
         parts: list[Tensor] = []
         for pool, run in zip(self.pools, runs(self.counts, offsets, num_rows), strict=True):
+            if self._may_rest(pool, run) and (parts or pool is not self.pools[-1]):
+                continue
             rows = run.rows if run.place is None else run.place
             each = None if weights is None else weights[rows]
             if token_index is not None:
@@ -68,6 +70,12 @@ class PooledMLP(nn.Module):
             rest = num_rows - sum(len(part) for part in parts)
             return torch.cat([*parts, parts[0].new_zeros(rest, parts[0].shape[1])])
         return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def _may_rest(pool: nn.Module, run: Run) -> bool:
+        """Whether a pool has no rows and nobody waits for it: no gradient, and no other rank."""
+        is_empty = run.rows is not None and run.rows.start == run.rows.stop
+        return is_empty and not torch.is_grad_enabled() and "forward" not in vars(pool)
 
     def pool_of(self, expert: int) -> tuple[int, int]:
         """The pool of an expert, and its place there."""

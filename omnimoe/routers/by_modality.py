@@ -109,9 +109,12 @@ class ByModalityRouter(Router):
         logits = x.new_full((len(x), self.num_experts + self.num_free), float("-inf"), dtype=torch.float32)
         losses: dict[str, Tensor] = {}
         parts, cutoffs, shared, dropped, first = [], [], [], [], 0
+        is_decoded = rows.routes_causally and not torch.is_grad_enabled()
         for modality, (router, (start, stop)) in enumerate(zip(self.routers, rows.key_spans(), strict=True)):
             count = self.config.experts[modality]
-            if router is None:
+            if is_decoded and start == stop and len(x):
+                cutoffs.append(logits.new_full((count,), float("nan")))  # a token at a time is of one modality
+            elif router is None:
                 index = torch.arange(start, stop, device=x.device)
                 parts.append((index, torch.full_like(index, first), x.new_ones(stop - start)))
                 cutoffs.append(logits.new_full((count,), float("nan")))

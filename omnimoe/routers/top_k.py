@@ -188,12 +188,16 @@ class TopKRouter(BalancedRouter):
             dropped = (kept != chosen).sum()
         weights, shared_weights = self._weigh(scores, noisy, gated, kept if config.normalize_kept else chosen)
         weights = weights.masked_fill(kept < 0, 0.0)
+        losses: dict[str, Tensor] = {}
+        if torch.is_grad_enabled() or not rows.routes_causally:  # nobody learns from what is generated
+            shared_out = shares(scores, config.score)
+            losses = self.balance_losses(shared_out, logits, noisy, chosen, self.scorer.weight, rows)
         return Routing(
             torch.arange(len(x), device=x.device).repeat_interleave(config.top_k),
             kept.reshape(-1),
             weights.reshape(-1).to(x.dtype),
             logits,
-            self.balance_losses(shares(scores, config.score), logits, noisy, chosen, self.scorer.weight, rows),
+            losses,
             key_ids=rows.key_ids,
             shared_weights=None if shared_weights is None else shared_weights.to(x.dtype),
             dropped=dropped,
