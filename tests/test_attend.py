@@ -160,6 +160,16 @@ def test_models_generate_the_same_under_every_implementation(name, cache, reques
 
 
 @pytest.mark.slow
+def test_flex_attention_is_part_of_a_graph():
+    torch._dynamo.reset()
+    model, ids = build(DECLARATIONS["block_causal"]).requires_grad_(False), ids_like(DECLARATIONS["block_causal"])
+    wanted = model(ids).logits
+    model.set_attn_implementation("flex_attention")
+    found = torch.compile(model, fullgraph=True, backend="eager")(ids).logits
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_flex_attention_compiles():
     model, ids = build(DECLARATIONS["block_causal"]), ids_like(DECLARATIONS["block_causal"])
     with torch.no_grad():
