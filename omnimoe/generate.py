@@ -28,6 +28,7 @@ from omnimoe.generation.prompts import (
     grids_of,
     lay_out_prompt,
     load_tokenizers,
+    own_tokenizers,
     token_ids,
 )
 from omnimoe.generation.ranking import log_likelihood
@@ -88,7 +89,8 @@ def generate(
         inputs: one document or a list of documents; raw inputs are what the tokenizer's ``encode`` takes, with a tuple
             for several arguments: ``("speech", (waveform, 44_100))``. An empty document generates from nothing.
         to: the modality wanted.
-        tokenizers: modality to tokenizer; those that ship with the package where a name is missing.
+        tokenizers: modality to tokenizer; where a name is missing, that which is a part of the model, or ships with
+            the package.
         seed: repeats exactly. The n-th sample of a document depends on the seed, n and the document, and not on what
             else is in the batch, so a document that stands there twice is answered twice alike; a list gives each
             document its own seed. None draws seeds from the global generator, which is otherwise left as it was.
@@ -129,7 +131,9 @@ def generate(
         raise GenerationError(f"temperature 0 has one answer, not {drawn}; raise it or ask for one sample")
     if is_discrete and to not in bounded_ranges(config) and sampling.guidance_of(to) != 1:
         raise GenerationError(f"{to} has no boundary tokens, so no part of it stands alone; leave guidance out")
-    loaded = load_tokenizers(config, tokenizers, {to, *(name for document in documents for name, _ in document)})
+    loaded = load_tokenizers(
+        config, own_tokenizers(model, tokenizers), {to, *(name for document in documents for name, _ in document)}
+    )
     grids = grids_of(config, loaded)
     spans = [encode_document(config, document, loaded) for document in documents]
     prompts = [lay_out_prompt(config, held, opened=to) for held in spans]
@@ -217,7 +221,9 @@ def interleave(
         raise GenerationError(f"temperature 0 has one answer, not {num_samples}; raise it or ask for one sample")
     documents = documents_of(inputs)
     wanted = {*config.token_ranges, *_opened(config).values()}
-    loaded = load_tokenizers(config, tokenizers, wanted | {name for document in documents for name, _ in document})
+    loaded = load_tokenizers(
+        config, own_tokenizers(model, tokenizers), wanted | {name for document in documents for name, _ in document}
+    )
     prompts = [lay_out_prompt(config, encode_document(config, held, loaded)) for held in documents]
     rows = [prompt for prompt in prompts for _ in range(num_samples)]
     generators = row_generators(prompts, seeds_of(seed, len(prompts)), num_samples)

@@ -16,8 +16,8 @@ from torch import Tensor
 from omnimoe.data.documents import lay_out
 from omnimoe.generation.media import GenerationError
 from omnimoe.layers.masks import is_causal_rule
-from omnimoe.modalities import TokenRange
-from omnimoe.model import OmniMoeConfig
+from omnimoe.modalities import CodedPictures, TokenRange
+from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.spans import position_axes
 from omnimoe.tokenizers import SHIPPED, Tokenizer, load_tokenizer
 
@@ -102,6 +102,12 @@ def check_target(config: OmniMoeConfig, to: str) -> None:
         )
     elif held.begin_id is None and to != next(iter(config.token_ranges)):
         raise GenerationError(f"{to!r} has no begin_id in the model's config, so nothing says where a span begins")
+
+
+def own_tokenizers(model: OmniMoeForCausalLM, given: Mapping[str, Tokenizer] | None = None) -> dict[str, Tokenizer]:
+    """The tokenizers that were passed, and those that are a part of the model for modalities that are missing."""
+    parts = model.model.modalities.items()
+    return {name: held.tokenizer for name, held in parts if isinstance(held, CodedPictures)} | dict(given or {})
 
 
 def load_tokenizers(

@@ -155,7 +155,10 @@ def test_the_generic_generation_takes_its_tokenizers(chameleon):
         chameleon.model, {"text": "a", "image": PICTURES[0]}, to="image", tokenizers=chameleon.tokenizers, seed=0
     )
     assert made[0].raw.shape == (SIDE, SIDE, 3)
-    options = {"to": "image", "tokenizers": chameleon.tokenizers, "seed": 0}
+    text = {"text": chameleon.tokenizer}
+    again = generate(chameleon.model, {"text": "a", "image": PICTURES[0]}, to="image", tokenizers=text, seed=0)
+    assert torch.equal(again[0].ids, made[0].ids), "the pictures' is a part of the model"
+    options = {"to": "image", "tokenizers": text, "seed": 0}
     twice = generate(
         chameleon.model, [("image", PICTURES[0]), ("text", "a")], guidance={"image": (3.0, 1.2)}, **options
     )
