@@ -6,7 +6,8 @@
 Each pair holds the same random weights, in float32, on the CPU. Outputs are compared before anything is timed, and what
 differs is not timed; a time is the median over rounds in which both take turns in one process. The text families stand
 beside transformers with its defaults: ``sdpa`` attention and ``grouped_mm`` experts. BAGEL stands beside NeMo
-AutoModel's port: ``pip install --no-deps nemo-automodel==0.7.0``.
+AutoModel's port, Cosmos3 beside transformers' reasoner and diffusers' transformer:
+``pip install --no-deps nemo-automodel==0.7.0 diffusers``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ import bagel
 
 import omnimoe
 from omnimoe.ops._extension import extension
+from tests.zoo.chameleon import peer as chameleon
+from tests.zoo.cosmos3 import peer as cosmos3
+from tests.zoo.ernie4_5_vl import peer as ernie
 from tests.zoo.seeds.tiny import CASES
 
 Cases = dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]
@@ -83,7 +87,7 @@ def text_cases(name: str) -> Cases:
 class Prefill:
     """A prompt, and the logits of what follows it."""
 
-    def __init__(self, model: torch.nn.Module, ids: Tensor) -> None:
+    def __init__(self, model: Callable[..., Any], ids: Tensor) -> None:
         self.model, self.ids = model, ids
 
     def __call__(self) -> Tensor:
@@ -93,18 +97,64 @@ class Prefill:
 class Decode:
     """One token more for each sequence, which the cache forgets again."""
 
-    def __init__(self, model: torch.nn.Module, ids: Tensor) -> None:
-        self.model, self.ids = model, ids[:, -1:]
+    def __init__(self, model: Callable[..., Any], ids: Tensor, **options: Any) -> None:
+        self.model, self.ids, self.options = model, ids[:, -1:], options
         self.cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
 
     def __call__(self) -> Tensor:
-        logits = self.model(self.ids, past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(self.ids, past_key_values=self.cache, use_cache=True, **self.options).logits
         self.cache.crop(-1)
         return logits
 
 
+class Unmasked:
+    """transformers' Chameleon with the logits of pictures, which it takes away."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, ids: Tensor, *, logits_to_keep: int = 0, **options: Any) -> Any:
+        out = self.model.model(ids, **options)
+        out.logits = self.model.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        return out
+
+
+@torch.no_grad()
+def chameleon_cases(form: str) -> Cases:
+    """Words and codes of pictures: prefill, and one token more."""
+    held = chameleon.make_pair(form, length=PROMPT)
+    both = held.ours, Unmasked(held.theirs)
+    first, second = ((Prefill(model, held.ids), Decode(model, held.ids)) for model in both)
+    return dict(zip(("prefill", "decode"), zip(first, second, strict=True), strict=True))
+
+
+@torch.no_grad()
+def ernie_cases() -> Cases:
+    """Words around two pictures, and one token more after words."""
+    held = ernie.make_pair()
+    ids = torch.randint(100, 1000, (1, PROMPT))
+    both = held.ours.eval(), held.theirs.eval()
+    return {
+        "prefill": (
+            lambda: both[0](**held.given, use_cache=True, logits_to_keep=1).logits,
+            lambda: both[1](**held.other, use_cache=True, logits_to_keep=1).logits,
+        ),
+        "decode": tuple(
+            Decode(model, ids, position_ids=torch.full(shape, PROMPT - 1))
+            for model, shape in zip(both, ((1, 1, 3), (3, 1, 1)), strict=True)
+        ),
+    }
+
+
 FAMILIES: dict[str, Callable[[], Cases]] = {name: functools.partial(text_cases, name) for name in CASES}
-FAMILIES["bagel"] = bagel.cases
+FAMILIES |= {
+    "bagel": bagel.cases,
+    "cosmos3_omni": functools.partial(cosmos3.cases, "cosmos3_omni"),
+    "cosmos3_edge": functools.partial(cosmos3.cases, "cosmos3_edge"),
+    "ernie4_5_vl": ernie_cases,
+    "chameleon_7b": functools.partial(chameleon_cases, "7b"),
+    "chameleon_34b": functools.partial(chameleon_cases, "34b"),
+}
 
 
 @torch.no_grad()
