@@ -90,7 +90,7 @@ def published_name(name: str) -> str:
     return "model." + name
 
 
-def equal_weights(peer: nn.Module, plain: dict[str, Any], **options: Any) -> OmniMoeForCausalLM:
+def equal_weights(peer: nn.Module, plain: dict[str, Any]) -> OmniMoeForCausalLM:
     """Our model with the weights of the reference, by the converter's table."""
     model = OmniMoeForCausalLM(PI0.config_of(plain)).eval()
     held = {published_name(name): parameter for name, parameter in peer.state_dict().items()}
@@ -135,11 +135,22 @@ def episodes(plain: dict[str, Any], cameras: tuple[int, ...], words: tuple[int, 
     return found
 
 
-def for_peer(plain: dict[str, Any], held: list[Episode]) -> dict[str, Tensor]:
+def prefix(episode: Episode, place: int, tokens: int, *, mixed: bool = False) -> list[int]:
+    """Ids of what a sample sees and is told, pictures first as published, or a word before each of them."""
+    if not mixed:
+        return [place] * (tokens * len(episode.pictures)) + episode.words
+    words, found = list(episode.words), []
+    for _ in episode.pictures:
+        found += [*words[:1], *[place] * tokens]
+        words = words[1:]
+    return found + words
+
+
+def for_peer(plain: dict[str, Any], held: list[Episode], *, mixed: bool = False) -> dict[str, Tensor]:
     """The batch of the reference: words padded on the right, missing cameras left out."""
     vision = plain["vlm_config"]["vision_config"]
     tokens, image = (vision["image_size"] // vision["patch_size"]) ** 2, plain["vlm_config"]["image_token_index"]
-    rows = [[image] * (tokens * len(episode.pictures)) + episode.words for episode in held]
+    rows = [prefix(episode, image, tokens, mixed=mixed) for episode in held]
     length, most = max(map(len, rows)), max(len(episode.pictures) for episode in held)
     pictures = torch.zeros(len(held), most, 3, vision["image_size"], vision["image_size"])
     for row, episode in enumerate(held):
@@ -157,16 +168,15 @@ def for_peer(plain: dict[str, Any], held: list[Episode]) -> dict[str, Tensor]:
     }
 
 
-def for_ours(model: OmniMoeForCausalLM, held: list[Episode], side: str = "left") -> dict[str, Any]:
+def for_ours(
+    model: OmniMoeForCausalLM, held: list[Episode], side: str = "left", *, mixed: bool = False
+) -> dict[str, Any]:
     """The same for our model, padded on one side."""
     encoder = model.model.modalities["vision"].get_encoder()
     cells = [encoder.cells(picture.permute(1, 2, 0)) for episode in held for picture in episode.pictures]
     counts = [len(part.flatten(0, 1)) for part in cells]
     tokens = counts[0] if counts else 0
-    rows = [
-        [SEEN] * (tokens * len(episode.pictures)) + episode.words + [STATE] + [ACTION] * len(episode.actions)
-        for episode in held
-    ]
+    rows = [[*prefix(episode, SEEN, tokens, mixed=mixed), STATE, *[ACTION] * len(episode.actions)] for episode in held]
     length = max(map(len, rows))
     empty = [[0] * (length - len(row)) for row in rows]
     pairs = list(zip(rows, empty, strict=True))

@@ -71,6 +71,44 @@ def test_velocities(model, peer, cameras, words, side):
     close(out.predictions["action"].view_as(wanted), wanted)
 
 
+def test_pictures_among_words(model, peer):
+    held = episodes(PLAIN, (2, 1, 3), (5, 4, 3))
+    given, theirs = for_ours(model, held, mixed=True), for_peer(PLAIN, held, mixed=True)
+    with torch.no_grad():
+        wanted = peer(**theirs).logits
+        close(model(**given).predictions["action"].view_as(wanted), wanted)
+    theirs.pop("timestep")
+    noise = given["features"].pop("action")
+    wanted = peer.sample_actions(**theirs)
+    given.pop("timesteps")
+    close(denoise(model, "action", **given, noise=noise, steps=10).view_as(wanted), wanted)
+
+
+def test_no_picture_at_all(model, peer):
+    """The reference has no such call, but for words in its cache."""
+    held = episodes(PLAIN, (0, 0), (4, 4))
+    words = torch.tensor([episode.words for episode in held])
+    mask, places = torch.ones_like(words), torch.arange(4).expand(2, -1)
+    with torch.no_grad():
+        seen = peer.model.vlm(
+            input_ids=words,
+            attention_mask=mask,
+            position_ids=places,
+            token_type_ids=torch.zeros_like(words),
+            use_cache=True,
+        )
+        wanted = peer(
+            state=torch.stack([episode.state for episode in held]),
+            noise=torch.stack([episode.actions for episode in held]),
+            timestep=torch.tensor([episode.time for episode in held]),
+            attention_mask=mask,
+            past_key_values=seen.past_key_values,
+        ).logits
+        ours = for_ours(model, held)
+        assert "vision" not in ours["features"]
+        close(model(**ours).predictions["action"].view_as(wanted), wanted)
+
+
 def test_padding_between_words_and_state_is_not_seen(model, peer):
     """As the reference pads: behind the words. Positions then say where the tokens are."""
     held = episodes(PLAIN, (1, 2), (5, 2))
@@ -196,6 +234,8 @@ def test_a_published_folder_in_and_out(model, peer, folder, tmp_path):
     assert after.keys() == before.keys()
     assert not after.pop(HEAD).any(), "read by nothing, and there for those who want every name"
     assert all(torch.equal(held, before[name]) for name, held in after.items())
+    shards = omnimoe.from_pretrained(tmp_path / "back")
+    assert all(torch.equal(held, again.state_dict()[name]) for name, held in shards.state_dict().items())
     loaded, report = PI0ForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
