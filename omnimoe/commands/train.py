@@ -65,7 +65,8 @@ def _train(args: argparse.Namespace, device) -> int:
     elif seed is not None and not args.fresh_data:
         training.follow(seed)
     if training.processes.is_first and told:
-        place = f"go on after {training.batches.epoch:.3f} passes" if training.step_of_seed else "start at the front"
+        step = training.step_of_seed
+        place = f"go on where step {step} of the seed's run left them" if step else "start at the front"
         print(f"seed        {args.source}: {told}")
         print(f"data        {place}; optimizer and schedule start anew")
     if training.processes.is_first and not training.model.config.is_causal:

@@ -12,7 +12,8 @@ QUICK = ["--num-layers", "1", "--seeds", "1", "--seed-steps", "2", "--steps", "2
 QUICK += ["--sequence-length", "128", "--evaluate-batches", "1", "--evaluate-every", "2", "--precision", "fp32"]
 
 
-@pytest.mark.parametrize("way", ["experts", pytest.param("moma", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["experts", "moma"])
 def test_it_runs(way, tmp_path, capsys):
     out = tmp_path / "result.json"
     upcycle_flops.main([*QUICK, "--way", way, "--out", str(out)])

@@ -33,7 +33,7 @@ def is_routed(seed) -> bool:
     return any(isinstance(block.experts, RoutedExperts.Config) for block in seed.config.blocks)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["two", "three", "three, two towers", "front", "roles"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_text_logits_of_published_seeds_stay(name, way):
     seed, asked = seed_of(name), WAYS[way]
@@ -124,7 +124,7 @@ LEARNS = {
 
 @pytest.mark.parametrize("frozen", [(), ("text",)], ids=["free", "frozen"])
 @pytest.mark.parametrize("way", LEARNS)
-@pytest.mark.parametrize("name", ["text_tied", "llama", "mixtral"])
+@pytest.mark.parametrize("name", ["text_tied", "mixtral"])
 def test_new_parts_learn_and_frozen_ones_stay(name, way, frozen, tmp_path):
     seed = seed_of(name)
     asked = LEARNS[way]
