@@ -2,7 +2,8 @@
 
 Queries and keys of readers are normalised, those of the others are not; and readers see the keys of the others through
 a norm of their own. Both faces of a key lie side by side, and a query is zero where the face that it does not look at
-lies: one attention under any mask does it, and a cache holds both.
+lies: one attention under any mask does it, and a cache holds both. Where all queries look at one face, as in a decoded
+word or a step of drawing, the other is not attended to.
 """
 
 from __future__ import annotations
@@ -81,17 +82,47 @@ class ReaderAttention(Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """See :meth:`Attention.forward`."""
         query, key, value = (self._heads(site(x, rows)) for site in (self.q_proj, self.k_proj, self.v_proj))
-        reads = torch.tensor(self.readers, device=x.device)[rows.key_ids].view(-1, 1, 1)
-        query = torch.where(reads, self.q_norm(query, rows), query)
-        own = torch.where(reads, self.k_norm(key, rows), key)
-        shown = torch.where(reads, own, self.read_norm(key, rows))
+        reads = self._all_read(rows)
+        query, own, shown = self._normed(query, key, rows, reads)
         if rows.cos is not None and rows.sin is not None and self.rope is not None:
-            query, own, shown = (rope(part, rows.cos, rows.sin) for part in (query, own, shown))
-        nothing = torch.zeros_like(query)
-        query = torch.cat((torch.where(reads, nothing, query), torch.where(reads, query, nothing)), dim=-1)
+            query = rope(query, rows.cos, rows.sin)
+            # one turn where both faces are one
+            turned = rope(own, rows.cos, rows.sin)
+            own, shown = turned, turned if shown is own else rope(shown, rows.cos, rows.sin)
+        if reads is None:
+            mine = self._reads(rows)
+            nothing = torch.zeros_like(query)
+            query = torch.cat((torch.where(mine, nothing, query), torch.where(mine, query, nothing)), dim=-1)
         key = torch.cat((own, shown), dim=-1)
         query, key, value = (rows.to_time(part).transpose(1, 2) for part in (query, key, value))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        if reads is not None:
+            # all look at one face, and the other is left out
+            key = key[..., self.head_dim :] if reads else key[..., : self.head_dim]
         mixed, weights = self._attend(query, key, value, mask)
         return self.o_proj(rows.to_rows(mixed.flatten(2)), rows), weights
+
+    def _normed(self, query: Tensor, key: Tensor, rows: RowLayout, reads: bool | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, and both faces of the keys."""
+        if reads is not None:
+            own = self.k_norm(key, rows) if reads else key
+            return self.q_norm(query, rows) if reads else query, own, own if reads else self.read_norm(key, rows)
+        mine = self._reads(rows)
+        own = torch.where(mine, self.k_norm(key, rows), key)
+        return (
+            torch.where(mine, self.q_norm(query, rows), query),
+            own,
+            torch.where(mine, own, self.read_norm(key, rows)),
+        )
+
+    def _reads(self, rows: RowLayout) -> Tensor:
+        """``(N, 1, 1)`` bool, the rows of readers."""
+        return torch.tensor(self.readers, device=rows.key_ids.device)[rows.key_ids].view(-1, 1, 1)
+
+    def _all_read(self, rows: RowLayout) -> bool | None:
+        """Whether all rows are readers or none is, where that is known without waiting for an accelerator."""
+        if rows.offsets.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None  # with gradients all norms take part
+        held = {self.readers[key] for key, (start, stop) in enumerate(rows.key_spans()) if stop > start}
+        return held.pop() if len(held) == 1 else None

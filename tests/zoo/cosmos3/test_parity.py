@@ -16,6 +16,7 @@ from omnimoe.convert import to_published
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.cosmos3.convert import COSMOS3, VISION
 from omnimoe.zoo.cosmos3.layout import Scene, lay_out, to_latent
+from tests.zoo.cosmos3.peer import cases
 from tests.zoo.cosmos3.tiny import KINDS, Sample, asked, batch, generator, make_model, reasoner, samples
 
 pytest.importorskip("diffusers", reason="pip install 'omnimoe[diffusers]'")
@@ -291,6 +292,15 @@ def test_words_one_by_one_after_pictures(kind, model, peers):
             logits[[100, 101, 102, 117, 118, 119]] = -torch.inf
             ids.append(int(logits.argmax()))
         assert found[row, -5:].tolist() == ids[-5:]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_larger_copies_to_be_timed_agree(kind):
+    for name, (ours, theirs) in cases(kind).items():
+        first, again, wanted = ours(), ours(), theirs()
+        close(first, wanted, 2e-5)
+        assert torch.allclose(first, again), f"{name} can be repeated"
 
 
 def test_what_does_not_fit_a_layout_is_refused(kind, model):

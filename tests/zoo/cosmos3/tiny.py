@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.cosmos3.convert import COSMOS3, ROOT, TRANSFORMER
-from omnimoe.zoo.cosmos3.layout import Scene, lay_out, to_rows
+from omnimoe.zoo.cosmos3.layout import Scene, lay_out, to_latent, to_rows
 
 TRANSFORMER_OF = {
     "cosmos3_omni": {
@@ -91,13 +91,13 @@ ROOT_OF: dict[str, dict[str, Any]] = {
 KINDS = tuple(ROOT_OF)
 
 
-def make_model(kind: str, seed: int = 0) -> OmniMoeForCausalLM:
+def make_model(kind: str, seed: int = 0, std: float = 0.15) -> OmniMoeForCausalLM:
     """Ours, every number of it random."""
     torch.manual_seed(seed)
     made = OmniMoeForCausalLM(COSMOS3.config_of({ROOT: ROOT_OF[kind], TRANSFORMER: TRANSFORMER_OF[kind]})).eval()
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.1))
+            parameter.add_(torch.randn_like(parameter) * (std if parameter.ndim > 1 else 0.1))
     return made
 
 
@@ -129,7 +129,8 @@ def reasoner(kind: str, folder: Path) -> Any:
     text = {name: plain[name] for name in ("hidden_size", "intermediate_size", "head_dim", "vocab_size")}
     text |= {name: plain[name] for name in ("num_attention_heads", "num_key_value_heads", "num_hidden_layers")}
     text |= {"rms_norm_eps": plain["rms_norm_eps"], "max_position_embeddings": 512, "pad_token_id": 0}
-    rope = {"rope_type": "default", "rope_theta": float(plain["rope_theta"]), "mrope_section": [4, 2, 2]}
+    rope = {"rope_type": "default", "rope_theta": float(plain["rope_theta"])}
+    rope["mrope_section"] = plain["rope_scaling"]["mrope_section"]
     text |= {"rope_parameters": rope}
     if kind == "cosmos3_omni":
         config = Cosmos3OmniConfig(
@@ -342,3 +343,19 @@ def asked(sample: Sample) -> dict[str, Any]:
         given["action_tokens"] = [sample.action]
         given["action_domain_ids"] = [torch.tensor([sample.domain])]
     return {**given, "position_ids": torch.cat(spans, dim=1), "sequence_length": at}
+
+
+__all__ = [
+    "KINDS",
+    "ROOT_OF",
+    "TRANSFORMER_OF",
+    "Sample",
+    "Scene",
+    "asked",
+    "batch",
+    "generator",
+    "make_model",
+    "reasoner",
+    "samples",
+    "to_latent",
+]
