@@ -221,8 +221,10 @@ class Chameleon(Pipeline):
             short is left out.
 
         Raises:
-            ValueError: if there is no decoder, or a document is empty or too long.
+            ValueError: if there is no decoder, a choice is out of range, or a document is empty or too long.
         """
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self._check_decoder()
         config = self.model.config
         prompts = self._prompts(documents, is_turn=is_turn, room=1)

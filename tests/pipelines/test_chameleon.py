@@ -263,6 +263,11 @@ def test_what_cannot_be_asked_is_refused(chameleon, documents, options, message)
         chameleon.draw(documents, **options)
 
 
+def test_a_continuation_of_nothing_is_refused(chameleon):
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        chameleon.interleave(["a"], max_new_tokens=0)
+
+
 class TestCommand:
     """``omnimoe generate`` with a published checkpoint."""
 
