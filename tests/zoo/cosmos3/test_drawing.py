@@ -18,6 +18,7 @@ from omnimoe.convert import to_published
 from omnimoe.pipelines import find_pipeline
 from omnimoe.pipelines.cosmos3 import Cosmos3
 from omnimoe.zoo.cosmos3.layout import Scene
+from tests.hub.conftest import hub  # noqa: F401 - a fixture
 from tests.zoo.cosmos3.test_parity import said
 from tests.zoo.cosmos3.tiny import KINDS, Sample, generator, make_model, reasoner
 
@@ -219,9 +220,7 @@ def test_answers_about_pictures(kind, pipeline, folder):
         encoder.prepare = prepare
 
 
-def test_from_the_command_line(kind, pipeline, folder, tmp_path, capsys):
-    if kind == "cosmos3_edge":
-        pytest.skip("one family is enough")
+def test_from_the_command_line(pipeline, folder, tmp_path, capsys):
     given = ["generate", "--model", str(folder), "--from", "text", "a red kite", "--size", "32x48", "--steps", "2"]
     given += ["--seed", "3", "--device", "cpu"]
     assert main([*given, "--to", "image", "--out", str(tmp_path / "kite.png")]) == 0
@@ -231,6 +230,30 @@ def test_from_the_command_line(kind, pipeline, folder, tmp_path, capsys):
     assert Image.open(tmp_path / "kite.webp").n_frames == 5
     assert main([*given, "--to", "image", "--frames", "5", "--out", str(tmp_path / "kite.png")]) != 0
     assert "--frames is for --to video" in capsys.readouterr().err
+
+
+def test_by_an_id_on_the_hub(folder, pipeline, hub, tmp_path):  # noqa: F811
+    """The files of the folders below are fetched, and only those that are read."""
+    place = tmp_path / "published"
+    shutil.copytree(folder, place)
+    to_published(pipeline.model, tmp_path / "many", max_shard_size="80KB")
+    shutil.rmtree(place / "transformer")
+    shutil.copytree(tmp_path / "many" / "transformer", place / "transformer")
+    (place / "vae" / "old.bin").write_bytes(b"a pickle")
+    (place / "assets").mkdir()
+    (place / "assets" / "film.json").write_text("{}")
+    hub.add("nvidia/tiny", place)
+    assert omnimoe.load("nvidia/tiny", device="meta").config.published["family"] == "cosmos3"
+    assert not [name for name in hub.fetched() if name.endswith(".safetensors")], "a config alone needs no weights"
+    model = omnimoe.from_pretrained("nvidia/tiny")
+    held = pipeline.model.state_dict()
+    assert all(torch.equal(tensor, held[name]) for name, tensor in model.state_dict().items())
+    again = Cosmos3.from_pretrained("nvidia/tiny")
+    options = {"sizes": (32, 32), "steps": 1, "seed": 0}
+    assert np.array_equal(again.draw(["a kite"], **options)[0], pipeline.draw(["a kite"], **options)[0])
+    assert not {"vae/old.bin", "assets/film.json"} & set(hub.fetched())
+    omnimoe.convert_checkpoint("hf-hub:nvidia/tiny", tmp_path / "ours")
+    assert omnimoe.from_pretrained(tmp_path / "ours").config.published["family"] == "cosmos3"
 
 
 def test_a_copy_without_what_draws_only_answers(folder, tmp_path):
