@@ -71,7 +71,7 @@ class Trajectory(Patches):
         Returns:
             ``(n, D)``.
         """
-        x = F.linear(inputs.to(self.in_proj.dtype), self.in_proj, self.in_bias)
+        x = F.linear(inputs.to(self.in_proj), self.in_proj, self.in_bias)
         times = torch.zeros(len(x), device=x.device) if timesteps is None else timesteps.to(x.device)
         return self.time_out(F.silu(self.time_in(torch.cat((x, self._code(times).to(x.dtype)), dim=1))))
 

@@ -51,7 +51,8 @@ SPELLINGS = {
 
 def is_pi0(plain: Mapping[str, Any]) -> bool:
     """Whether a config without a ``model_type`` is one of lerobot's or openpi's for pi0; pi0.5 is another model."""
-    return plain.get("type") == "pi0" or ("action_horizon" in plain and plain.get("pi05", False) is False)
+    is_openpi = "action_horizon" in plain and "paligemma_variant" in plain
+    return plain.get("type") == "pi0" or (is_openpi and not plain.get("pi05"))
 
 
 def _variant(plain: Mapping[str, Any], name: str, default: str) -> dict[str, Any]:

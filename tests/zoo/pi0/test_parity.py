@@ -330,7 +330,7 @@ def test_configs_of_lerobot_and_openpi(tmp_path):
         config = PI0.config_of(plain)
         assert config.modalities[3].num_tokens == chunk
         assert config.replace(modalities=pi0().modalities).to_dict() == pi0().replace(mask="block_causal").to_dict()
-    for other in ({"type": "pi05"}, {"type": "act"}, {**openpi, "pi05": True}, {}):
+    for other in ({"type": "pi05"}, {"type": "act"}, {**openpi, "pi05": True}, {"action_horizon": 16}, {}):
         assert not is_pi0(other)
     with pytest.raises(omnimoe.CheckpointError, match="gemma_9b"):
         PI0.config_of({"type": "pi0", "paligemma_variant": "gemma_9b"})
