@@ -110,7 +110,7 @@ class Connected(Modality):
         if timesteps is not None:
             raise ValueError(f"modality {self.config.name!r} takes no timesteps: its rows are features without noise")
         x, mask, places = self._features(inputs)
-        rows = self.connector(x.to(next(self.parameters()).dtype), mask)
+        rows = self.connector(x.to(next(self.parameters(), x).dtype), mask)
         if self.place is not None:
             if places is None or rows.shape[1] != places.shape[1]:
                 raise ValueError(

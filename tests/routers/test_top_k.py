@@ -154,3 +154,28 @@ def test_noise_and_jitter_are_drawn_in_training_alone_and_the_logits_stay_clean(
 def test_what_does_not_fit_is_refused(fields, told):
     with pytest.raises(ConfigError, match=told):
         route(torch.randn(2, 4), **fields)
+
+
+def test_weights_that_stay_in_float32():
+    config = TopKRouter.Config(top_k=2, keep_float32=True, logit_bias=True)
+    router = config.build(hidden_size=8, num_experts=4, num_modalities=1)
+    with torch.no_grad():
+        router.scorer.weight.add_(1e-6)
+    before = router.scorer.weight.clone()
+    for change in (torch.nn.Module.bfloat16, torch.nn.Module.half, lambda held: held.to(torch.float64)):
+        change(router)
+        assert router.scorer.weight.dtype == router.scorer.bias.dtype == torch.float32
+        assert torch.equal(router.scorer.weight, before), "nothing was rounded on the way"
+    plain = TopKRouter.Config(top_k=2).build(hidden_size=8, num_experts=4, num_modalities=1)
+    assert plain.bfloat16().scorer.weight.dtype == torch.bfloat16
+    assert router.to("meta").scorer.weight.is_meta
+
+
+def test_the_least_that_scores_are_divided_by():
+    x = torch.randn(3, 8)
+    router, routing = route(x, num_experts=16, top_k=2, normalize_min=0.9)
+    scores = torch.softmax(router.scorer(x), -1).topk(2).values
+    wanted = scores / scores.sum(-1, keepdim=True).clamp_min(0.9)
+    torch.testing.assert_close(routing.expert_weights.view(3, 2), wanted)
+    with pytest.raises(ConfigError, match="normalize_min must be at least 0"):
+        TopKRouter.Config(normalize_min=-1.0)
