@@ -28,7 +28,7 @@ from omnimoe.checkpoint.fetch import check_name
 from omnimoe.checkpoint.finite import check_choice
 from omnimoe.checkpoint.finite import check_finite as look_for_nan
 from omnimoe.checkpoint.fit import bytes_of, check_dtypes, layers_in, misfits, renamed
-from omnimoe.checkpoint.folder import check_config, files_read, is_of_ranks
+from omnimoe.checkpoint.folder import check_config, files_read, is_of_ranks, names_implementation
 from omnimoe.checkpoint.header import Entry
 from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.checkpoint.memory import check_memory
@@ -188,9 +188,12 @@ class GuardedFiles(PreTrainedModel):
         try:
             with torch.device("meta"):
                 return cls(copy.deepcopy(config), *model_args)
-        except (ConfigError, RegistryError, CheckpointError):
+        except (ConfigError, CheckpointError):
             raise
         except (RuntimeError, ValueError) as error:
+            # what the caller asks for is no fault of the file
+            if isinstance(error, RegistryError) and not names_implementation(folder):
+                raise
             raise CheckpointError(
                 f"{folder / 'config.json'} describes a model that cannot be built: {error}; fetch or save it again"
             ) from error

@@ -68,6 +68,12 @@ def check_config(folder: Path) -> None:
         inside(folder, "manifest.json")
 
 
+def names_implementation(folder: Path) -> bool:
+    """Whether the config in a folder says by which implementation a model computes, which saves leave out."""
+    path = folder / "config.json"
+    return path.exists() and any(name.endswith("implementation") for name in read_json(path, CheckpointError))
+
+
 def check_generation(folder: Path) -> None:
     """Refuses a generation_config.json that is malformed, or has values that no generation takes; none is none.
 
