@@ -232,7 +232,7 @@ def scaled_dot_product(
     batch_size, num_heads, query_length, _ = query.shape
     if query_length == 1:
         # queries that share a key stand in its place as one head's, so that no key is copied
-        query = query.reshape(batch_size, key.shape[1], -1, query.shape[3])
+        query = query.reshape(batch_size, key.shape[1], num_heads // key.shape[1], query.shape[3])
     elif module.num_key_value_groups > 1:
         key, value = (for_each_query(part, module.num_key_value_groups) for part in (key, value))
     # a branch, since a traced comparison of open sizes is no Boolean for the kernel
