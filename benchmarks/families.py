@@ -38,6 +38,8 @@ from omnimoe.ops._extension import extension
 from tests.zoo.chameleon import peer as chameleon
 from tests.zoo.cosmos3 import peer as cosmos3
 from tests.zoo.ernie4_5_vl import peer as ernie
+from tests.zoo.pi0 import peer as pi0
+from tests.zoo.cosmos3 import peer as cosmos3
 from tests.zoo.seeds.tiny import CASES
 
 Cases = dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]
@@ -152,6 +154,7 @@ FAMILIES |= {
     "cosmos3_omni": functools.partial(cosmos3.cases, "cosmos3_omni"),
     "cosmos3_edge": functools.partial(cosmos3.cases, "cosmos3_edge"),
     "ernie4_5_vl": ernie_cases,
+    "pi0": pi0.cases,
     "chameleon_7b": functools.partial(chameleon_cases, "7b"),
     "chameleon_34b": functools.partial(chameleon_cases, "34b"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PI0Config, PI0ForConditionalGeneration
 
+from omnimoe.denoise import denoise
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.pi0.convert import ACTION, PI0, SEEN, STATE
 
@@ -203,3 +205,24 @@ def at_benchmark_size(layers: int = 8) -> tuple[OmniMoeForCausalLM, PI0ForCondit
     model = equal_weights(peer, plain)
     held = episodes(plain, (1, 1), (20, 20))
     return model, peer, for_ours(model, held), for_peer(plain, held)
+
+
+@torch.no_grad()
+def cases() -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Ours and theirs: all of two samples once, and their actions in ten steps."""
+    torch.manual_seed(0)
+    model, peer, given, theirs = at_benchmark_size()
+    features = {name: held for name, held in given["features"].items() if name != "action"}
+    layout = {name: given[name] for name in ("input_ids", "attention_mask")}
+    drawn = {name: held for name, held in theirs.items() if name != "timestep"}
+    shape, noise = theirs["noise"].shape, given["features"]["action"]
+    return {
+        "velocities": (
+            lambda: model(**given, logits_to_keep=1).predictions["action"].view(shape),
+            lambda: peer(**theirs).logits,
+        ),
+        "actions": (
+            lambda: denoise(model, "action", **layout, features=features, noise=noise, steps=10).view(shape),
+            lambda: peer.sample_actions(**drawn),
+        ),
+    }
