@@ -39,7 +39,6 @@ from tests.zoo.chameleon import peer as chameleon
 from tests.zoo.cosmos3 import peer as cosmos3
 from tests.zoo.ernie4_5_vl import peer as ernie
 from tests.zoo.pi0 import peer as pi0
-from tests.zoo.cosmos3 import peer as cosmos3
 from tests.zoo.seeds.tiny import CASES
 
 Cases = dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]
