@@ -10,7 +10,7 @@ from transformers import CompileConfig, StaticCache
 from tests.declarations import DECLARATIONS, build, ids_like
 
 QUICK = ("mot", "moma_top_k")
-KINDS = ("dense", "moe", "moma", "mot", "moma_top_k", "chameleon", "block_causal", "mot_hybrid", "static")
+KINDS = ("dense", "moe", "moma", "mot", "moma_top_k", "pools", "chameleon", "block_causal", "mot_hybrid", "static")
 
 
 def kinds(*names: str) -> list:

@@ -33,7 +33,10 @@ def latents(length: int) -> dict:
     [
         "mot",
         "block_causal",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dense", "moe", "moma", "moma_top_k", "chameleon")),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("dense", "moe", "moma", "moma_top_k", "pools", "chameleon")
+        ),
     ],
 )
 def test_a_graph_gives_what_the_model_gives_at_every_size(kind, tmp_path):

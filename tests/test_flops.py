@@ -72,6 +72,12 @@ CONFIGS = {
     "moma of two modalities": lambda: small("moma_90m_4t4i"),
     "moe, token choice": lambda: small("moe_nano"),
     "moe, top 3 and shared experts": lambda: routed(TopKRouter.Config(top_k=3), 5, num_shared_experts=2),
+    "pools of unequal width": lambda: routed(
+        ByModalityRouter.Config(experts=(4, 2, 2), router=TopKRouter.Config(top_k=2)),
+        8,
+        pools=((4, 48), (2, 16), (2, 32)),
+        num_shared_experts=1,
+    ),
     "moe, expert choice": lambda: small("moe4x_37m"),
     "moe, expert choice of two": lambda: routed(ExpertChoiceRouter.Config(capacity_factor=2.0), 8),
     "two matrices": lambda: small("dense_nano").replace(experts=small("dense_nano").experts.replace(gated=False)),
