@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnimoe.ops import BACKENDS, BackendError, backend
-from omnimoe.ops.experts_mlp import ROUTED
+from omnimoe.ops.experts_mlp import KERNELS_FIRST as EXPERTS
 from omnimoe.ops.experts_mlp.activations import CLAMP_LIMIT, CLAMP_SLOPE, CODES
-from omnimoe.ops.grouped_mm import IMPLEMENTATIONS, LOOPED
+from omnimoe.ops.grouped_mm import IMPLEMENTATIONS, KERNELS_FIRST
 from omnimoe.ops.triton import is_interpreted, missing_triton, tiles, why_not_triton
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_without_a_gpu_it_is_refused_with_the_reason():
 
 def test_routed_rows_and_looping_products_take_kernels_before_torch():
     assert "triton" in BACKENDS
-    for order in (ROUTED, LOOPED):
+    for order in (EXPERTS, KERNELS_FIRST):
         names = [implementation.backend for implementation in order]
         assert names.index("triton") < names.index("torch") < names.index("reference")
     names = [implementation.backend for implementation in IMPLEMENTATIONS]
