@@ -89,6 +89,14 @@ def test_a_sample_has_its_noise_whatever_it_is_drawn_with(pi0):
     assert not torch.allclose(both[0], both[1])
 
 
+def test_a_sample_without_a_camera_among_others(pi0):
+    pictures, words, states = [[], [picture(1)]], ["cup", "pick up cup"], np.ones((2, 6))
+    both = pi0.act(pictures, words, states, seed=0, steps=2)
+    for row in range(2):
+        alone = pi0.act(pictures[row : row + 1], words[row : row + 1], states[:1], seed=row, steps=2)
+        torch.testing.assert_close(both[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+
+
 def test_a_layout_is_pictures_words_state_and_actions(pi0):
     batch = pi0.batch([[picture(0)]], ["pick_up\ncup "], torch.ones(1, 6))
     said = pi0.tokenizer.encode("pick up cup\n").tolist()
