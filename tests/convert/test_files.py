@@ -119,3 +119,12 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[:-5])
     with pytest.raises(CheckpointError, match="cut off"):
         Weights(tmp_path)
+
+
+def test_names_that_are_spelled_otherwise(tmp_path):
+    write(tmp_path, {"old.a": torch.ones(1), "old.b": torch.zeros(2), "new.b": torch.ones(2), "c": torch.ones(3)})
+    with Weights(tmp_path) as weights:
+        weights.respell({r"^old\.": "new.", r"^c$": "d"})
+        assert set(weights.shapes) == set(weights.dtypes) == {"new.a", "new.b", "old.b", "d"}
+        assert torch.equal(weights.read("new.b"), torch.ones(2)), "a name that the file holds is kept"
+        assert torch.equal(weights.read("d"), torch.ones(3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omnimoe.convert import Deinterleave, Part, Reshape, Rows, RuleError, Transpose, bank, make_plan, rename
+from omnimoe.convert import Deinterleave, Part, Permute, Reshape, Rows, RuleError, Transpose, bank, make_plan, rename
 from omnimoe.convert.changes import AS_IS
 
 RULES = [
@@ -114,6 +114,7 @@ def test_names_that_stay_fresh_need_no_rule():
     [
         AS_IS,
         Transpose(),
+        Permute((1, 0)),
         Reshape((12, 8), (12, 4, 2)),
         Deinterleave(),
         Deinterleave(6),

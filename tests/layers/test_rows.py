@@ -132,3 +132,11 @@ def test_gradients_flow_through_both_ways():
     x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     scale = torch.arange(1.0, 7.0, dtype=torch.float64).unsqueeze(1)
     assert torch.autograd.gradcheck(lambda given_: rows.to_time(rows.to_rows(given_) * scale), (x,))
+
+
+def test_runs_are_the_segments_on_the_host():
+    rows = RowLayout.build(torch.tensor([[2, 0, 1, 0, 2]]), num_keys=3)
+    for towers in ((0, 1, 2), (0, 0, 1), (0, 1, 0), (0, 0, 0)):
+        ends, copies = rows.segments(towers)
+        assert [(stop, copy) for _, stop, copy in rows.runs(towers)] == list(zip(ends.tolist(), copies, strict=True))
+        assert [start for start, _, _ in rows.runs(towers)] == [0, *ends.tolist()[:-1]]
