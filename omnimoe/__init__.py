@@ -59,6 +59,7 @@ _HOMES = {
     "omnimoe.spans": ("SpanProcessor", "read_spans"),
     "omnimoe.generate": ("Generated", "generate", "interleave"),
     "omnimoe.denoise": ("denoise",),
+    "omnimoe.joint_denoise": ("denoise_jointly",),
     "omnimoe.evaluate": ("Measure", "register_metric"),
 }
 __getattr__, __dir__, _names = lazy(__name__, _HOMES)

@@ -118,11 +118,16 @@ class Encodes(PreTrainedModel):
     def _spans(self, modality: str, x: Any) -> tuple[dict[str, Any], Tensor | None]:
         """The rows that features of a form of their own become, a sequence for each span, and which are padding."""
         part = self.base_model.modalities[modality]
-        embedded = part.embed(x)
+        embedded, *deeper = part.layered(part.embed(x))
         counts = part.row_counts(x) if hasattr(part, "row_counts") else [len(embedded)]
         spans = pad_sequence(list(embedded.split(counts)), batch_first=True).to(self.dtype)
         place = self.config.modality_names.index(modality)
         lengths = torch.tensor(counts, device=spans.device)
         valid = torch.arange(spans.shape[1], device=spans.device) < lengths[:, None]
-        given = {"inputs_embeds": spans, "modality_ids": torch.full(spans.shape[:2], place, device=spans.device)}
+        kinds = torch.full(spans.shape[:2], place, device=spans.device)
+        given: dict[str, Any] = {"inputs_embeds": spans, "modality_ids": kinds}
+        if deeper or (self.config.positions == "grids" and part.shapes_of(x) is not None):
+            # embeddings alone do not tell what enters later layers, nor where rows stand
+            holder = self.config.modalities[place].placeholder_id or 0
+            given = {"input_ids": torch.full_like(kinds, holder), "modality_ids": kinds, "features": {modality: x}}
         return given, None if len(set(counts)) == 1 else valid

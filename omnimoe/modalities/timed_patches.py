@@ -162,6 +162,11 @@ class DomainPatches(TimedPatches):
         """Targets in the form of the features, or ``(n, C)``, to ``(n, C)``."""
         return given if isinstance(given, Tensor) and given.ndim == 2 else self._spans(given)[0].flatten(0, 1)
 
+    def row_counts(self, given: Any) -> list[int]:
+        """How many positions each span of ``given`` takes."""
+        rows, _ = self._spans(given)
+        return [rows.shape[1]] * len(rows)
+
     def refilled(self, given: Any, rows: Tensor) -> Any:
         """Spans in the form of ``given`` that hold ``rows (n, C)``."""
         held, domains = self._spans(given)

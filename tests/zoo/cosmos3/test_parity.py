@@ -294,6 +294,19 @@ def test_words_one_by_one_after_pictures(kind, model, peers):
         assert found[row, -5:].tolist() == ids[-5:]
 
 
+@torch.no_grad()
+def test_what_one_modality_becomes(kind, model):
+    """``encode`` of pictures that are seen, each alone, and of actions."""
+    sample = samples(kind)[3]
+    given = batch(model, [sample])
+    found = model.encode("vision", given["features"]["vision"])
+    ids = torch.full((1, found.shape[1]), 100)
+    wanted = model.model(ids, features=given["features"]).last_hidden_state
+    torch.testing.assert_close(found, wanted)
+    rows = {"rows": torch.randn(2, 3, 5), "domains": torch.tensor([0, 2])}
+    assert model.encode("action", rows, pool="mean").shape == (2, model.config.hidden_size)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_larger_copies_to_be_timed_agree(kind):
