@@ -397,7 +397,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             if not torch.is_grad_enabled():
                 continue
             # an absent modality takes part with no rows: its gradients are zero, not missing
-            x = x + 0 * sum(parameter.sum() for parameter in self.modalities[name].parameters()).to(x.dtype)
+            trained = (held for held in self.modalities[name].parameters() if held.requires_grad)
+            x = x + 0 * sum((held.sum() for held in trained), x.new_zeros(())).to(x.dtype)
         return x, later
 
     def _noisy(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnimoe import from_pretrained
+from omnimoe import convert_checkpoint, from_pretrained, quantize
 from omnimoe.grids import grid_positions
 from omnimoe.inputs import InputError
 from tests.zoo.ernie4_5_vl.tiny import CLIP, DOCUMENTS, SEEN, batches, close, encoder, publish, reference
@@ -172,3 +172,24 @@ def test_features_computed_once(pair):
     ids = [span.tolist() for span in ours.model.modalities["vision"].span_ids(features)]
     assert ids[0] == [50, *[SEEN] * 6, 51]
     assert ids[1] == [53, *[CLIP] * 4, 54]
+
+
+def test_words_alone_from_a_copy_without_the_experts_for_pictures(pair, tmp_path):
+    theirs, folder, _ = pair
+    convert_checkpoint(folder, tmp_path / "ours")
+    words = from_pretrained(tmp_path / "ours", towers=["text"])
+    assert words.config.modality_names == ("text",)
+    assert words.num_parameters() < theirs.num_parameters() / 2
+    mine, other = batches(words, LACKING["words alone"])
+    with torch.no_grad():
+        close(real(mine, words(**mine).logits), real(mine, theirs(**other).logits))
+
+
+def test_a_quantised_copy_reads_words_and_pictures(pair):
+    pytest.importorskip("torchao")
+    _, folder, ours = pair
+    small = quantize(from_pretrained(folder))
+    for documents in (DOCUMENTS, LACKING["words alone"]):
+        mine, _ = batches(small, documents)
+        logits = small(**mine).logits.detach()
+        close(real(mine, logits), real(mine, ours(**mine).logits.detach()), 0.1)

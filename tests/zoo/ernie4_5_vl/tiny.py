@@ -115,10 +115,10 @@ def batches(
         held = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
         ids[place, held], mask[place, held] = torch.tensor(row), 1
     seen = [part for document in documents for part in document if not isinstance(part, int)]
-    tower = encoder(model)
-    size = tower.config.patch_size
     ours: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if seen:
+        tower = encoder(model)
+        size = tower.config.patch_size
         pixels = torch.cat([patches(shape, size) for shape in seen])
         ours["features"] = {"vision": tower.pad(pixels, torch.tensor(seen))}
     kinds = (ids == SEEN).long() + 2 * (ids == CLIP).long()
