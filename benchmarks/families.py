@@ -60,6 +60,7 @@ LARGER: dict[str, dict[str, Any]] = {
         "n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 352, "num_key_value_heads": 8,
         "num_hidden_layers": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     },
+    "ernie4_5_moe": {"moe_num_experts": 16, "moe_k": 4, "moe_intermediate_size": 352, "num_hidden_layers": 8},
     "gpt_oss": {
         "num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 352, "head_dim": 64,
         "num_hidden_layers": 8, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 4,
