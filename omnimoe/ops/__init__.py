@@ -14,6 +14,7 @@ from omnimoe.ops.permute import permute
 from omnimoe.ops.rms_norm import rms_norm
 from omnimoe.ops.rope import rope
 from omnimoe.ops.route_plan import RoutePlan, route_plan
+from omnimoe.ops.selective_scan import selective_scan
 
 __all__ = [
     "ACTIVATIONS",
@@ -32,4 +33,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "route_plan",
+    "selective_scan",
 ]

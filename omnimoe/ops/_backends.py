@@ -16,7 +16,7 @@ import torch
 
 from omnimoe.ops._extension import CUDA_FLOOR, extension
 from omnimoe.ops._library import register
-from omnimoe.ops.adapters._packages import missing_grouped_gemm, missing_liger
+from omnimoe.ops.adapters._packages import missing_grouped_gemm, missing_liger, missing_mamba
 from omnimoe.ops.triton import missing_triton
 
 BACKENDS = {
@@ -27,6 +27,7 @@ BACKENDS = {
     "triton": "kernels with fixed tiles for any device that Triton compiles for; not run on a GPU yet",
     "liger": "Liger-Kernel's fused experts, where it is installed; never by itself",
     "megablocks": "MegaBlocks' gather, scatter and grouped product, where it is installed; never by itself; never run",
+    "mamba_ssm": "the fused scan of mamba_ssm, for state spaces on CUDA, where it is installed; never run",
 }
 """Name to what it is."""
 
@@ -110,6 +111,7 @@ def missing_cuda_kernels() -> str:
 MISSING: dict[str, Callable[[], str]] = {
     "cpp": missing_kernels, "cuda": missing_cuda_kernels, "triton": missing_triton,
     "liger": missing_liger, "megablocks": missing_grouped_gemm,
+    "mamba_ssm": missing_mamba,
 }  # fmt: skip
 """Backend to why it is not on this machine, or an empty string; those that are not here always are."""
 

@@ -32,6 +32,12 @@ def missing_megablocks() -> str:
     return absent("megablocks", "grouped_gemm")
 
 
+@torch.compiler.assume_constant_result
+def missing_mamba() -> str:
+    """Why the scan of mamba_ssm cannot be used on this machine; empty where it can."""
+    return absent("mamba_ssm")
+
+
 def absent(*names: str) -> str:
     """Which of these modules cannot be found; empty where all can."""
     found = [name for name in names if importlib.util.find_spec(name) is None]
