@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from omnimoe.blocks import block_ids_of, block_positions
+from omnimoe.blocks import block_ids_of, block_positions, span_counts
 from omnimoe.grids import grid_positions
 from omnimoe.inputs import InputError, check_prompt, check_routers_generate, repeated
 from omnimoe.spans import span_positions, span_processors
@@ -78,7 +78,7 @@ class Generates(GenerationMixin):
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Positions of the prompt; those of what is generated go on by one."""
-        if self.config.positions == "time" or inputs_tensor.ndim != 2:
+        if self.config.positions not in ("blocks", "grids") or inputs_tensor.ndim != 2:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         modality_ids, block_ids = model_kwargs.get("modality_ids"), model_kwargs.get("block_ids")
         length = inputs_tensor.shape[1]
@@ -88,6 +88,9 @@ class Generates(GenerationMixin):
             valid = None if mask is None else mask[:, :length].bool()
             # the steps of transformers append to the last axis, where they expect time
             return grid_positions(self.config, modality_ids[:, :length], shapes, valid).movedim(-1, 0)
+        if self.config.positions == "spans":
+            mask = model_kwargs.get("attention_mask")
+            return span_counts(modality_ids[:, :length], None if mask is None else mask[:, :length].bool())
         if block_ids is None:
             block_ids = block_ids_of(self.config, modality_ids[:, :length], inputs_tensor)
         mask = model_kwargs.get("attention_mask")
