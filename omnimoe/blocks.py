@@ -77,4 +77,28 @@ def block_positions(block_ids: Tensor, valid: Tensor | None = None, segment_ids:
     return place
 
 
-__all__ = ["block_ids_of", "block_positions"]
+def span_counts(modality_ids: Tensor, valid: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
+    """Positions counted from 0 in each span of one modality.
+
+    Args:
+        modality_ids: ``(B, T)`` int64.
+        valid: ``(B, T)`` bool, False at padding, which may stand anywhere and counts for nothing.
+        segment_ids: ``(B, T)`` int64, documents of a packed row; a span ends with its document.
+
+    Returns:
+        ``(B, T)`` int64.
+    """
+    real = torch.ones_like(modality_ids, dtype=torch.bool) if valid is None else valid
+    place = torch.arange(modality_ids.shape[1], device=modality_ids.device).expand_as(modality_ids)
+    # the last token before each position, which padding may keep apart from it
+    last = F.pad(torch.where(real, place, -1).cummax(dim=1).values[:, :-1], (1, 0), value=-1)
+    begins = last < 0
+    for ids in (modality_ids, segment_ids):
+        if ids is not None:
+            begins = begins | (ids != ids.gather(1, last.clamp_min(0)))
+    count = real.long().cumsum(1) - 1
+    first = torch.where(begins & real, count, 0).cummax(dim=1).values
+    return (count - first).clamp_min(0)
+
+
+__all__ = ["block_ids_of", "block_positions", "span_counts"]

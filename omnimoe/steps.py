@@ -78,7 +78,7 @@ class Generates(GenerationMixin):
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Positions of the prompt; those of what is generated go on by one."""
-        if self.config.positions not in ("blocks", "grids") or inputs_tensor.ndim != 2:
+        if self.config.positions == "time" or inputs_tensor.ndim != 2:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         modality_ids, block_ids = model_kwargs.get("modality_ids"), model_kwargs.get("block_ids")
         length = inputs_tensor.shape[1]
