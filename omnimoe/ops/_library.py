@@ -274,3 +274,11 @@ def register(namespace: str = "omnimoe") -> torch.library.Library:
             rule = functools.partial(backward, ops)
             torch.library.register_autograd(f"{namespace}::{name}", rule, setup_context=keep, lib=library)
     return library  # which undoes everything when it is freed
+
+
+def call(op: Any, *operands: Any) -> Any:
+    """An op of ours; under ``no_grad`` without the step through autograd, which takes longer than a small kernel."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*operands)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*operands)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from omnimoe.ops._library import call
 from omnimoe.ops._spans import check_offsets
 from omnimoe.ops.experts_mlp.activations import CODES
 
@@ -40,7 +41,7 @@ def fused(library: str, *, checks_offsets: bool = False) -> Callable[..., Tensor
         operands = x, gate_up_proj, down_proj, offsets, token_index, weights, gate_up_bias, down_bias
         wanted = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in operands)
         keep = wanted and save == "pre_activation"
-        out, _ = getattr(torch.ops, library).experts_mlp(*operands, CODES[activation], interleaved, keep)
+        out, _ = call(getattr(torch.ops, library).experts_mlp, *operands, CODES[activation], interleaved, keep)
         return out
 
     return experts_mlp

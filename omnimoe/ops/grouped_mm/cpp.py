@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omnimoe.ops._library import call
 from omnimoe.ops._spans import check_offsets
 
 
@@ -13,4 +14,4 @@ def grouped_mm(
 ) -> Tensor:
     """See :func:`omnimoe.ops.grouped_mm`; a bank whose columns lie side by side is read as it lies."""
     check_offsets(offsets, x.shape[0] if row_index is None else row_index.shape[0])
-    return torch.ops.omnimoe.grouped_mm(x, weight, offsets, bias, row_index)
+    return call(torch.ops.omnimoe.grouped_mm, x, weight, offsets, bias, row_index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omnimoe.ops._library import call
 from omnimoe.ops._spans import check_offsets
 
 
@@ -14,5 +15,5 @@ def rms_norm(x: Tensor, weight: Tensor, offsets: Tensor | None, eps: float) -> T
         check_offsets(offsets, x.shape[0])
     # the scale has the dtype of the rows, as in the definition, and is read in that of the sums
     scale = weight.to(x.dtype).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-    y, _ = torch.ops.omnimoe.rms_norm(x, scale, offsets, eps)
+    y, _ = call(torch.ops.omnimoe.rms_norm, x, scale, offsets, eps)
     return y
