@@ -79,7 +79,7 @@ class Block(nn.Module, Configurable):
         self.self_attn = config.attention.build(**shared, layer_idx=layer_idx)
         self.mlp = config.experts.build(**shared, layer_idx=layer_idx)
         self.attention_norm = build_norm(config.norm, **shared)
-        self.mlp_norm = build_norm(config.norm, **shared)
+        self.mlp_norm = None if config.experts.is_absent else build_norm(config.norm, **shared)
         self.depth = None if config.depth is None else config.depth.build(hidden_size=hidden_size)
 
     def forward(
@@ -118,6 +118,8 @@ class Block(nn.Module, Configurable):
         mixed = self.self_attn(self.attention_norm(x, rows) if is_pre else x, rows, mask, cache)
         mixed, weights = mixed if isinstance(mixed, tuple) else (mixed, None)
         x = x + (mixed if is_pre else self.attention_norm(mixed, rows))
+        if self.mlp_norm is None:
+            return x, None, weights
         worked, routing = self.mlp(self.mlp_norm(x, rows) if is_pre else x, rows)
         return x + (worked if is_pre else self.mlp_norm(worked, rows)), routing, weights
 

@@ -151,8 +151,9 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
     count = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + width
     count += config.modalities[modality_id].active_params(width)
     for block in config.blocks:
-        met = 2 * width + _projection_weights(block.attention, width) + _attention_vectors(block.attention, width)
-        met += sum(_expert_weights(block.experts, width, modality_id))
+        norms = 1 if block.experts.is_absent else 2
+        met = norms * width + _projection_weights(block.attention, width) + _attention_vectors(block.attention, width)
+        met += sum(_expert_weights(block.experts, width, modality_id)) + 2 * width * (block.norm.form == "layer")
         count += _share(block) * met + width * (block.depth is not None)
     return round(count)
 
@@ -308,6 +309,14 @@ def formulas() -> dict[Any, Any]:
         ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
         >>> counter.get_total_flops()
         48
+def _scan_formula(x: Any, step: Any, rate: Any, *args: Any, **kwargs: Any) -> int:
+    return 6 * math.prod(x) * rate[1]
+
+
+def _scan_backward_formula(grad: Any, grad_last: Any, x: Any, step: Any, rate: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _scan_formula(x, step, rate)
+
+
     """
     aten, ours = torch.ops.aten, torch.ops.omnimoe
     found = {
@@ -326,3 +335,5 @@ def formulas() -> dict[Any, Any]:
             ours.experts_mlp_backward: _experts_backward_formula,
         }
     return found
+        ours.selective_scan: _scan_formula,
+        ours.selective_scan_backward: _scan_backward_formula,

@@ -112,7 +112,9 @@ class OmniMoePreTrainedModel(ParallelMixin, Encodes, GuardedFiles):
             parameter = getattr(module, name, None)
             if parameter is None:
                 continue
-            if start == "normal":
+            if callable(start):
+                init.copy_(parameter, start(parameter))
+            elif start == "normal":
                 init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
             else:
                 init.constant_(parameter, float(start))
@@ -483,7 +485,9 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, GenerationMixin):
     def __init__(self, config: OmniMoeConfig) -> None:
         super().__init__(config)
         self.model = OmniMoeModel(config)
-        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = config.layer_types is not None  # from a state transformers cannot take tokens back
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.aligned = Aligned(config) if config.aligned_size else None
         self.post_init()
 
     def forward(

@@ -2,7 +2,18 @@
 
 from omnimoe.experts.base import EXPERTS, Experts, register_expert, register_experts
 from omnimoe.experts.feed_forward import FeedForward
+from omnimoe.experts.none import NoExperts
 from omnimoe.experts.routed import RoutedExperts
 from omnimoe.experts.soft import SoftExperts
 
-__all__ = ["EXPERTS", "Experts", "FeedForward", "RoutedExperts", "SoftExperts", "register_expert", "register_experts"]
+__all__ = [
+    "EXPERTS",
+    "Experts",
+    "FeedForward",
+    "NoExperts",
+    "RoutedExperts",
+    "SoftExperts",
+    "SubNormFeedForward",
+    "register_expert",
+    "register_experts",
+]

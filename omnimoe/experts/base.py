@@ -69,6 +69,11 @@ class Experts(nn.Module, Configurable):
             return self.is_causal
 
         @property
+        def is_absent(self) -> bool:
+            """Whether there are none, so that the layer ends with what mixes positions."""
+            return False
+
+        @property
         def num_token_ids(self) -> int:
             """Token ids that it can look up, where it reads ``rows.token_ids``; 0 where it does not."""
             return 0

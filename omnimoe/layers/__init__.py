@@ -13,6 +13,8 @@ from omnimoe.layers.rope_scaling import ROPE_SCALINGS, RopeScaling, register_rop
 from omnimoe.layers.rows import RowLayout
 from omnimoe.layers.sine_grid import SineGrid
 from omnimoe.layers.sink_attention import SinkAttention
+from omnimoe.layers.state_space import StateSpace
+from omnimoe.layers.sub_norm import NormedLinear, SubNormAttention
 
 __all__ = [
     "ATTENTIONS",
@@ -37,6 +39,8 @@ __all__ = [
     "SinkAttention",
     "TowerMap",
     "num_copies",
+    "StateSpace",
+    "SubNormAttention",
     "register_attention",
     "register_mask_rule",
     "register_rope_scaling",

@@ -59,6 +59,18 @@ class BaseAttention(nn.Module, Configurable):
             """How tensor parallelism splits the parts inside, name to style; what is not named lies on every rank."""
             return {}
 
+        @property
+        def cache_type(self) -> str:
+            """What a cache keeps of the layer, as transformers names it: ``"hybrid"`` where that is a state."""
+            return "full_attention"
+
+        def check_mask(self, rule: str, hides_blocks: bool) -> None:
+            """Refuses a mask rule that the part cannot follow, by name, and whether blocks may be private.
+
+            Raises:
+                ConfigError: with the rule and what to do.
+            """
+
         def kv_shape(self) -> tuple[int, int]:
             """Heads and head dimension that a cache keeps; ``(0, 0)`` where none is kept."""
             return 0, 0

@@ -6,6 +6,9 @@ a router chooses. The key is the modality unless a model is given other keys (a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from omnimoe.config import ConfigError
@@ -13,6 +16,9 @@ from omnimoe.layers.rows import RowLayout
 
 TowerMap = str | tuple[int, ...]
 """``"shared"``, ``"modality"`` (a copy a key), or the copy of each key: ``(0, 1, 1)`` merges keys 1 and 2."""
+
+Start = float | str | Callable[[Tensor], Tensor]
+"""How a parameter starts: a constant, ``"normal"`` (the model's initializer range), or what a function makes of it."""
 
 
 def resolve_towers(towers: TowerMap, num_modalities: int) -> tuple[int, ...]:
@@ -77,8 +83,8 @@ class Bank(nn.Module):
         towers: the copy of each key, resolved.
     """
 
-    initial: dict[str, float | str] = {}
-    """How each own parameter starts: ``"normal"`` (the model's initializer range) or a constant."""
+    initial: dict[str, Start] = {}
+    """How each own parameter starts."""
 
     def __init__(self, towers: tuple[int, ...]) -> None:
         super().__init__()
@@ -87,10 +93,19 @@ class Bank(nn.Module):
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Sets every own parameter to its start."""
-        for name, start in self.initial.items():
-            parameter = getattr(self, name, None)
-            if parameter is not None:
-                if start == "normal":
-                    nn.init.normal_(parameter, std=std)
-                else:
-                    nn.init.constant_(parameter, float(start))
+        begin(self, std)
+
+
+@torch.no_grad()
+def begin(module: nn.Module, std: float = 0.02) -> None:
+    """Sets the parameters that ``module.initial`` names to their start."""
+    for name, start in module.initial.items():
+        parameter = getattr(module, name, None)
+        if parameter is None:
+            continue
+        if callable(start):
+            parameter.copy_(start(parameter))
+        elif start == "normal":
+            nn.init.normal_(parameter, std=std)
+        else:
+            nn.init.constant_(parameter, float(start))
