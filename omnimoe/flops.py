@@ -153,7 +153,7 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
     for block in config.blocks:
         norms = 1 if block.experts.is_absent else 2
         met = norms * width + _projection_weights(block.attention, width) + _attention_vectors(block.attention, width)
-        met += sum(_expert_weights(block.experts, width, modality_id)) + 2 * width * (block.norm.form == "layer")
+        met += sum(_expert_weights(block.experts, width, modality_id))
         count += _share(block) * met + width * (block.depth is not None)
     return round(count)
 
@@ -300,6 +300,14 @@ def _experts_backward_formula(grad: Any, x: Any, kept: Any, into: Any, out: Any,
     return 2 * _experts_formula(kept, into, out, None, None)
 
 
+def _scan_formula(x: Any, step: Any, rate: Any, *args: Any, **kwargs: Any) -> int:
+    return 6 * math.prod(x) * rate[1]
+
+
+def _scan_backward_formula(grad: Any, grad_last: Any, x: Any, step: Any, rate: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _scan_formula(x, step, rate)
+
+
 def formulas() -> dict[Any, Any]:
     """What ``FlopCounterMode`` does not know, or counts with what is recomputed: op to formula.
 
@@ -309,14 +317,6 @@ def formulas() -> dict[Any, Any]:
         ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
         >>> counter.get_total_flops()
         48
-def _scan_formula(x: Any, step: Any, rate: Any, *args: Any, **kwargs: Any) -> int:
-    return 6 * math.prod(x) * rate[1]
-
-
-def _scan_backward_formula(grad: Any, grad_last: Any, x: Any, step: Any, rate: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * _scan_formula(x, step, rate)
-
-
     """
     aten, ours = torch.ops.aten, torch.ops.omnimoe
     found = {
@@ -326,6 +326,8 @@ def _scan_backward_formula(grad: Any, grad_last: Any, x: Any, step: Any, rate: A
         aten._scaled_dot_product_efficient_attention_backward: _attention_backward_formula,
         aten._scaled_dot_product_cudnn_attention_backward: _attention_backward_formula,
         aten._grouped_mm: _grouped_formula,
+        ours.selective_scan: _scan_formula,
+        ours.selective_scan_backward: _scan_backward_formula,
     }
     if not missing_kernels():
         found |= {
@@ -335,5 +337,3 @@ def _scan_backward_formula(grad: Any, grad_last: Any, x: Any, step: Any, rate: A
             ours.experts_mlp_backward: _experts_backward_formula,
         }
     return found
-        ours.selective_scan: _scan_formula,
-        ours.selective_scan_backward: _scan_backward_formula,

@@ -486,8 +486,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, GenerationMixin):
         super().__init__(config)
         self.model = OmniMoeModel(config)
         self._is_stateful = config.layer_types is not None  # from a state transformers cannot take tokens back
-        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=config.head_bias)
-        self.aligned = Aligned(config) if config.aligned_size else None
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(

@@ -183,14 +183,8 @@ class OmniMoeConfig(PreTrainedConfig):
             raise ConfigError(f"unknown mask rule {self.mask!r}{MASK_RULES.hint(self.mask)}")
         for block in self.blocks:
             block.attention.check_mask(self.mask, self.private_noise or self.private_blocks)
-        if self.positions not in ("time", "blocks", "grids", "spans"):
-            raise ConfigError(f"positions must be 'time', 'blocks', 'grids' or 'spans', got {self.positions!r}")
-        if self.learned_positions:
-            self._check_learned()
-        if self.aligned_size < 0 or (self.aligned_size and self.widths):
-            raise ConfigError(
-                f"aligned_size {self.aligned_size} must be 0 or more, and 0 where towers differ in width, {self.widths}"
-            )
+        if self.positions not in ("time", "blocks", "grids"):
+            raise ConfigError(f"positions must be 'time', 'blocks' or 'grids', got {self.positions!r}")
         if self.markers not in ("text", "own", "key"):
             raise ConfigError(f"markers must be 'text', 'own' or 'key', got {self.markers!r}")
         unknown = set(self.bidirectional_modalities) - set(names)
@@ -348,6 +342,12 @@ class OmniMoeConfig(PreTrainedConfig):
         return any(block.experts.num_token_ids for block in self.blocks)
 
     @property
+    def layer_types(self) -> list[str] | None:
+        """What a cache keeps of each layer, where it is not keys and values everywhere."""
+        found = [block.attention.cache_type for block in self.blocks]
+        return found if set(found) - {"full_attention"} else None
+
+    @property
     def num_attention_heads(self) -> int:
         """Query heads of the first layer's kind."""
         return getattr(self.attention, "num_heads", 1)
@@ -370,12 +370,6 @@ class OmniMoeConfig(PreTrainedConfig):
     base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "backbone.layers": (["x", "rows", "mask", "cache"], ["x", "routing", "weights"]),
-    @property
-    def layer_types(self) -> list[str] | None:
-        """What a cache keeps of each layer, where it is not keys and values everywhere."""
-        found = [block.attention.cache_type for block in self.blocks]
-        return found if set(found) - {"full_attention"} else None
-
         "norm": (["x", "rows"], ["x"]),
     }
 

@@ -13,7 +13,6 @@ __all__ = [
     "NoExperts",
     "RoutedExperts",
     "SoftExperts",
-    "SubNormFeedForward",
     "register_expert",
     "register_experts",
 ]

@@ -14,7 +14,6 @@ from omnimoe.layers.rows import RowLayout
 from omnimoe.layers.sine_grid import SineGrid
 from omnimoe.layers.sink_attention import SinkAttention
 from omnimoe.layers.state_space import StateSpace
-from omnimoe.layers.sub_norm import NormedLinear, SubNormAttention
 
 __all__ = [
     "ATTENTIONS",
@@ -37,10 +36,9 @@ __all__ = [
     "RowLayout",
     "SineGrid",
     "SinkAttention",
+    "StateSpace",
     "TowerMap",
     "num_copies",
-    "StateSpace",
-    "SubNormAttention",
     "register_attention",
     "register_mask_rule",
     "register_rope_scaling",
