@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from omnimoe.backbone import Backbone, Block
 from omnimoe.config import Config
-from omnimoe.layers import Attention
+from omnimoe.layers import Attention, SubNormAttention
 from omnimoe.layers.uneven import build_norm
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.ops import missing_kernels
@@ -150,10 +150,12 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
     modality_id, width = config.modality_names.index(modality), config.width_of(modality)
     count = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2) + width
     count += config.modalities[modality_id].active_params(width)
+    count += _beside(config, (config.learned_positions or (0,) * (modality_id + 1))[modality_id], 1)
+    count += width * (config.final_norm.form == "layer")
     for block in config.blocks:
         norms = 1 if block.experts.is_absent else 2
         met = norms * width + _projection_weights(block.attention, width) + _attention_vectors(block.attention, width)
-        met += sum(_expert_weights(block.experts, width, modality_id))
+        met += sum(_expert_weights(block.experts, width, modality_id)) + 2 * width * (block.norm.form == "layer")
         count += _share(block) * met + width * (block.depth is not None)
     return round(count)
 
@@ -167,7 +169,14 @@ def total_params(config: OmniMoeConfig) -> int:
         continuous = (held for held in config.modalities if not held.is_discrete)
         parts += [held.build(hidden_size=config.width_of(held.name)) for held in continuous]
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    tables += _beside(config, sum(config.learned_positions), len(config.modalities))
     return tables + sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+
+def _beside(config: OmniMoeConfig, places: int, maps: int) -> int:
+    """Weights of learned positions, of the bias of the head, and of the maps that align modalities."""
+    aligned = maps * config.aligned_size * config.hidden_size + bool(config.aligned_size)
+    return places * config.hidden_size + config.head_bias * config.vocab_size + aligned
 
 
 @dataclass(frozen=True)
@@ -244,7 +253,7 @@ def _attention_vectors(config: Config, hidden_size: int) -> int:
         count += heads + kv_heads
     elif config.qk_norm == "layer":
         count += 2 * (heads + kv_heads)
-    return count
+    return count + 2 * heads * isinstance(config, SubNormAttention.Config)
 
 
 def _expert_weights(config: Any, hidden_size: int, modality: int) -> tuple[float, float]:

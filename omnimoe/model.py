@@ -25,9 +25,10 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from omnimoe.aligned import Aligned, Aligns
 from omnimoe.attend import attention_function, check_attention, xformers_attention
 from omnimoe.backbone import Backbone, Block
-from omnimoe.blocks import block_ids_of, block_positions
+from omnimoe.blocks import block_ids_of, block_positions, span_counts
 from omnimoe.encode import Encodes
 from omnimoe.experts_interface import NAME as OWN_EXPERTS
 from omnimoe.experts_interface import experts_function
@@ -46,7 +47,7 @@ from omnimoe.inputs import (
     valid_positions,
 )
 from omnimoe.layers import Attention, AttentionMask, BaseAttention, Head, RowLayout, SineGrid
-from omnimoe.layers.embedding import ScaledEmbedding
+from omnimoe.layers.embedding import LearnedPositions, ScaledEmbedding
 from omnimoe.layers.masks import uncached_facts
 from omnimoe.layers.uneven import build_norm
 from omnimoe.model_config import OmniMoeConfig
@@ -132,6 +133,11 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             nn.Embedding(config.vocab_size, config.hidden_size)
             if config.embedding_scale == 1.0
             else ScaledEmbedding(config.vocab_size, config.hidden_size, config.embedding_scale)
+        )
+        self.places = (
+            LearnedPositions(config.learned_positions, config.hidden_size, config.position_offset)
+            if config.learned_positions
+            else None
         )
         built = [held for held in config.modalities if held.has_weights]
         self.modalities = nn.ModuleDict(
@@ -322,9 +328,17 @@ class OmniMoeModel(OmniMoePreTrainedModel):
                     "as generate does"
                 )
             position_ids = grid_positions(config, modality_ids, self.shapes_of(features), valid, segment_ids)
+        if position_ids is None and config.positions == "spans":
+            if not isinstance(past, int) or past:
+                raise InputError(
+                    "positions are counted in spans, of which a cache keeps none; pass position_ids, as generate does"
+                )
+            position_ids = span_counts(modality_ids, valid, segment_ids)
         positions = rotary_positions(position_ids, segment_ids, batch_size, past, length, device)
 
         x, later = self._embed(input_ids, inputs_embeds, features, timesteps, rows)
+        if self.places is not None:
+            x = self.places(x, rows, rows.to_rows(positions)[:, 0])
         kept = selected(output_hidden_states, config.num_layers + 1)
         seen: list[Tensor | None] = []
 
@@ -475,7 +489,7 @@ def entered(x: Tensor, later: Later, layer: int) -> Tensor:
     return x
 
 
-class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, GenerationMixin):
+class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, Aligns, GenerationMixin):
     """The model with its heads: one over the vocabulary, one for each continuous modality."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -486,7 +500,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, GenerationMixin):
         super().__init__(config)
         self.model = OmniMoeModel(config)
         self._is_stateful = config.layer_types is not None  # from a state transformers cannot take tokens back
-        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.aligned = Aligned(config) if config.aligned_size else None
         self.post_init()
 
     def forward(
@@ -602,6 +617,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, GenerationMixin):
             # a head that is not scored takes part too: its gradients are zero, not missing
             unscored = [rows for name, rows in predictions.items() if name not in (targets or {})]
             unscored += [] if has_labels else [logits[..., :1]]
+            unscored += [] if self.aligned is None else list(self.aligned.parameters())
             loss = loss + sum(0.0 * rows.float().sum() for rows in unscored)
         if loss is not None and aux_loss is not None:
             loss = loss + aux_loss

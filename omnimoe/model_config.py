@@ -102,13 +102,23 @@ class OmniMoeConfig(PreTrainedConfig):
     positions: str = "time"
     """``"time"``: one on for every token. ``"blocks"``: the tokens of a block share one position, and a private block
     takes none of its own (BAGEL). ``"grids"``: in time, row and column, by the shapes of the pictures and clips in
-    ``features`` (Qwen2-VL, ERNIE-4.5-VL)."""
+    ``features`` (Qwen2-VL, ERNIE-4.5-VL). ``"spans"``: from 0 in each span of one modality (BEiT-3)."""
+    learned_positions: tuple[int, ...] = ()
+    """Rows of the table of learned positions of each modality, 0 for none, which are added to what enters; empty where
+    no modality has one."""
+    position_offset: int = 0
+    """Row of those tables that position 0 meets: 2 in what was trained with fairseq."""
     markers: str = "text"
     """Group of boundary tokens: ``"text"`` leaves them to the modality whose range holds them, ``"own"`` gives a span's
     begin and end token to the span's modality, ``"key"`` leaves them where they are and lets them meet the copies and
     experts of the span's modality (ERNIE-4.5-VL)."""
     vocab_size: int = 0
     """Rows of the embedding table; 0 takes what the modalities need."""
+    head_bias: bool = False
+    """A bias on the head over the vocabulary."""
+    aligned_size: int = 0
+    """Width of the vectors by which inputs of several modalities are compared, one map a modality from the first row of
+    each; 0 for no such maps."""
     tie_word_embeddings: bool = False
     """One matrix for embedding and head."""
     initializer_range: float = 0.02
@@ -144,6 +154,7 @@ class OmniMoeConfig(PreTrainedConfig):
         check_types(self, inspect.get_annotations(OmniMoeConfig).keys() - _CLASS_FIELDS)
         self.keys = tuple(self.keys)
         self.widths = tuple(self.widths)
+        self.learned_positions = tuple(self.learned_positions)
         self.bidirectional_modalities = tuple(self.bidirectional_modalities)
         needed = max((held.stop for held in self.token_ranges.values()), default=0)
         if not self.vocab_size:
@@ -183,8 +194,14 @@ class OmniMoeConfig(PreTrainedConfig):
             raise ConfigError(f"unknown mask rule {self.mask!r}{MASK_RULES.hint(self.mask)}")
         for block in self.blocks:
             block.attention.check_mask(self.mask, self.private_noise or self.private_blocks)
-        if self.positions not in ("time", "blocks", "grids"):
-            raise ConfigError(f"positions must be 'time', 'blocks' or 'grids', got {self.positions!r}")
+        if self.positions not in ("time", "blocks", "grids", "spans"):
+            raise ConfigError(f"positions must be 'time', 'blocks', 'grids' or 'spans', got {self.positions!r}")
+        if self.learned_positions:
+            self._check_learned()
+        if self.aligned_size < 0 or (self.aligned_size and self.widths):
+            raise ConfigError(
+                f"aligned_size {self.aligned_size} must be 0 or more, and 0 where towers differ in width, {self.widths}"
+            )
         if self.markers not in ("text", "own", "key"):
             raise ConfigError(f"markers must be 'text', 'own' or 'key', got {self.markers!r}")
         unknown = set(self.bidirectional_modalities) - set(names)
@@ -207,6 +224,18 @@ class OmniMoeConfig(PreTrainedConfig):
         if self.markers == "key" and self.keys:
             raise ConfigError(
                 f"markers 'key' takes modalities for keys, and the keys are {self.keys}; drop one of them"
+            )
+
+    def _check_learned(self) -> None:
+        if len(self.learned_positions) != len(self.modalities) or min(self.learned_positions) < 0:
+            raise ConfigError(
+                f"learned_positions {self.learned_positions} must be one number of rows for each of the "
+                f"{len(self.modalities)} modalities, 0 for none"
+            )
+        if self.position_offset < 0 or any(0 < rows <= self.position_offset for rows in self.learned_positions):
+            raise ConfigError(
+                f"position_offset {self.position_offset} must lie inside of each table of learned_positions "
+                f"{self.learned_positions}"
             )
 
     def _check_widths(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from omnimoe.encoders.merged import Cosmos3Edge, Merged, Qwen3VL
+from omnimoe.encoders.patch_stem import PatchStem
 from omnimoe.encoders.rotary_vit import RotaryViT
 from omnimoe.encoders.siglip import Siglip
 from omnimoe.layers import LatentAttention
@@ -77,6 +78,9 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         if isinstance(modality, Connected.Config) and isinstance(modality.encoder, Siglip.Config):
             narrow = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 2, "max_side": 8}
             small |= {"encoder": modality.encoder.replace(**narrow), "channels": 32}
+        if isinstance(modality, Connected.Config) and isinstance(modality.encoder, PatchStem.Config):
+            stem = modality.encoder.replace(hidden_size=hidden_size, image_size=2 * modality.encoder.patch_size)
+            small |= {"encoder": stem, "channels": hidden_size, "num_tokens": stem.num_rows}
         if modality.more_ids:
             small["more_ids"] = tuple(tuple(moved(token) for token in ids) for ids in modality.more_ids)
         if isinstance(modality, Connected.Config) and isinstance(modality.encoder, RotaryViT.Config):

@@ -52,8 +52,10 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "guarded": ("adapters", "bars", "checkpoint", "quantize", "upload"),
     "outputs": ("model_config",),
     "encode": ("inputs",),
+    "aligned": ("encode",),
     "steps": ("blocks", "grids", "inputs", "spans"),
     "model": (
+        "aligned",
         "attend",
         "blocks",
         "encode",

@@ -24,7 +24,7 @@ ENCODERS: Registry[type[Encoder]] = Registry("encoder")
 
 EXTRA = "pip install 'omnimoe[encoders]'"
 
-_BUILT_IN = ("efficientnet", "whisper", "minilm", "hf", "siglip", "merged", "rotary_vit")
+_BUILT_IN = ("efficientnet", "whisper", "minilm", "hf", "siglip", "merged", "rotary_vit", "patch_stem")
 
 
 class EncoderError(ValueError):

@@ -5,6 +5,7 @@ from omnimoe.experts.feed_forward import FeedForward
 from omnimoe.experts.none import NoExperts
 from omnimoe.experts.routed import RoutedExperts
 from omnimoe.experts.soft import SoftExperts
+from omnimoe.experts.sub_norm import SubNormFeedForward
 
 __all__ = [
     "EXPERTS",
@@ -13,6 +14,7 @@ __all__ = [
     "NoExperts",
     "RoutedExperts",
     "SoftExperts",
+    "SubNormFeedForward",
     "register_expert",
     "register_experts",
 ]

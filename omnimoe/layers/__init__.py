@@ -6,7 +6,7 @@ from omnimoe.layers.latent_attention import LatentAttention
 from omnimoe.layers.linear import BankLinear, Head
 from omnimoe.layers.masks import MASK_RULES, AttentionMask, register_mask_rule
 from omnimoe.layers.mlp import BankMLP
-from omnimoe.layers.norm import BankHeadLayerNorm, BankRMSNorm, Norm
+from omnimoe.layers.norm import BankHeadLayerNorm, BankLayerNorm, BankRMSNorm, Norm
 from omnimoe.layers.reader_attention import ReaderAttention
 from omnimoe.layers.rope import Rope
 from omnimoe.layers.rope_scaling import ROPE_SCALINGS, RopeScaling, register_rope_scaling
@@ -14,6 +14,7 @@ from omnimoe.layers.rows import RowLayout
 from omnimoe.layers.sine_grid import SineGrid
 from omnimoe.layers.sink_attention import SinkAttention
 from omnimoe.layers.state_space import StateSpace
+from omnimoe.layers.sub_norm import NormedLinear, SubNormAttention
 
 __all__ = [
     "ATTENTIONS",
@@ -23,6 +24,7 @@ __all__ = [
     "AttentionMask",
     "Bank",
     "BankHeadLayerNorm",
+    "BankLayerNorm",
     "BankLinear",
     "BankMLP",
     "BankRMSNorm",
@@ -30,6 +32,7 @@ __all__ = [
     "Head",
     "LatentAttention",
     "Norm",
+    "NormedLinear",
     "ReaderAttention",
     "Rope",
     "RopeScaling",
@@ -37,6 +40,7 @@ __all__ = [
     "SineGrid",
     "SinkAttention",
     "StateSpace",
+    "SubNormAttention",
     "TowerMap",
     "num_copies",
     "register_attention",

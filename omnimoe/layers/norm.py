@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnimoe.config import Config as ConfigBase
-from omnimoe.config import Configurable
+from omnimoe.config import ConfigError, Configurable
 from omnimoe.layers.bank import Bank, TowerMap, resolve_towers, select
 from omnimoe.layers.rows import RowLayout
 from omnimoe.ops import rms_norm
@@ -67,7 +68,41 @@ class BankJointRMSNorm(BankRMSNorm):
         return super().forward(x.flatten(1), rows).view_as(x)
 
 
-class BankHeadLayerNorm(Bank):
+class BankLayerNorm(Bank):
+    """LayerNorm with one scale and one shift a tower.
+
+    Args:
+        towers: the copy of each key, resolved.
+        shape: of the scale of a copy; its last axis is normalised.
+        eps: added to the variance.
+    """
+
+    initial = {"weight": 1.0, "bias": 0.0}
+
+    def __init__(self, towers: tuple[int, ...], shape: tuple[int, ...], eps: float = 1e-5) -> None:
+        super().__init__(towers)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(self.num_copies, *shape))
+        self.bias = nn.Parameter(torch.empty(self.num_copies, *shape))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
+        """``(N, *shape)`` rows to the same shape and dtype."""
+        normal = F.layer_norm(x, x.shape[-1:], eps=self.eps).to(x.dtype)
+        if self.num_copies == 1:
+            return torch.addcmul(self.bias.to(x.dtype), normal, self.weight.to(x.dtype))
+        ends = rows.segments(self.towers)[0]
+        run = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=torch.int32), right=True)
+        copies = torch.tensor(rows.segments(self.towers)[1], device=x.device)
+        copy = copies[run.clamp(max=len(copies) - 1)]  # a traced graph keeps rows past the last run
+        return torch.addcmul(self.bias.to(x.dtype)[copy], normal, self.weight.to(x.dtype)[copy])
+
+    def extra_repr(self) -> str:
+        copies, *shape = self.weight.shape
+        return f"copies={copies}, shape={tuple(shape)}, eps={self.eps}"
+
+
+class BankHeadLayerNorm(BankLayerNorm):
     """LayerNorm over each head with a scale and a shift of its own for every head, as Chameleon's q/k norm.
 
     Args:
@@ -79,29 +114,15 @@ class BankHeadLayerNorm(Bank):
     Source: https://arxiv.org/abs/2405.09818.
     """
 
-    initial = {"weight": 1.0, "bias": 0.0}
-
     def __init__(self, towers: tuple[int, ...], num_heads: int, head_dim: int, eps: float = 1e-5) -> None:
-        super().__init__(towers)
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(self.num_copies, num_heads, head_dim))
-        self.bias = nn.Parameter(torch.empty(self.num_copies, num_heads, head_dim))
-        self.reset_parameters()
-
-    def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
-        """``(N, H, C)`` rows to the same shape and dtype."""
-        normal = F.layer_norm(x, x.shape[-1:], eps=self.eps).to(x.dtype)
-        if self.num_copies == 1:
-            return torch.addcmul(self.bias.to(x.dtype), normal, self.weight.to(x.dtype))
-        ends = rows.segments(self.towers)[0]
-        run = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=torch.int32), right=True)
-        copies = torch.tensor(rows.segments(self.towers)[1], device=x.device)
-        copy = copies[run.clamp(max=len(copies) - 1)]  # a traced graph keeps rows past the last run
-        return torch.addcmul(self.bias.to(x.dtype)[copy], normal, self.weight.to(x.dtype)[copy])
+        super().__init__(towers, (num_heads, head_dim), eps)
 
     def extra_repr(self) -> str:
         copies, num_heads, head_dim = self.weight.shape
         return f"copies={copies}, num_heads={num_heads}, head_dim={head_dim}, eps={self.eps}"
+
+
+NORM_FORMS = ("rms", "layer")
 
 
 class Norm(BankRMSNorm, Configurable):
@@ -109,14 +130,31 @@ class Norm(BankRMSNorm, Configurable):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ConfigBase):
-        """RMSNorm."""
+        """RMSNorm, or LayerNorm."""
 
+        form: str = "rms"
+        """``"rms"``, or ``"layer"`` for a LayerNorm with scale and shift."""
         eps: float = 1e-5
-        """Added to the mean square."""
+        """Added to the mean square, or to the variance."""
         offset: float = 0.0
         """Added to the stored scale: 1 where weights are kept as differences from 1, as Gemma's are."""
         towers: TowerMap = "shared"
         """The copy each key's rows meet."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.form not in NORM_FORMS:
+                raise ConfigError(f"unknown form of norm {self.form!r}; known: {', '.join(NORM_FORMS)}")
+            if self.form == "layer" and self.offset:
+                raise ConfigError(f"offset {self.offset} is of the scale of an RMSNorm; leave it 0 with form 'layer'")
+
+        def build(self, **built: Any) -> Any:
+            """The norm, given ``hidden_size`` and ``num_modalities``."""
+            if self.form == "rms":
+                return super().build(**built)
+            return BankLayerNorm(
+                resolve_towers(self.towers, built["num_modalities"]), (built["hidden_size"],), self.eps
+            )
 
     def __init__(self, config: Norm.Config, *, hidden_size: int, num_modalities: int) -> None:
         super().__init__(resolve_towers(config.towers, num_modalities), hidden_size, config.eps, config.offset)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omnimoe.layers import BankHeadLayerNorm, BankRMSNorm, RowLayout
+from omnimoe import ConfigError
+from omnimoe.layers import BankHeadLayerNorm, BankLayerNorm, BankRMSNorm, Norm, RowLayout
 
 ROWS = RowLayout.build(torch.tensor([[2, 0, 1, 0, 2]]), num_keys=3)
 TOWERS = [(0, 1, 2), (0, 1, 0), (1, 0, 0), (0, 0, 0)]
@@ -38,6 +39,21 @@ def test_a_scale_kept_as_a_difference_from_one_starts_at_zero_and_is_multiplied_
     for row, key in enumerate(ROWS.key_ids.tolist()):
         wanted = F.rms_norm(x[row].float(), (8,), 1 + layer.weight[towers[key]], 1e-4)
         assert torch.equal(y[row], wanted.bfloat16())
+
+
+@pytest.mark.parametrize("towers", TOWERS, ids=str)
+def test_a_norm_may_be_a_layer_norm(towers):
+    layer = Norm.Config(form="layer", eps=1e-4, towers=towers).build(hidden_size=8, num_modalities=3)
+    x = torch.randn(5, 8)
+    assert isinstance(shaken(layer), BankLayerNorm)
+    y = layer(x, ROWS)
+    for row, key in enumerate(ROWS.key_ids.tolist()):
+        copy = towers[key]
+        torch.testing.assert_close(y[row], F.layer_norm(x[row], (8,), layer.weight[copy], layer.bias[copy], 1e-4))
+    with pytest.raises(ConfigError, match="'batch'; known: rms, layer"):
+        Norm.Config(form="batch")
+    with pytest.raises(ConfigError, match=r"offset 1\.0"):
+        Norm.Config(form="layer", offset=1.0)
 
 
 @pytest.mark.parametrize("towers", TOWERS, ids=str)

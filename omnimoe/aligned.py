@@ -1,0 +1,86 @@
+"""Vectors by which inputs of several modalities are compared, as two-tower models are trained with a contrast."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnimoe.encode import Encodes
+from omnimoe.inputs import InputError
+from omnimoe.model_config import OmniMoeConfig
+
+
+class Aligned(nn.Module):
+    """A linear map for each modality and the logarithm of what their products are multiplied by.
+
+    Args:
+        config: of the model, whose ``aligned_size`` is the width of a vector.
+
+    Source: https://arxiv.org/abs/2103.00020.
+    """
+
+    initial = {"weight": "normal", "logit_scale": math.log(1 / 0.07)}
+
+    def __init__(self, config: OmniMoeConfig) -> None:
+        super().__init__()
+        shape = len(config.modalities), config.aligned_size, config.hidden_size
+        self.weight = nn.Parameter(torch.empty(shape).normal_(std=config.initializer_range))
+        self.logit_scale = nn.Parameter(torch.tensor(self.initial["logit_scale"]))
+
+    def forward(self, x: Tensor, modality: int) -> Tensor:
+        """``(B, D)`` to unit vectors ``(B, C)``."""
+        return F.normalize(F.linear(x, self.weight[modality]), dim=-1)
+
+
+class Aligns(Encodes):
+    """``align`` of a model with an :class:`Aligned`."""
+
+    aligned: Aligned | None
+
+    def align(self, modality: str, x: Any, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Unit vectors of inputs of one modality, each by itself.
+
+        Args:
+            modality: its name.
+            x: as for :meth:`encode`.
+            attention_mask: ``(B, T)``, 0 for padding.
+            inputs: other arguments of ``forward``.
+
+        Returns:
+            ``(B, C)``, of the first row of each input that is no padding.
+
+        Raises:
+            InputError: if the model has no such maps, or as :meth:`encode`.
+        """
+        if self.aligned is None:
+            raise InputError("this model has no maps that align modalities: its config has aligned_size 0")
+        hidden = self.encode(modality, x, attention_mask=attention_mask, **inputs)
+        first = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        if attention_mask is not None:
+            first = attention_mask.to(hidden.device).bool().int().argmax(1)
+        place = self.config.modality_names.index(modality)
+        return self.aligned(hidden[torch.arange(len(hidden), device=hidden.device), first], place)
+
+    def contrast(self, first: Tensor, second: Tensor) -> Tensor:
+        """The symmetric cross-entropy of vectors that belong together by their place, ``(B, C)`` twice.
+
+        Returns:
+            A scalar; the mean over both directions.
+
+        Raises:
+            InputError: if the model has no such maps, or the shapes differ.
+        """
+        if self.aligned is None:
+            raise InputError("this model has no maps that align modalities: its config has aligned_size 0")
+        if first.shape != second.shape:
+            raise InputError(f"vectors must come in pairs, got {tuple(first.shape)} and {tuple(second.shape)}")
+        scores = self.aligned.logit_scale.exp() * first.float() @ second.float().t()
+        target = torch.arange(len(scores), device=scores.device)
+        return (F.cross_entropy(scores, target) + F.cross_entropy(scores.t(), target)) / 2
+
+
+__all__ = ["Aligned", "Aligns"]
