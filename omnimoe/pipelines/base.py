@@ -22,7 +22,7 @@ from omnimoe.registry import Registry
 Part = str | Any
 """Words, a str; or a picture: a ``pathlib.Path``, a PIL image, or a uint8 array ``(H, W, 3)``."""
 
-_BUILT_IN = ("bagel", "chameleon", "cosmos3", "ernie4_5_vl", "pi0")
+_BUILT_IN = ("bagel", "beit3", "chameleon", "cosmos3", "ernie4_5_vl", "pi0")
 
 
 @dataclass(frozen=True, kw_only=True)
