@@ -6,6 +6,8 @@ next mask follows. The picture sees itself, a word sees the picture and the word
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from os import PathLike, fspath
@@ -26,6 +28,8 @@ from omnimoe.tokenizers.hf_text import HfTextTokenizer
 
 MASK = "<mask>"
 """What stands in a text for a word to be found."""
+SPM = "beit3.spm"
+"""The published words."""
 
 
 @register_pipeline("beit3")
@@ -56,13 +60,13 @@ class Beit3(Pipeline):
     def from_pretrained(
         cls, source: str | PathLike[str], *, dtype: Any = "auto", device: Any = None, tokenizer: Any = None
     ) -> Beit3:
-        """A checkpoint with a ``tokenizer.json`` beside it.
+        """A checkpoint with ``beit3.spm``, its SentencePiece model, or a ``tokenizer.json`` beside it.
 
         Args:
             source: as for :func:`omnimoe.from_pretrained`, or a name of the zoo.
             dtype: of the model.
             device: where to put it.
-            tokenizer: a folder, a file or an id on the Hub where the tokenizer lies elsewhere.
+            tokenizer: a file, or the folder of one, where the tokenizer lies elsewhere.
 
         Raises:
             CheckpointError: if a file is missing, malformed, or does not fit.
@@ -70,10 +74,8 @@ class Beit3(Pipeline):
         """
         if source in MODELS and not Path(source).is_dir():
             source = model_info(fspath(source)).pretrained or source
-        folder = Source.find(source, hub=Hub()).fetch(("*.json",))
-        if tokenizer is None and not (folder / "tokenizer.json").is_file():
-            raise TokenizerError(f"{folder} has no tokenizer.json; pass tokenizer=, where that of BEiT-3 lies")
-        words = HfTextTokenizer.from_pretrained(tokenizer or folder / "tokenizer.json", add_markers=False)
+        folder = Source.find(source, hub=Hub()).fetch(("*.json", SPM))
+        words = read_words(folder if tokenizer is None else Path(tokenizer))
         return cls(from_pretrained(source, dtype=dtype, device=device), words)
 
     @torch.no_grad()
@@ -120,13 +122,19 @@ class Beit3(Pipeline):
 
     @torch.no_grad()
     def answer(
-        self, documents: Sequence[Sequence[Part] | str], *, max_new_tokens: int = 32, **options: Any
+        self,
+        documents: Sequence[Sequence[Part] | str],
+        *,
+        max_new_tokens: int = 32,
+        do_sample: bool = False,
+        **options: Any,
     ) -> list[str]:
         """A caption for each picture, the likeliest word at every step.
 
         Args:
             documents: of one picture each; words beside it begin the caption.
             max_new_tokens: longest caption.
+            do_sample: must be False.
             options: none.
 
         Raises:
@@ -134,8 +142,9 @@ class Beit3(Pipeline):
                 head over words.
         """
         self._needs_words()
-        if options:
-            raise ValueError(f"captions take no option {sorted(options)[0]!r}; the likeliest word is taken")
+        if options or do_sample:
+            refused = next(iter(options), "do_sample")
+            raise ValueError(f"captions take no option {refused!r}; the likeliest word is taken")
         pictures, texts = self._read(documents)
         blind = next((place for place, picture in enumerate(pictures) if picture is None), None)
         if blind is not None:
@@ -214,7 +223,7 @@ class Beit3(Pipeline):
             ids = [] if picture is None else [config.modalities[1].placeholder_id] * self.stem.config.num_rows
             ids.append(self._bos)
             for place, part in enumerate(text.split(MASK)):
-                ids += [self.mask_id] * (place > 0) + self.tokenizer.encode(part).tolist()
+                ids += [self.mask_id] * (place > 0) + self.tokenizer.encode(part.strip()).tolist()
             sequences.append(torch.tensor([*ids, self._eos], device=device))
         batch: dict[str, Any] = {
             "input_ids": pad_sequence(sequences, batch_first=True, padding_value=config.pad_token_id),
@@ -224,4 +233,32 @@ class Beit3(Pipeline):
         return {**batch, "features": {"vision": self.stem.prepare(seen)}} if seen else batch
 
 
-__all__ = ["MASK", "Beit3"]
+def read_words(place: Path) -> HfTextTokenizer:
+    """BEiT-3's words: ``beit3.spm`` with the ids that fairseq gives its pieces, or a ``tokenizer.json``.
+
+    Args:
+        place: the file, or the folder that holds one of that name.
+
+    Raises:
+        TokenizerError: if there is none, or it cannot be read.
+    """
+    place = place.expanduser()
+    if place.is_dir():
+        found = [place / name for name in ("tokenizer.json", SPM) if (place / name).is_file()]
+        if not found:
+            raise TokenizerError(f"{place} has neither tokenizer.json nor {SPM}; pass tokenizer=, where one lies")
+        place = found[0]
+    if place.suffix != ".spm":
+        return HfTextTokenizer.from_pretrained(place, add_markers=False)
+    from transformers import XLMRobertaTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            shutil.copy(place, Path(folder) / "sentencepiece.bpe.model")  # the name by which transformers finds it
+            model = XLMRobertaTokenizer.from_pretrained(folder)
+        except Exception as error:  # whatever a wrong file makes the library raise
+            raise TokenizerError(f"{place} cannot be read as a SentencePiece model: {error}") from error
+    return HfTextTokenizer(HfTextTokenizer.Config(add_markers=False), model=model)
+
+
+__all__ = ["MASK", "Beit3", "read_words"]

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as Model
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from omnimoe.cli import main
 from omnimoe.pipelines import find_pipeline
-from omnimoe.pipelines.beit3 import MASK, Beit3
+from omnimoe.pipelines.beit3 import MASK, Beit3, read_words
 from omnimoe.tokenizers import TokenizerError
 from tests.zoo.beit3.peer import TINY, make_peer, published, torchscale
 
@@ -128,10 +130,36 @@ def test_a_checkpoint_without_a_part_says_which(folder, peer, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     held = {name: part.contiguous() for name, part in peer.state_dict().items() if name.startswith("beit3.")}
     save_file(held, tmp_path / "model.safetensors")
-    with pytest.raises(TokenizerError, match="has no tokenizer.json; pass tokenizer="):
+    with pytest.raises(TokenizerError, match="neither tokenizer.json nor beit3.spm; pass tokenizer="):
         Beit3.from_pretrained(tmp_path)
     bare = Beit3.from_pretrained(tmp_path, tokenizer=folder / "tokenizer.json")
     with pytest.raises(ValueError, match="no head over words"):
         bare.fill(["a <mask>"])
     with pytest.raises(ValueError, match="aligned_size 0"):
         bare.compare([picture(0)], ["a"])
+
+
+def test_the_published_words(tmp_path):
+    """Pieces have the ids of fairseq: four words in front, the mask behind all."""
+    pieces = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text.txt"
+    text.write_text("a red cat sits on a chair\nthe dog runs with a ball\n" * 20)
+    options = {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
+    pieces.SentencePieceTrainer.train(input=str(text), model_prefix=str(tmp_path / "beit3"), **options)
+    (tmp_path / "beit3.model").rename(tmp_path / "beit3.spm")
+    theirs = pieces.SentencePieceProcessor(model_file=str(tmp_path / "beit3.spm"))
+    for place in (tmp_path, tmp_path / "beit3.spm"):
+        words = read_words(place)
+        assert words.encode("a red cat").tolist() == [i + 1 for i in theirs.encode("a red cat")]
+        assert words.decode(words.encode("a red cat")) == "a red cat"
+        assert words.model.get_vocab()[MASK] == len(theirs) + 1
+    (tmp_path / "beit3.spm").write_bytes(b"nothing")
+    with pytest.raises(TokenizerError, match="cannot be read as a SentencePiece model"):
+        read_words(tmp_path)
+
+
+def test_from_the_command_line(beit3, folder, tmp_path, capsys):
+    Image.fromarray(picture(0)).save(tmp_path / "picture.png")
+    call = ["generate", "--model", str(folder), "--from", "image", str(tmp_path / "picture.png"), "--to", "text"]
+    assert main([*call, "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert beit3.answer([[picture(0)]], max_new_tokens=4)[0] in capsys.readouterr().out
