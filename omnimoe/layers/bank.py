@@ -101,7 +101,7 @@ def begin(module: nn.Module, std: float = 0.02) -> None:
     """Sets the parameters that ``module.initial`` names to their start."""
     for name, start in module.initial.items():
         parameter = getattr(module, name, None)
-        if parameter is None:
+        if parameter is None or parameter.is_meta:
             continue
         if callable(start):
             parameter.copy_(start(parameter))

@@ -119,12 +119,12 @@ class StateSpace(BaseAttention):
         def towers(site: str) -> tuple[int, ...]:
             return resolve_towers(config.site_towers.get(site, config.towers), num_modalities)
 
-        self.in_proj = BankLinear(towers("in_proj"), hidden_size, 2 * channels, config.bias)
+        self.in_proj = RootLinear(towers("in_proj"), hidden_size, 2 * channels, config.bias)
         self.conv = ShortConvolution(channels, config.conv_size, config.conv_bias)
-        self.x_proj = BankLinear(towers("x_proj"), channels, self.step_rank + 2 * config.state_size)
+        self.x_proj = RootLinear(towers("x_proj"), channels, self.step_rank + 2 * config.state_size)
         self.dt_proj = StepLinear(towers("dt_proj"), self.step_rank, channels, config)
         self.rates = Rates(channels, config.state_size)
-        self.out_proj = BankLinear(towers("out_proj"), channels, hidden_size, config.bias)
+        self.out_proj = RootLinear(towers("out_proj"), channels, hidden_size, config.bias)
 
     def forward(self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any = None) -> Tensor:
         """Mixes positions.
@@ -233,6 +233,14 @@ class ShortConvolution(nn.Module):
             y = _taken(y, back)
             starts = None if starts is None else starts.gather(1, back)
         return y, history.transpose(1, 2), starts
+
+
+class RootLinear(BankLinear):
+    """A linear map that starts as Mamba's do: even within one over the root of what is summed."""
+
+    def __init__(self, towers: tuple[int, ...], in_features: int, out_features: int, bias: bool = False) -> None:
+        self.initial = {"weight": _within_root, "bias": 0.0}
+        super().__init__(towers, in_features, out_features, bias)
 
 
 class StepLinear(BankLinear):

@@ -14,7 +14,8 @@ from omnimoe.train.settings import TrainSettings
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; what is frozen of one stays as it is.
 
-    A bank of norm scales is a matrix in shape only, so what decays is told by name: norms and biases do not.
+    A bank of norm scales is a matrix in shape only, so what decays is told by name: norms, biases and the decay rates
+    of states do not.
 
     Args:
         model: the model.
@@ -25,7 +26,9 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             module, _, leaf = name.rpartition(".")
-            is_scale = "norm" in module.rpartition(".")[2] or leaf.endswith("bias") or parameter.ndim < 2
+            is_scale = (
+                "norm" in module.rpartition(".")[2] or leaf.endswith("bias") or leaf == "A_log" or parameter.ndim < 2
+            )
             (kept if is_scale else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
