@@ -72,12 +72,18 @@ def misfits(
     )
 
 
-def check_dtypes(entries: Mapping[str, Entry], wanted: Mapping[str, Tensor]) -> None:
+def check_dtypes(
+    entries: Mapping[str, Entry],
+    wanted: Mapping[str, Tensor],
+    *,
+    remedy: str = "quantised weights need their quantization_config in config.json",
+) -> None:
     """Refuses whole numbers where a model has fractions, and the other way round; floating kinds are cast.
 
     Args:
         entries: as declared, under the model's names.
         wanted: the model's weights.
+        remedy: what to do about weights that were quantised.
 
     Raises:
         MisfitError: naming what cannot be cast.
@@ -91,8 +97,8 @@ def check_dtypes(entries: Mapping[str, Entry], wanted: Mapping[str, Tensor]) -> 
         more = f"\n  and {len(odd) - 10} more" if len(odd) > 10 else ""
         listed = "\n  ".join(odd[:10])
         raise MisfitError(
-            f"{len(odd)} weights have a dtype that is not cast:\n  {listed}{more}\nquantised weights need their "
-            "quantization_config in config.json; others were saved by mistake"
+            f"{len(odd)} weights have a dtype that is not cast:\n  {listed}{more}\n{remedy}; others were saved by "
+            "mistake"
         )
 
 

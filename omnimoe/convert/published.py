@@ -16,11 +16,12 @@ from transformers.initialization import no_init_weights
 
 from omnimoe.checkpoint import CheckpointError, complaint
 from omnimoe.checkpoint.errors import MisfitError
-from omnimoe.checkpoint.fit import bytes_of
+from omnimoe.checkpoint.fit import bytes_of, check_dtypes
 from omnimoe.checkpoint.folder import check_generation
+from omnimoe.checkpoint.header import Entry
 from omnimoe.checkpoint.memory import check_memory
 from omnimoe.convert.converter import Converter
-from omnimoe.convert.files import Weights, main_dtype
+from omnimoe.convert.files import NAMES, Weights, main_dtype
 from omnimoe.convert.licence import tell
 from omnimoe.convert.rules import Piece, Plan, Shape
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
@@ -79,6 +80,7 @@ class Published:
         return main_dtype(self.weights.dtypes, self.weights.shapes)
 
     def _check(self, strict: bool) -> None:
+        self._check_types()
         held, wanted = self.weights.shapes, self.plan.published
         repeated = {name: of for name, of in self.converter.tied(self.config).items() if name in held}
         missing = {name for name in wanted if name not in held}
@@ -121,6 +123,13 @@ class Published:
             if len(kinds) > 1:
                 found.append(f"the copies of {name} are of several types: {', '.join(sorted(kinds))}")
         return found
+
+    def _check_types(self) -> None:
+        """Refuses whole numbers that a parameter would be made of: without their scales they mean something else."""
+        ours, held = self.meta.state_dict(), self.weights
+        kinds = {name: Entry(NAMES[dtype], held.shapes[name], 0) for name, dtype in held.dtypes.items()}
+        wanted = {piece.published: ours[piece.ours] for piece in self.plan.pieces}
+        check_dtypes(kinds, wanted, remedy="quantised weights are not converted, so take a copy in bfloat16")
 
     def _check_twin(self, name: str, of: str) -> None:
         """Refuses a repeated tensor that differs from the one it repeats, since only one of them would be kept."""

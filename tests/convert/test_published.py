@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from omnimoe import CheckpointError, convert_checkpoint, from_pretrained, load
+from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.convert import CONVERTERS, Published, find_converter, to_omnimoe, to_published
+from omnimoe.convert.files import NAMES
+from tests.checkpoint.files import contents
 from tests.convert.twins import FILES, TWINS, random_tensors, write_twins
 from tests.zoo.seeds.tiny import publish, published_model
 
@@ -169,6 +172,23 @@ def test_what_does_not_fit_is_named_with_its_likely_cause(kind, llama, tmp_path)
     with pytest.raises(CheckpointError):
         convert_checkpoint(folder, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.hazard(10)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "norm"])
+def test_whole_numbers_are_no_weights(dtype, name, llama, tmp_path):
+    key = f"model.{name}.weight"
+    folder = changed(llama, tmp_path / "bad", lambda held: held.update({key: (held[key] * 100).to(dtype)}))
+    before = contents(folder)
+    told = f"(?s)1 weights? .*{key}: {NAMES[dtype]} in the file, float32 in the model.*take a copy in bfloat16"
+    for strict in (True, False):
+        with pytest.raises(MisfitError, match=told):
+            from_pretrained(folder, strict=strict)
+    with pytest.raises(MisfitError, match=told):
+        convert_checkpoint(folder, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    assert contents(folder) == before
 
 
 def test_the_rest_loads_where_that_is_asked_for(llama, tmp_path, caplog):
