@@ -8,6 +8,7 @@ interface: ``"eager"``, ``"grouped_mm"``, ``"batched_mm"`` and what others regis
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from omnimoe.layers import BankMLP
 from omnimoe.ops import BackendError, combine, experts_mlp, route_plan
 from omnimoe.ops.experts_mlp.activations import ACTIVATIONS as OWN_ACTIVATIONS
 from omnimoe.ops.experts_mlp.activations import CLAMP_LIMIT, CLAMP_SLOPE, GATED
+from omnimoe.registry import RegistryError
 
 NAME = "omnimoe"
 
@@ -104,6 +106,7 @@ class _AsTransformers:
         else:
             self.up_proj = into
         self.activation = bank.activation
+        self.config = SimpleNamespace(hidden_act=bank.activation)
         # a name that always has a gate is in the other table alone
         self.act_fn = OWN_ACTIVATIONS.get(bank.activation, _needs_gate)
 
@@ -113,6 +116,20 @@ class _AsTransformers:
 
 def _needs_gate(x: Tensor) -> Tensor:
     raise BackendError("this activation acts on a gate, and the experts have none")
+
+
+def check_experts(name: str | None) -> None:
+    """Refuses an implementation that is not there, when it is chosen and not at the first forward.
+
+    Raises:
+        RegistryError: if nothing has the name.
+    """
+    known = {"eager", NAME, *ALL_EXPERTS_FUNCTIONS.keys()}
+    if name is not None and name not in known:
+        # as transformers begins it
+        raise RegistryError(
+            f'Specified `experts_implementation="{name}"` is not supported; there are {", ".join(sorted(known))}'
+        )
 
 
 def experts_function(name: str | None) -> Callable | None:
@@ -125,14 +142,12 @@ def experts_function(name: str | None) -> Callable | None:
         The last argument of :meth:`BankMLP.forward`; None for our own ops.
 
     Raises:
-        BackendError: if there is no implementation of that name.
+        RegistryError: if there is no implementation of that name.
     """
     if name is None or name == NAME:
         return None
+    check_experts(name)
     function = _eager if name == "eager" else ALL_EXPERTS_FUNCTIONS.get(name)
-    if function is None:
-        known = ", ".join(sorted({"eager", *ALL_EXPERTS_FUNCTIONS.keys()}))
-        raise BackendError(f"no experts implementation {name!r}; there are {known}")
 
     def compute(
         bank: BankMLP, x: Tensor, offsets: Tensor, token_index: Tensor | None, weights: Tensor | None

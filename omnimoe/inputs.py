@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from omnimoe.layers.masks import generates_under
 from omnimoe.model_config import OmniMoeConfig
 
 
@@ -295,12 +296,17 @@ def _check_positions(position_ids: Tensor, batch_size: int, length: int) -> None
         raise InputError(f"position_ids holds {int(position_ids.min())}; positions count from 0, padding may have any")
 
 
-def check_routers_generate(config: OmniMoeConfig) -> None:
-    """Refuses to generate with routers that have no way to route a row by that row alone.
+def check_generates(config: OmniMoeConfig) -> None:
+    """Refuses to generate where what was generated would change by what follows: by the mask, or by the routers.
 
     Raises:
-        InputError: with the layers, the router and what to do.
+        InputError: with the rule, or the layers and the router, and what to do.
     """
+    if not generates_under(config.mask):
+        raise InputError(
+            f"under the mask rule {config.mask!r} a token depends on later ones, so the model does not generate; take "
+            "'causal', or register the rule with is_causal=True or blocks_only_add=True if that is what it is"
+        )
     stuck = [layer for layer, block in enumerate(config.blocks) if not block.has_causal_form]
     if stuck:
         block = config.blocks[stuck[0]]

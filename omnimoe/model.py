@@ -31,7 +31,7 @@ from omnimoe.backbone import Backbone, Block
 from omnimoe.blocks import block_ids_of, block_positions, span_counts
 from omnimoe.encode import Encodes
 from omnimoe.experts_interface import NAME as OWN_EXPERTS
-from omnimoe.experts_interface import experts_function
+from omnimoe.experts_interface import check_experts, experts_function
 from omnimoe.grids import grid_positions
 from omnimoe.guarded import GuardedFiles
 from omnimoe.inputs import (
@@ -92,6 +92,7 @@ class OmniMoePreTrainedModel(ParallelMixin, Encodes, GuardedFiles):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Our own ops unless another implementation is asked for."""
+        check_experts(requested_experts)
         return super().get_correct_experts_implementation(requested_experts or OWN_EXPERTS)
 
     def _set_gradient_checkpointing(
@@ -136,7 +137,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         )
         self.places = (
             LearnedPositions(config.learned_positions, config.hidden_size, config.position_offset)
-            if config.learned_positions
+            if any(config.learned_positions)
             else None
         )
         built = [held for held in config.modalities if held.has_weights]

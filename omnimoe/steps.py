@@ -11,7 +11,7 @@ from transformers import GenerationMixin, LogitsProcessorList, SuppressTokensLog
 
 from omnimoe.blocks import block_ids_of, block_positions, span_counts
 from omnimoe.grids import grid_positions
-from omnimoe.inputs import InputError, check_prompt, check_routers_generate, repeated
+from omnimoe.inputs import InputError, check_generates, check_prompt, repeated
 from omnimoe.spans import span_positions, span_processors
 
 
@@ -143,7 +143,7 @@ class Generates(GenerationMixin):
         self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict[str, Any]
     ) -> tuple[Tensor, str | None, dict[str, Any]]:
         """Checks the prompt, since a wrong one would be stretched or cut at the first step without a word."""
-        check_routers_generate(self.config)
+        check_generates(self.config)
         prompt, name, rest = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         check_prompt(prompt, rest)
         positions = rest.get("position_ids")

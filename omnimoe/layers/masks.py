@@ -89,6 +89,12 @@ def is_causal_rule(name: str) -> bool:
     return _DECLARED.get(MASK_RULES.get(name), _Declared()).is_causal
 
 
+def generates_under(name: str) -> bool:
+    """Whether the rule is causal but for blocks, which a prompt may hold: then tokens can be generated one by one."""
+    declared = _DECLARED.get(MASK_RULES.get(name), _Declared())
+    return declared.is_causal or declared.blocks_only_add
+
+
 def uncached_facts(name: str) -> tuple[str, ...]:
     """What a rule must know of earlier positions that a cache does not keep; a rule with any has no cached decoding.
 

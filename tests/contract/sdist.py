@@ -56,7 +56,7 @@ def prepare() -> Path:
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise NotRunError(f"the packages {', '.join(missing)} are missing; pip install 'omnimoe[contract]'")
+        raise NotRunError(f"the packages {', '.join(missing)} are missing; pip install -e '.[contract]'")
     version = installed_version()
     source = cache_folder() / version / "source"
     if not source.is_dir():

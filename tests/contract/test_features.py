@@ -14,7 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from omnimoe.experts_interface import experts_function
 from omnimoe.inputs import InputError
 from omnimoe.model import Layer, OmniMoeForCausalLM
-from omnimoe.ops import BackendError
 from omnimoe.registry import RegistryError
 from omnimoe.routers import Router
 from tests.declarations import DECLARATIONS, DENSE, build, ids_like
@@ -78,11 +77,28 @@ def test_the_choice_of_experts_reaches_the_kernel_wherever_the_class_stands(kind
 
 def test_an_unknown_implementation_of_experts_is_refused_and_the_old_one_stays():
     model = build(DECLARATIONS["moe"])
-    with pytest.raises(ValueError, match='experts_implementation="quick".*not supported'):
+    with pytest.raises(RegistryError, match='experts_implementation="quick".*not supported; there are batched_mm'):
         model.set_experts_implementation("quick")
     assert model.config._experts_implementation == "omnimoe"
-    with pytest.raises(BackendError, match="no experts implementation 'quick'; there are batched_mm"):
+    with pytest.raises(RegistryError, match='experts_implementation="quick".*not supported'):
         experts_function("quick")
+
+
+def test_what_is_asked_for_at_loading_is_no_fault_of_the_file(tmp_path):
+    build(DECLARATIONS["moe"]).save_pretrained(tmp_path)
+    with pytest.raises(RegistryError, match='experts_implementation="quick".*not supported'):
+        AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="quick")
+
+
+def test_every_listed_implementation_of_experts_finds_what_it_reads():
+    model, ids = build(DECLARATIONS["moe"]), ids_like(DECLARATIONS["moe"])
+    for name in ALL_EXPERTS_FUNCTIONS:
+        model.set_experts_implementation(name)
+        try:
+            model(ids)
+        except (ImportError, RuntimeError, ValueError, NotImplementedError):
+            if name in ("grouped_mm", "batched_mm", "omnimoe"):  # the others want a package or a device
+                raise
 
 
 def test_experts_without_a_gate_compute_in_every_way():

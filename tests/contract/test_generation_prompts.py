@@ -311,3 +311,10 @@ def test_settings_of_generation_are_saved_and_used_after_loading(tmp_path):
     assert torch.equal(
         loaded.generate(ids, given, free=True, eos_token_id=None), model.generate(ids, max_new_tokens=5, **GREEDY)
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}], ids=str)
+def test_a_model_whose_tokens_see_later_ones_does_not_generate(options):
+    model, ids = build(DECLARATIONS["encoder"]), ids_like(DECLARATIONS["encoder"])
+    with pytest.raises(InputError, match="under the mask rule 'bidirectional' a token depends on later ones"):
+        model.generate(ids, max_new_tokens=2, do_sample=False, **options)

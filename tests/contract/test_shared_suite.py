@@ -90,6 +90,4 @@ def test_a_suite_that_cannot_be_fetched_is_not_run_and_never_green(cache_dir, mo
 def test_what_the_suite_needs_and_is_not_there_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sdist, "NEEDED", ("no_such_package",))
     assert run.main(["parallel"]) == 2
-    assert (
-        "NOT RUN: the packages no_such_package are missing; pip install 'omnimoe[contract]'" in capsys.readouterr().err
-    )
+    assert "NOT RUN: the packages no_such_package are missing; pip install -e '.[contract]'" in capsys.readouterr().err
