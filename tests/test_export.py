@@ -54,7 +54,7 @@ def test_a_graph_gives_what_the_model_gives_at_every_size(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dense", "mot", "moe", "moma_top_k"])
+@pytest.mark.parametrize("kind", ["dense", "mot", "moe", "moma_top_k", "pools"])
 def test_onnxruntime_gives_what_the_model_gives(kind, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

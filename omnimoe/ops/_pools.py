@@ -62,6 +62,8 @@ def runs(counts: Sequence[int], offsets: Tensor, num_rows: int) -> Iterator[Run]
         else:
             begin = offsets[first - 1] if first else offsets.new_zeros(())
             row = torch.arange(num_rows, device=offsets.device)
-            around = max(num_rows, 1)
-            yield Run(ends - begin, place=(row + begin) % around, back=(row - begin) % around)
+            place, back = row + begin, row - begin
+            # a remainder, which ONNX does not take of a number of rows that is open
+            place = torch.where(place >= num_rows, place - num_rows, place)
+            yield Run(ends - begin, place=place, back=torch.where(back < 0, back + num_rows, back))
         first = last
