@@ -227,6 +227,8 @@ class OmniMoeConfig(PreTrainedConfig):
             )
 
     def _check_learned(self) -> None:
+        if self.widths:
+            raise ConfigError(f"learned_positions are as wide as hidden_size; leave widths {self.widths} empty")
         if len(self.learned_positions) != len(self.modalities) or min(self.learned_positions) < 0:
             raise ConfigError(
                 f"learned_positions {self.learned_positions} must be one number of rows for each of the "

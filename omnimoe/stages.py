@@ -139,7 +139,7 @@ def pipeline_stage(model: OmniMoeForCausalLM, index: int, count: int) -> Stage:
     base, names = model.model, list(config.base_model_pp_plan)
     middle = next(place for place, name in enumerate(names) if isinstance(attrgetter(name)(base), nn.ModuleList))
     if index > 0:
-        for name in (*names[:middle], "modalities"):
+        for name in (*names[:middle], "modalities", "places"):
             _replace(base, name, nn.ModuleDict() if name == "modalities" else None)
     layers, own = attrgetter(names[middle])(base), nn.ModuleList()
     for number in range(len(layers) * index // count, len(layers) * (index + 1) // count):
@@ -148,7 +148,7 @@ def pipeline_stage(model: OmniMoeForCausalLM, index: int, count: int) -> Stage:
     if index < count - 1:
         for name in names[middle + 1 :]:
             _replace(base, name, _Through())
-        model.lm_head = None  # type: ignore[assignment]
+        model.lm_head = model.aligned = None  # type: ignore[assignment]
     return Stage(model, index, count)
 
 

@@ -46,6 +46,9 @@ class Selection:
         config = whole.replace(
             modalities=tuple(self._moved(whole.modalities[number]) for number in self.modalities),
             vocab_size=self.vocab_size,
+            learned_positions=tuple(
+                whole.learned_positions[number] for number in self.modalities if whole.learned_positions
+            ),
             keys=tuple(whole.keys[key] for key in self.keys) if whole.keys else (),
             bidirectional_modalities=tuple(name for name in whole.bidirectional_modalities if name in kept),
             # a rule that compares keys has no cached decoding, and nothing is left to compare

@@ -142,7 +142,10 @@ def _indices(whole: OmniMoeForCausalLM, selection: Selection) -> dict[str, Index
             start = f"{inner}." if inner else ""
             found |= {f"{path}.{name}": copies for name in own if name == inner or name.startswith(start)}
     rows = tuple(range(selection.vocab_size))
-    return found | {"model.embed_tokens.weight": rows, "lm_head.weight": rows}
+    found |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"), rows)
+    spans = list(pairwise(accumulate(whole.config.learned_positions, initial=0)))
+    places = tuple(row for number in selection.modalities if spans for row in range(*spans[number]))
+    return found | {"model.places.weight": places, "aligned.weight": selection.modalities}
 
 
 def _renamed(whole: OmniMoeForCausalLM, keys: tuple[int, ...]) -> dict[str, str]:

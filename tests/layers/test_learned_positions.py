@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 import torch
 
-from omnimoe import ConfigError, FeedForward, OmniMoeConfig, OmniMoeForCausalLM, Tokens
+from omnimoe import Attention, ConfigError, FeedForward, OmniMoeConfig, OmniMoeForCausalLM, Tokens, from_pretrained
 from omnimoe.blocks import span_counts
 from omnimoe.layers import RowLayout
 from omnimoe.layers.embedding import LearnedPositions
+from omnimoe.stages import pipeline_stage
 
 TEXT, IMAGE = Tokens.Config(name="text", vocab_size=10), Tokens.Config(name="image", vocab_size=6)
 CONFIG = OmniMoeConfig(
@@ -100,6 +102,7 @@ def test_a_model_adds_them_where_embeddings_are_given_too_and_generates_on():
     [
         ({"learned_positions": (12,)}, "one number of rows for each of the 2 modalities"),
         ({"learned_positions": (12, -1)}, "0 for none"),
+        ({"widths": (16, 16), "attention": Attention.Config(num_heads=2, head_dim=8)}, "leave widths"),
         ({"learned_positions": (2, 0)}, "position_offset 2 must lie inside"),
         ({"positions": "span"}, "'grids' or 'spans', got 'span'"),
     ],
@@ -107,3 +110,29 @@ def test_a_model_adds_them_where_embeddings_are_given_too_and_generates_on():
 def test_tables_that_cannot_be_are_refused(change, told):
     with pytest.raises(ConfigError, match=told):
         CONFIG.replace(**change)
+
+
+def test_a_model_that_is_cut_keeps_the_tables_of_what_stays(tmp_path):
+    torch.manual_seed(0)
+    config = CONFIG.replace(learned_positions=(12, 9), aligned_size=8, tie_word_embeddings=False)
+    whole = OmniMoeForCausalLM(config).eval()
+    whole.lm_head.bias.data.normal_()
+    whole.save_pretrained(tmp_path)
+    for name, ids in (("text", torch.tensor([[3, 4, 5]])), ("image", torch.tensor([[11, 12, 13]]))):
+        cut = from_pretrained(tmp_path, towers=[name]).eval()
+        assert cut.config.learned_positions == (12 if name == "text" else 9,)
+        with torch.no_grad():
+            size = cut.config.vocab_size
+            torch.testing.assert_close(cut(ids).logits, whole(ids).logits[..., :size])
+            torch.testing.assert_close(cut.align(name, ids), whole.align(name, ids))
+
+
+def test_stages_add_them_once():
+    torch.manual_seed(0)
+    model = OmniMoeForCausalLM(CONFIG.replace(num_layers=2, aligned_size=8)).eval()
+    ids = torch.tensor([[11, 12, 3, 4, 5]])
+    with torch.no_grad():
+        wanted = model(ids).logits
+        first, last = (pipeline_stage(copy.deepcopy(model), index, 2) for index in range(2))
+        found, _ = last(*first(input_ids=ids), input_ids=ids)
+    torch.testing.assert_close(found, wanted)
