@@ -10,7 +10,9 @@ import collections.abc
 import dataclasses
 import difflib
 import inspect
+import math
 import numbers
+import re
 import sys
 import types
 import typing
@@ -169,10 +171,12 @@ COUNT_LIMIT = 2**20
 """Of fields whose names start with ``num_``: a config that was damaged or made to hurt asks for more."""
 SIZE_LIMIT = 2**40
 """Of all other whole numbers."""
+_ADDED_BY_NORMS = re.compile(r"(\w+_)?eps")
+_BASES_OF_ANGLES = re.compile(r"(\w+_)?theta")
 
 
 def check_types(config: Any, names: Iterable[str]) -> None:
-    """Refuses values of another type than their fields are annotated with, ``"64"`` for a number, and absurd counts.
+    """Refuses values of another type than their fields are annotated with, ``"64"`` for a number, and absurd numbers.
 
     Raises:
         ConfigError: with the field, its type and the value.
@@ -191,6 +195,15 @@ def _check_type(cls: type, name: str, value: Any) -> None:
     for count in value if isinstance(value, tuple | list) else (value,):
         if isinstance(count, int) and abs(count) > limit:
             raise ConfigError(f"{cls.__qualname__}.{name} {count:,} is beyond any model; at most {limit:,} is taken")
+        if isinstance(count, float) and math.isnan(count):
+            raise ConfigError(
+                f"{cls.__qualname__}.{name} is {count}, which would make every answer none; give a number"
+            )
+        # a model with any of these runs, and what it says means nothing
+        if isinstance(count, int | float) and _ADDED_BY_NORMS.fullmatch(name) and not 0 <= count < math.inf:
+            raise ConfigError(f"{cls.__qualname__}.{name} must be a number from 0, got {count}")
+        if isinstance(count, int | float) and _BASES_OF_ANGLES.fullmatch(name) and not 0 < count < math.inf:
+            raise ConfigError(f"{cls.__qualname__}.{name} must be a positive number, got {count}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -43,8 +43,8 @@ class RopeScaling(Configurable):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.factor <= 0:
-                raise ConfigError(f"factor must be positive, got {self.factor}")
+            if not 0 < self.factor < math.inf:
+                raise ConfigError(f"factor must be a positive number, got {self.factor}")
 
     def __init__(self, config: RopeScaling.Config) -> None:
         self.config = config

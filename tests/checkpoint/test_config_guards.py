@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from omnimoe import from_pretrained
+from omnimoe import CheckpointError, convert_checkpoint, from_pretrained
 from omnimoe.checkpoint import memory
 from omnimoe.checkpoint.memory import available_memory, check_memory
+from omnimoe.config import ConfigError
 from omnimoe.model import OmniMoeForCausalLM
 from tests.checkpoint.files import WEIGHTS, ChildError, edit_json, in_child, load, refused, same_weights, small
 from tests.declarations import build
+from tests.zoo.seeds.tiny import publish, published_model
 
 EVERY_WAY = [load, from_pretrained, AutoModelForCausalLM.from_pretrained]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A published checkpoint of another family."""
+    return publish(published_model("llama"), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.mark.hazard(12)
@@ -130,7 +139,7 @@ def with_attention(**changes: Any) -> dict[str, Any]:
         ({"eos_token_id": "two"}, "eos_token_id must be"),
         ({"mask": "causall"}, "did you mean 'causal'"),
         ({"hiden_size": 16}, "has no field 'hiden_size'; did you mean 'hidden_size'?"),
-        ({"initializer_range": float("nan")}, "initializer_range nan a number from 0"),
+        ({"initializer_range": float("inf")}, "initializer_range inf a number from 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -140,6 +149,59 @@ def test_fields_that_do_not_fit_each_other(saved, changes, fragment):
         load(saved)
     with refused(saved, fragment):
         from_pretrained(saved)
+
+
+def with_rope(**changes: Any) -> dict[str, Any]:
+    attention = small().to_dict()["attention"]
+    return {"attention": attention | {"rope": attention["rope"] | changes}}
+
+
+@pytest.mark.hazard(12)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, -1])
+@pytest.mark.parametrize("field", ["norm", "qk_norm_eps", "theta"])
+def test_numbers_by_which_every_answer_would_be_none(saved, field, value):
+    """Such a model runs, and its logits are NaN or of no use."""
+    norm = {"norm": small().to_dict()["norm"] | {"eps": value}}
+    changes = {"norm": norm, "qk_norm_eps": with_attention(qk_norm_eps=value), "theta": with_rope(theta=value)}[field]
+    edit_json(saved / "config.json", **changes)
+    name = {"norm": "Norm.Config.eps", "qk_norm_eps": "Attention.Config.qk_norm_eps", "theta": "Rope.Config.theta"}
+    for by, error in ((load, ConfigError), (from_pretrained, CheckpointError)):
+        with refused(saved, f"{name[field]} ", error):
+            by(saved)
+        with refused(saved, str(value), error):
+            by(saved)
+
+
+@pytest.mark.hazard(12)
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        (with_rope(theta=0), "Rope.Config.theta must be a positive number, got 0"),
+        (with_rope(scaling={"type": "linear", "factor": float("inf")}), "factor must be a positive number, got inf"),
+        (with_rope(scaling={"type": "linear", "factor": float("nan")}), "LinearScaling"),
+        ({"embedding_scale": float("nan")}, "embedding_scale is nan"),
+        (with_experts(router={"type": "top_k", "top_k": 2, "noise": float("nan")}), "TopKRouter.Config.noise is nan"),
+    ],
+    ids=range(5),
+)
+def test_other_numbers_that_are_none(saved, changes, fragment):
+    edit_json(saved / "config.json", **changes)
+    with refused(saved, fragment):
+        from_pretrained(saved)
+
+
+@pytest.mark.hazard(12)
+@pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_numbers_of_a_published_config_that_are_none(llama, tmp_path, field, value):
+    folder = shutil.copytree(llama, tmp_path / "llama")
+    plain = json.loads((folder / "config.json").read_text())
+    parameters = plain["rope_parameters"] | ({field: value} if field == "rope_theta" else {})
+    edit_json(folder / "config.json", **{field: value, "rope_parameters": parameters})
+    for act in (lambda: from_pretrained(folder), lambda: convert_checkpoint(folder, tmp_path / "ours")):
+        with refused(folder, "the config of this llama checkpoint does not fit"):
+            act()
+    assert not (tmp_path / "ours").exists()
 
 
 ABSURD = [

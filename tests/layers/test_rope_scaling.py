@@ -68,5 +68,5 @@ def test_a_scaling_is_part_of_a_config():
     plain["attention"]["rope"]["scaling"]["type"] = "yarm"
     with pytest.raises(RegistryError, match="did you mean 'yarn'"):
         OmniMoeConfig.from_dict(plain)
-    with pytest.raises(ConfigError, match="factor must be positive, got 0"):
+    with pytest.raises(ConfigError, match="factor must be a positive number, got 0"):
         LinearScaling.Config(factor=0.0)
