@@ -5,6 +5,7 @@ What stands before the drawn span does not see it under a causal rule, so its ke
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -147,8 +148,9 @@ class _Prediction:
 
     def __call__(self, rows: Tensor, times: Tensor) -> Tensor:
         """``(n, C)`` rows and ``(n,)`` times to ``(m, C)``."""
-        out = self.model(**self.layout.arguments(rows, times), past_key_values=self.cache, logits_to_keep=1)
-        if self.cache is not None:
+        cache = self.cache if self.model.config.layer_types is None else copy.deepcopy(self.cache)
+        out = self.model(**self.layout.arguments(rows, times), past_key_values=cache, logits_to_keep=1)
+        if self.cache is not None and cache is self.cache:  # from a state nothing can be taken back
             self.cache.crop(self.cut - self.length)
         return out.predictions[self.layout.name][self.drawn]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omnimoe import OmniMoeForCausalLM, active_params, flops, model_info, shrink
+from omnimoe import OmniMoeForCausalLM, active_params, denoise, flops, model_info, shrink, upcycle
 from omnimoe.data import Corpus
 from omnimoe.model import MODELS
 from omnimoe.train import Training, TrainSettings
@@ -94,3 +94,30 @@ def test_it_learns_from_the_shipped_corpus():
     mixer = run.model.model.backbone.layers[0].self_attn
     assert id(mixer.in_proj.weight) in decays
     assert not {id(held) for held in (mixer.rates.A_log, mixer.rates.D, mixer.dt_proj.bias)} & decays
+
+
+def test_a_dense_seed_becomes_a_mixture():
+    seed = OmniMoeForCausalLM(shrink(MODELS.get("mamba_nano")())).eval()
+    ids = torch.randint(16, 96, (2, 12))
+    mixed = upcycle(seed, towers={"attention": "modality"}).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(mixed(ids).logits, seed(ids).logits, atol=1e-6, rtol=1e-6)
+    assert mixed.model.backbone.layers[1].self_attn.x_proj.num_copies == 3
+
+
+def test_pictures_are_drawn_from_a_kept_state():
+    config = shrink(MODELS.get("mixture_of_mamba_transfusion_163m")())
+    model = OmniMoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    image = config.modalities[1]
+    ids = torch.tensor([[1, 7, 8, 9, image.begin_id, *[image.placeholder_id] * 4, image.end_id]] * 2)
+    kinds = torch.tensor([[0] * 5 + [1] * 4 + [0]] * 2)
+    drawn = [denoise(model, "image", ids, modality_ids=kinds, steps=4, seed=0, use_cache=use) for use in (True, False)]
+    assert (drawn[0] - drawn[1]).norm() < 1e-5 * drawn[1].norm()
+    assert drawn[0].shape == (8, 32)
+    changed = ids.clone()
+    changed[:, 1] = 11
+    again = denoise(model, "image", changed, modality_ids=kinds, steps=4, seed=0)
+    assert (again - drawn[0]).norm() > 1e-3 * drawn[0].norm(), "what is drawn follows the words"
