@@ -171,7 +171,11 @@ def register_converter(converter: Converter, *, exist_ok: bool = False) -> Conve
 
 
 def find_converter(folder: Path) -> Converter | None:
-    """The converter of a folder; None where it holds a model of omnimoe, or of no family that is known."""
+    """The converter of a folder; None where it holds a model of omnimoe, or of no family that is known.
+
+    Raises:
+        CheckpointError: if its config.json is no file, or a link that leads out of it.
+    """
     if _model_type(folder) == "omnimoe":
         return None
     return next((held for held in (CONVERTERS.get(name) for name in CONVERTERS) if held.serves(folder)), None)
@@ -184,7 +188,11 @@ def _model_type(folder: Path) -> str | None:
 
 
 def _plain_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not (path.exists() or path.is_symlink()):
+        return {}
+    inside(folder, CONFIG)
     try:
-        return read_json(folder / CONFIG, CheckpointError)
+        return read_json(path, CheckpointError)
     except CheckpointError:
         return {}

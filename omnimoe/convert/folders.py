@@ -132,7 +132,7 @@ def to_published(
             files are there already.
     """
     if isinstance(source, Path):
-        config = OmniMoeConfig.from_dict(read_json(source / CONFIG, CheckpointError))
+        config = OmniMoeConfig.from_dict(read_json(inside(source, CONFIG), CheckpointError))
         converter = _family_of(config, str(source))
         check_destination(destination, converter, overwrite)
         with torch.device("meta"):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from omnimoe import convert_checkpoint, from_pretrained
+from omnimoe import load as load_model
 from omnimoe.checkpoint.folder import parts_of
-from tests.checkpoint.files import INDEX, WEIGHTS, edit, load, refused, same_weights
+from tests.checkpoint.files import INDEX, WEIGHTS, edit, in_child, load, refused, same_weights
 
 OUTSIDE = "a shard is a .safetensors file in the same folder"
 
@@ -99,6 +102,49 @@ def test_a_pipe_in_place_of_weights_is_not_waited_for(saved):
     os.mkfifo(saved / WEIGHTS)
     with refused(saved, "is no regular file"):
         load(saved)
+
+
+TO_READ = {
+    "the class": load,
+    "from_pretrained": from_pretrained,
+    "a tower": lambda folder: from_pretrained(folder, towers=["text"]),
+    "load": lambda folder: load_model(f"local-dir:{folder}"),
+    "convert": lambda folder: convert_checkpoint(folder, folder.parent / "written"),
+    "convert back": lambda folder: convert_checkpoint(folder, folder.parent / "written", to="published"),
+}
+
+
+@pytest.mark.hazard(5)
+@pytest.mark.parametrize("by", TO_READ)
+@pytest.mark.parametrize("model_type", ["omnimoe", "llama"])
+def test_a_config_that_is_a_link_is_not_followed(saved, by, model_type):
+    """Not even to learn what kind of model it is of."""
+    path = saved / "config.json"
+    held = json.loads(path.read_text()) | {"model_type": model_type}
+    path.unlink()
+    (saved.parent / "real").write_text(json.dumps(held))
+    path.symlink_to(saved.parent / "real")
+    with refused(saved, "config.json is a link out of its folder"):
+        TO_READ[by](saved)
+    assert not (saved.parent / "written").exists()
+
+
+@pytest.mark.hazard(5)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize(
+    ("by", "name"), [*((by, "config.json") for by in TO_READ), ("from_pretrained", "generation_config.json")]
+)
+def test_a_pipe_in_place_of_a_config_is_not_waited_for(saved, by, name):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+
+    def act() -> str:
+        signal.alarm(60)  # ends a child that waits
+        with refused(saved, f"{name} is no regular file"):
+            TO_READ[by](saved)
+        return "refused"
+
+    assert in_child(act) == "refused"
 
 
 @pytest.mark.hazard(5)
