@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from omnimoe.routers import ByModalityRouter, Router, Routing
 from omnimoe.towers import kept_copies
 
 _ROWS, _HOOKS = "_omnimoe_frozen_rows", "_omnimoe_frozen_hooks"
-_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
 
@@ -161,9 +162,15 @@ def _frozen_copies(model: OmniMoeForCausalLM, names: tuple[str, ...]) -> dict[st
             inside = (f"copies.{copy}." for copy in range(module.num_copies) if copy not in met)
         free |= {f"{path}.{name}" for start in inside for name in own if name.startswith(start)}
     rows = _rows(config, names)
+    stay = tuple(i for i, name in enumerate(config.modality_names) if name in names)
+    spans = list(pairwise(accumulate(config.learned_positions, initial=0)))
+    places = tuple(row for i in stay if spans for row in range(*spans[i]))
+    by_modality = {"aligned.weight": stay, "model.places.weight": places}
     for name, parameter in model.named_parameters():
         if name in _TABLES:
             found[name] = rows
+        elif name in by_modality:
+            found[name] = by_modality[name]
         elif name.startswith("model.modalities."):
             found[name] = tuple(range(_copies(parameter))) if name.split(".")[2] in names else ()
         elif name not in found:

@@ -8,7 +8,16 @@ import random
 import pytest
 import torch
 
-from omnimoe import Attention, ConfigError, FeedForward, OmniMoeConfig, OmniMoeForCausalLM, Tokens, from_pretrained
+from omnimoe import (
+    Attention,
+    ConfigError,
+    FeedForward,
+    OmniMoeConfig,
+    OmniMoeForCausalLM,
+    Tokens,
+    freeze,
+    from_pretrained,
+)
 from omnimoe.blocks import span_counts
 from omnimoe.layers import RowLayout
 from omnimoe.layers.embedding import LearnedPositions
@@ -136,3 +145,21 @@ def test_stages_add_them_once():
         first, last = (pipeline_stage(copy.deepcopy(model), index, 2) for index in range(2))
         found, _ = last(*first(input_ids=ids), input_ids=ids)
     torch.testing.assert_close(found, wanted)
+
+
+def test_a_frozen_modality_keeps_its_table_its_map_and_its_biases():
+    torch.manual_seed(0)
+    every = {"towers": "modality"}
+    config = CONFIG.replace(learned_positions=(12, 9), aligned_size=8, norm=CONFIG.norm.replace(**every))
+    config = config.replace(attention=config.attention.replace(**every), final_norm=config.norm)
+    model = OmniMoeForCausalLM(config)
+    held = {name: part.detach().clone() for name, part in model.named_parameters()}
+    freeze(model, ["text"])
+    ids = torch.tensor([[3, 4, 5, 11, 12, 13]])
+    text, image = model.align("text", ids[:, :3]), model.align("image", ids[:, 3:])
+    (model(ids, labels=ids).loss + (text - image).square().sum()).backward()
+    torch.optim.SGD(model.parameters(), 0.5).step()
+    for name, own in (("model.places.weight", 12), ("aligned.weight", 1), ("lm_head.bias", 10)):
+        now = model.get_parameter(name)
+        assert torch.equal(now[:own], held[name][:own]), name
+        assert not torch.equal(now[own:], held[name][own:]), name
