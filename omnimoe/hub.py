@@ -180,7 +180,8 @@ def from_pretrained(
         verify: compare every file that is read with the hash in the folder's manifest.
         check_finite: ``"warn"``, ``"error"`` or ``"off"`` for weights that are NaN or infinite.
         check_size: refuse a model larger than the memory that is free.
-        allow_pickle: read pytorch_model.bin where there is no other file, without running code of it.
+        allow_pickle: read pytorch_model.bin where there is no other file, without running code of it; of checkpoints of
+            omnimoe alone.
         quantization_config: of transformers, or ``"int8"``: torchao's int8 weights for every bank.
         allow_partial: let a quantisation leave some of the layers' weights as they are.
         num_labels: put a head over so many labels in the place of that over the vocabulary. A file without such a head
@@ -227,7 +228,15 @@ def from_pretrained(
             raise ValueError(f"what does not fit of {place.name!r} is logged; leave output_loading_info or strict out")
         is_selected = towers is not None or bool(without)
         with _explained(folder, is_whole=False), bars_where_seen():
-            model = load_converted(place, folder, converter, device=device, is_selected=is_selected, **given)
+            model = load_converted(
+                place,
+                folder,
+                converter,
+                device=device,
+                is_selected=is_selected,
+                allow_pickle=allow_pickle,
+                **given,
+            )
         empty: dict[str, set[str]] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
         return (_named(model, place), empty) if output_loading_info else _named(model, place)
     if towers is not None or without:

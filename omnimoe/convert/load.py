@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omnimoe.checkpoint import Source
+from omnimoe.checkpoint import CheckpointError, Source
 from omnimoe.checkpoint.finite import check_choice
 from omnimoe.checkpoint.finite import check_finite as look_for_nan
 from omnimoe.checkpoint.manifest import verify_folder
+from omnimoe.checkpoint.pickles import has_pickles_alone
 from omnimoe.convert.converter import Converter
 from omnimoe.convert.files import file_names
 from omnimoe.convert.published import Published
@@ -44,6 +45,7 @@ def load_converted(
     check_finite: str = "warn",
     check_size: bool = True,
     is_selected: bool = False,
+    allow_pickle: bool = False,
 ) -> OmniMoeForCausalLM:
     """A published checkpoint as a model of ours.
 
@@ -60,6 +62,7 @@ def load_converted(
         check_finite: what to do about weights that are no numbers.
         check_size: refuse a model larger than the memory that is free.
         is_selected: whether a part of the model is asked for, which only checkpoints of ours give.
+        allow_pickle: whether pickles may be read, which only checkpoints of ours are from.
 
     Raises:
         CheckpointError: if the checkpoint is missing, malformed, unsafe, or does not fit.
@@ -72,10 +75,16 @@ def load_converted(
                 f"{place.name!r} is a published {converter.name} checkpoint, which is converted as it is read, and "
                 f"{name} works on converted ones: run `omnimoe convert {place.name} FOLDER` and load FOLDER"
             )
+    if allow_pickle and has_pickles_alone(folder):
+        raise CheckpointError(
+            f"{place.name!r} is a published {converter.name} checkpoint whose weights are pickles, and "
+            "allow_pickle=True reads those of omnimoe's own models alone; take a copy in safetensors, or save it as such with the "
+            "library it was made for"
+        )
     fetch_weights(place, folder, converter)
     if verify:
         weights = file_names(folder, converter.weight_files).values()
-        verify_folder(folder, needed={*converter.json_files, *(name for names in weights for name in names)})
+        verify_folder(folder, needed={*converter.files_in(folder), *(name for names in weights for name in names)})
     with Published(folder, converter, strict=strict) as held:
         model = held.load(dtype=dtype, device=device, attn_implementation=attn_implementation, check_size=check_size)
     look_for_nan(model, check_finite, folder)

@@ -272,6 +272,20 @@ def test_arguments_that_work_on_converted_checkpoints_say_so(llama, tmp_path):
     assert load(str(llama), device="meta", num_layers=1).config.num_layers == 1
 
 
+@pytest.mark.hazard(3)
+@pytest.mark.parametrize("allow", [True, False])
+def test_pickles_of_other_families_are_not_read(llama, tmp_path, allow):
+    folder = changed(llama, tmp_path / "bad", lambda held: None)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    assert from_pretrained(folder, allow_pickle=allow) is not None
+    (folder / "model.safetensors").unlink()
+    before = contents(folder)
+    told = "reads those of omnimoe's own models alone; take a copy in safetensors" if allow else "which can run code"
+    with pytest.raises(CheckpointError, match=told):
+        from_pretrained(folder, allow_pickle=allow)
+    assert contents(folder) == before
+
+
 def test_numbers_that_are_none_are_reported(llama, tmp_path, caplog):
     folder = changed(llama, tmp_path, lambda held: held["model.norm.weight"].fill_(float("nan")))
     from_pretrained(folder)
