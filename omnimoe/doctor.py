@@ -16,6 +16,7 @@ from omnimoe.ops.experts_mlp import KERNELS_FIRST as ROUTED
 from omnimoe.ops.grouped_mm import IMPLEMENTATIONS as GROUPED
 from omnimoe.ops.grouped_mm import KERNELS_FIRST as GROUPED_PLAIN
 from omnimoe.ops.linear import KERNELS_FIRST as LINEAR_PLAIN
+from omnimoe.ops.selective_scan import IMPLEMENTATIONS as SCANS
 from omnimoe.plugins import load_plugins
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -53,6 +54,7 @@ _ORDERS = {
     "grouped_mm, no_grad": GROUPED_PLAIN,
     "linear, no_grad": LINEAR_PLAIN,
     "experts_mlp, routed": ROUTED,
+    "selective_scan": SCANS,
 }
 
 
@@ -92,6 +94,9 @@ def _operands(op: str, device: str, dtype: str) -> tuple[Any, ...]:
     into, down = x.new_empty(2, 32, 16), x.new_empty(2, 16, 16)
     offsets = torch.zeros(2, dtype=torch.int32, device=device)
     rows = torch.zeros(4, dtype=torch.int64, device=device)
+    if op == "selective_scan":  # which takes float32 from all narrower dtypes
+        wide = torch.empty(1, 4, 16, device=device)
+        return wide, wide, wide[0], wide, wide, None, None
     if op.startswith("linear"):
         return x, down[0], None
     return (x, down, offsets, None) if op.startswith("grouped_mm") else (x, into, down, offsets, rows, None)
