@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from omnimoe.config import COUNT_LIMIT, SIZE_LIMIT, ConfigError
 from omnimoe.convert.rules import Plan, Rule, Shape, make_plan
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.registry import Registry
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 _LAYER_LIMIT = 4096
@@ -38,7 +41,7 @@ class Converter:
         config: our config, from the JSON files by name.
         rules: the table for a config; see :mod:`omnimoe.convert.rules`.
         model_types: the ``model_type`` of the ``config.json`` files that the family serves. Without any, a folder
-            belongs to the family where all its JSON files are there.
+            belongs to the family where all its JSON files are there, but for those that others stand in for.
         json_files: JSON files that describe a checkpoint.
         weight_files: for each prefix that published names are given, the safetensors file.
         tied: published names that repeat another one, for a config: a file may hold them or not.
@@ -49,9 +52,14 @@ class Converter:
         filled: published tensors that no model reads, for a config: they are ignored where they are read, and written
             as zeros, so that whoever wants every name finds it.
         described_by: whether ``config.json`` describes a checkpoint of the family, where it has no ``model_type``.
-        optional: patterns of published names that a file may lack; what they give then keeps its start.
+        optional: patterns of published names by the name of the group they form, which a file may lack as a whole and
+            not in part; what they give then keeps its start, and the group is left out where weights are written back.
+        stand_ins: what is read in place of a JSON file that a copy may lack.
         fresh: names of ours that no published tensor gives.
-        beside: further files, and folders of files, that go along as they are where a folder is converted.
+        kept: patterns of whole published names that have no place in our model, each with the safetensors file in
+            which they go along where a folder is converted.
+        beside: further files, patterns of files, and folders of files, that go along as they are where a folder is
+            converted.
         notice: what the licence of the weights restricts, logged when they are loaded; where empty, a licence in the
             checkpoint's own card that may restrict is.
     """
@@ -67,8 +75,10 @@ class Converter:
     spellings: Mapping[str, str] = field(default_factory=dict)
     filled: Callable[[OmniMoeConfig], dict[str, Shape]] = _nothing_filled
     described_by: Callable[[Mapping[str, Any]], bool] | None = None
-    optional: tuple[str, ...] = ()
+    optional: Mapping[str, str] = field(default_factory=dict)
+    stand_ins: JsonFiles = field(default_factory=dict)
     fresh: Callable[[OmniMoeConfig], Iterable[str]] = _nothing_tied
+    kept: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     notice: str = ""
 
@@ -78,10 +88,19 @@ class Converter:
         Raises:
             CheckpointError: as :meth:`config_of`, or if a file is missing.
         """
-        missing = [name for name in self.json_files if not (folder / name).is_file()]
+        lacking = self.lacking(folder)
+        missing = [name for name in lacking if name not in self.stand_ins]
         if missing:
             raise CheckpointError(f"{folder} has no {missing[0]}, which a {self.name} checkpoint has")
-        return self.config_of({name: read_json(inside(folder, name), CheckpointError) for name in self.json_files})
+        for name in lacking:
+            logger.warning("%s has no %s; that of the published model stands in", folder, name)
+        held = [name for name in self.json_files if name not in lacking]
+        read = {name: read_json(inside(folder, name), CheckpointError) for name in held}
+        return self.config_of({**read, **{name: dict(self.stand_ins[name]) for name in lacking}})
+
+    def lacking(self, folder: Path) -> list[str]:
+        """The JSON files that a folder does not have."""
+        return [name for name in self.json_files if not (folder / name).is_file()]
 
     def config_of(self, files: JsonFiles | dict[str, Any]) -> OmniMoeConfig:
         """Our config, which remembers the published one, so that weights can be written back.
@@ -113,12 +132,35 @@ class Converter:
         """Why a published name has no place here, or None where it should have one."""
         if name in self.filled(config):
             return "nothing reads them"
+        if (file := self.file_to_keep(name)) is not None:
+            return f"where the folder is converted, they go along in {file}"
         patterns = self.ignored(config) if callable(self.ignored) else self.ignored
         return next((why for pattern, why in patterns.items() if re.fullmatch(pattern, name)), None)
 
-    def is_optional(self, name: str) -> bool:
-        """Whether a file may lack a published name."""
-        return any(re.fullmatch(pattern, name) for pattern in self.optional)
+    def group(self, name: str, names: Iterable[str]) -> list[str]:
+        """Those of some published names that belong to an optional group.
+
+        Args:
+            name: of the group.
+            names: published names.
+        """
+        return [held for held in names if re.fullmatch(self.optional[name], held)]
+
+    def absent_groups(self, config: OmniMoeConfig) -> list[str]:
+        """Optional groups that the file of a config lacked.
+
+        Raises:
+            CheckpointError: if the config names a group that the family does not have.
+        """
+        absent = list(config.published.get("absent", ()))
+        for name in absent:
+            if name not in self.optional:
+                raise CheckpointError(f"the config says that {name!r} is absent, but {self.name} has no such group")
+        return absent
+
+    def file_to_keep(self, name: str) -> str | None:
+        """The file in which a published name without a place goes along; None where it does not."""
+        return next((file for pattern, file in self.kept.items() if re.fullmatch(pattern, name)), None)
 
     def serves(self, folder: Path) -> bool:
         """Whether a folder holds a checkpoint of the family."""
@@ -127,7 +169,7 @@ class Converter:
             kind = plain.get("model_type")
             described = self.described_by is not None and kind is None and self.described_by(plain)
             return described or kind in self.model_types
-        return all((folder / name).is_file() for name in self.json_files)
+        return set(self.lacking(folder)) <= set(self.stand_ins)
 
 
 def check_counts(files: JsonFiles) -> None:
@@ -178,7 +220,9 @@ def find_converter(folder: Path) -> Converter | None:
     """
     if _model_type(folder) == "omnimoe":
         return None
-    return next((held for held in (CONVERTERS.get(name) for name in CONVERTERS) if held.serves(folder)), None)
+    found = [held for held in (CONVERTERS.get(name) for name in CONVERTERS) if held.serves(folder)]
+    # a family that finds all its files knows more than one for which others stand in
+    return min(found, key=lambda held: len(held.lacking(folder)), default=None)
 
 
 def _model_type(folder: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
@@ -21,6 +22,8 @@ from omnimoe.convert.published import ROWS, Published
 from omnimoe.convert.rules import Plan, Shape
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.publish import MANIFEST, SEALED, family_of, publish, read_manifest
+
+logger = logging.getLogger(__name__)
 
 BESIDE = (
     "generation_config.json",
@@ -53,10 +56,11 @@ def check_destination(destination: Path, converter: Converter, overwrite: bool) 
     if overwrite or not destination.is_dir():
         return
     weights = ["model.safetensors", *converter.weight_files.values()]
-    names = {CONFIG, MANIFEST, SEALED, *BESIDE, *converter.json_files, *converter.beside, *weights}
+    names = {CONFIG, MANIFEST, SEALED, *BESIDE, *converter.json_files, *weights}
     families = {family_of(name) for name in weights}
     shards = {path.name for path in destination.iterdir() if family_of(path.name) in families}
-    held = sorted({name for name in names if (destination / name).exists()} | shards)
+    beside = {path.relative_to(destination).as_posix() for path in _beside(destination, converter)}
+    held = sorted({name for name in names if (destination / name).exists()} | shards | beside)
     if held:
         more = f" and {len(held) - 3} more" if len(held) > 3 else ""
         raise CheckpointError(
@@ -106,6 +110,7 @@ def to_omnimoe(
             config.save_pretrained(fresh)
             write_weights(fresh, tensors, lambda name: held.parts(by_ours[name]), max_shard_size=max_shard_size)
             _copy_beside(folder, fresh, converter)
+            _write_kept(held, fresh)
         return held.plan
 
 
@@ -164,6 +169,10 @@ def _export(
         )
     by_published = plan.by_published()
     tensors = {name: (weights.dtypes[by_published[name][0].ours], shape) for name, shape in plan.published.items()}
+    for group in converter.absent_groups(config):
+        left_out = converter.group(group, list(tensors))
+        logger.warning("%s is written without the %s, as it was read", destination, group)
+        tensors = {name: held for name, held in tensors.items() if name not in left_out}
     twins = converter.tied(config)
     for name in config.published.get("repeated", ()):
         if name not in twins:
@@ -246,9 +255,25 @@ def _bytes(tensors: Iterable[tuple[torch.dtype, Shape]]) -> int:
     return sum(dtype.itemsize * prod(shape) for dtype, shape in tensors)
 
 
+def _write_kept(held: Published, destination: Path) -> None:
+    """Writes what of a file has no place in our model, but goes along."""
+    kept: dict[str, dict[str, tuple[torch.dtype, Shape]]] = {}
+    for name, shape in held.weights.shapes.items():
+        file = held.converter.file_to_keep(name)
+        if file is not None:
+            kept.setdefault(file, {})[name] = held.weights.dtypes[name], shape
+    for file, tensors in kept.items():
+        write_weights(destination, tensors, lambda name: [held.weights.read(name)], file=file, max_shard_size="1TB")
+
+
+def _beside(folder: Path, converter: Converter) -> list[Path]:
+    """What goes along, of what a folder has."""
+    names = dict.fromkeys((*BESIDE, *converter.kept.values(), *converter.beside))
+    return [path for name in names for path in sorted(folder.glob(name))]
+
+
 def _copy_beside(folder: Path, destination: Path, converter: Converter) -> None:
-    for name in (*BESIDE, *converter.beside):
-        held = folder / name
+    for held in _beside(folder, converter):
         files = sorted(held.iterdir()) if held.is_dir() else [held]
         for path in files:
             if path.is_file() and path.suffix not in PICKLES:

@@ -78,13 +78,13 @@ def load_converted(
     if allow_pickle and has_pickles_alone(folder):
         raise CheckpointError(
             f"{place.name!r} is a published {converter.name} checkpoint whose weights are pickles, and "
-            "allow_pickle=True reads those of omnimoe's own models alone; take a copy in safetensors, or save it as such with the "
-            "library it was made for"
+            "allow_pickle=True reads those of omnimoe's own models alone; take a copy in safetensors, or save it as "
+            "such with the library it was made for"
         )
     fetch_weights(place, folder, converter)
     if verify:
         weights = file_names(folder, converter.weight_files).values()
-        verify_folder(folder, needed={*converter.files_in(folder), *(name for names in weights for name in names)})
+        verify_folder(folder, needed={*converter.json_files, *(name for names in weights for name in names)})
     with Published(folder, converter, strict=strict) as held:
         model = held.load(dtype=dtype, device=device, attn_implementation=attn_implementation, check_size=check_size)
     look_for_nan(model, check_finite, folder)

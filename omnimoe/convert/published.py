@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +84,9 @@ class Published:
         held, wanted = self.weights.shapes, self.plan.published
         repeated = {name: of for name, of in self.converter.tied(self.config).items() if name in held}
         missing = {name for name in wanted if name not in held}
-        left_out = {name for name in missing if self.converter.is_optional(name)}
+        groups = {name: self.converter.group(name, wanted) for name in self.converter.optional}
+        absent = {name: keys for name, keys in groups.items() if keys and missing.issuperset(keys)}
+        left_out = {key for keys in absent.values() for key in keys}
         unknown = [name for name in held if name not in wanted and name not in repeated]
         ignored = {name: why for name in unknown if (why := self.converter.reason_to_ignore(name, self.config))}
         report: dict[str, Any] = {
@@ -99,12 +101,17 @@ class Published:
         misfit = complaint(report)
         if misfit:
             told = f"the weights in {self.folder} do not fit its config as a {self.converter.name} model.\n{misfit}"
-            told += likely_cause(report, wanted)
+            torn = [name for name, keys in groups.items() if name not in absent and not missing.isdisjoint(keys)]
+            told += likely_cause(report, wanted, torn)
             if strict:
                 raise MisfitError(f"{told}\nstrict=False loads the rest")
             logger.warning("%s\nWhat is missing is fresh.", told)
-        if left_out:
-            logger.warning("%s lacks %d tensors that it may lack; what they give is fresh", self.folder, len(left_out))
+        for name, keys in absent.items():
+            logger.warning(
+                "%s has no %s, which it may lack: what its %d tensors give is fresh", self.folder, name, len(keys)
+            )
+        if absent:
+            self.config.published["absent"] = sorted(absent)
         for why in sorted(set(ignored.values())):
             count = sum(held == why for held in ignored.values())
             logger.info("%d tensors of %s have no place here: %s", count, self.folder, why)
@@ -191,12 +198,13 @@ class Published:
         return model.eval()
 
 
-def likely_cause(report: dict[str, Any], wanted: dict[str, Shape]) -> str:
+def likely_cause(report: dict[str, Any], wanted: dict[str, Shape], torn: Sequence[str] = ()) -> str:
     """A line on what went wrong, where the keys tell it; else nothing.
 
     Args:
         report: missing, unexpected and mismatched keys.
         wanted: every name that the plan reads.
+        torn: groups of which some tensors are there, where a file may lack all or none.
     """
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     cause = ""
@@ -208,6 +216,8 @@ def likely_cause(report: dict[str, Any], wanted: dict[str, Shape]) -> str:
         cause = f"its names carry the prefix {added!r}, as a wrapped model saves them"
     elif missing and (lacking := _affix(missing, unexpected)):
         cause = f"its names lack the prefix {lacking!r}, as a part of a model saves them"
+    elif torn and not unexpected:
+        cause = f"the file was cut or fetched in part: it may lack the {torn[0]} as a whole, and holds some of it"
     elif report["mismatched_keys"]:
         cause = "config and weights are of models of different sizes"
     elif unexpected and not missing:

@@ -29,7 +29,7 @@ from omnimoe.pipelines.base import Part, Pipeline, read_documents, register_pipe
 from omnimoe.tokenizers import Tokenizer, TokenizerError
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
 from omnimoe.zoo.bagel.autoencoder import FILE, PIXELS, BagelAutoencoder
-from omnimoe.zoo.bagel.convert import BEGIN, BOS, DRAWN, END, EOS, LATENT_CHANNELS, LATENT_PATCH, SEEN
+from omnimoe.zoo.bagel.convert import BEGIN, BOS, DRAWN, END, EOS, LATENT_CHANNELS, LATENT_PATCH, SEEN, VISION_TOWER
 
 DRAWING = Guidance(scales=((("text",), 4.0),), interval=(0.4, 1.0), renorm="global")
 """For pictures from words, as in the notebook of the published code: away from what is drawn without them."""
@@ -138,7 +138,7 @@ class Bagel(Pipeline):
         """
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        read = _documents(documents)
+        read = self._read(documents)
         has_pictures = any(not isinstance(part, str) for document in read for part in document)
         published = EDITING if has_pictures else DRAWING
         if guidance is None:
@@ -181,7 +181,7 @@ class Bagel(Pipeline):
         Returns:
             A text for each.
         """
-        read = _documents(documents)
+        read = self._read(documents)
         batch = self._batch(read, is_answered=True)
         # the table is longer than the tokenizer's list, and a row without a text cannot be told
         silent = [token for token in range(self.tokenizer.vocab_size, self.model.config.vocab_size) if token != EOS]
@@ -200,6 +200,16 @@ class Bagel(Pipeline):
         for row in found[:, batch.input_ids.shape[1] :].tolist():
             said.append(self.tokenizer.decode(torch.tensor(row[: row.index(EOS)] if EOS in row else row)))
         return said
+
+    def _read(self, documents: Sequence[Sequence[Part] | str]) -> list[list[str | Image.Image]]:
+        """Documents as lists of parts, where the model can see what they hold."""
+        read = _documents(documents)
+        is_blind = VISION_TOWER in self.model.config.published.get("absent", ())
+        if is_blind and any(not isinstance(part, str) for document in read for part in document):
+            raise ValueError(
+                f"this copy has no {VISION_TOWER} to see a picture with; give it words alone, or load a whole copy"
+            )
+        return read
 
     def _shape(self, document: list[str | Image.Image], size: tuple[int, int] | None) -> tuple[int, int]:
         if size is None:

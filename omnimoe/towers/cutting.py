@@ -10,6 +10,7 @@ from typing import Any
 from omnimoe.config import Config
 from omnimoe.experts import RoutedExperts
 from omnimoe.layers import TowerMap, resolve_towers
+from omnimoe.layers.reader_attention import ReaderAttention
 from omnimoe.routers import AttributeRouter, ByModalityRouter, StaticRouter
 from omnimoe.routers.balance import BalancedRouter
 
@@ -70,6 +71,12 @@ def _(part: StaticRouter.Config, *, keys: tuple[int, ...], num_keys: int) -> Any
             for chosen in sets
         )
     )
+
+
+@keep_keys.register
+def _(part: ReaderAttention.Config, *, keys: tuple[int, ...], num_keys: int) -> Any:
+    cut = keep_keys.dispatch(Config)(part, keys=keys, num_keys=num_keys)
+    return cut.replace(readers=tuple(part.readers[key] for key in keys))
 
 
 @keep_keys.register

@@ -62,7 +62,7 @@ TWINS = Converter(
     config=twins_config,
     rules=twins_rules,
     ignored={r"picture\..*": "the decoder of pictures, a model of its own", r".*\.steps": "a counter"},
-    optional=(r"blocks\.\d+\.\w+_gen\.\w+",),
+    optional={"tower that draws": r"blocks\.\d+\.\w+_gen\.\w+"},
 )
 
 

@@ -10,7 +10,7 @@ Source: https://arxiv.org/abs/2505.14683.
 from __future__ import annotations
 
 from omnimoe import OmniMoeConfig, register_model
-from omnimoe.zoo.bagel.convert import BAGEL, LLM, VIT
+from omnimoe.zoo.bagel.convert import BAGEL, LLM, PUBLISHED_VIT, VIT
 from omnimoe.zoo.card import Card
 
 CARD = Card(
@@ -38,13 +38,4 @@ def bagel_7b_mot() -> OmniMoeConfig:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "image_size": 980,
-        "patch_size": 14,
-    }
-    return BAGEL.config_of({LLM: language, VIT: vision})
+    return BAGEL.config_of({LLM: language, VIT: dict(PUBLISHED_VIT)})

@@ -28,6 +28,18 @@ SEEN, DRAWN = 151_655, 151_654
 """Ids that stand at the positions of a picture that is seen and one that is drawn: ``<|image_pad|>``,
 ``<|vision_pad|>``. The checkpoint has no such tokens; any would do."""
 LATENT_CHANNELS, LATENT_PATCH, LATENT_SIDE = 16, 2, 64
+VISION_TOWER = "vision tower"
+"""The part that a copy that only draws lacks, its connector included."""
+PUBLISHED_VIT = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "image_size": 980,
+    "patch_size": 14,
+}
+"""The vision encoder of the published model."""
 CUT_LAYERS = 1
 """Layers at the end of the vision encoder that the checkpoint leaves out."""
 
@@ -149,6 +161,10 @@ BAGEL = register_converter(
         config=bagel_config,
         rules=bagel_rules,
         beside=("ae.safetensors",),
-        optional=(r"vit_model\..*", r"connector\..*", r"vit_pos_embed\..*"),
+        optional={
+            VISION_TOWER: r"(vit_model|connector)\..*",
+            "table of places for seen pictures": r"vit_pos_embed\..*",
+        },
+        stand_ins={VIT: PUBLISHED_VIT},
     )
 )

@@ -120,6 +120,6 @@ ERNIE4_5_MOE = register_converter(
             **ROTARY_TABLES,
             r"model\.mtp_.*": "the layer that predicts a token more, for speculative decoding",
         },
-        optional=(r".*\.moe_statics\.e_score_correction_bias",),
+        optional={"correction biases of its routers": r".*\.moe_statics\.e_score_correction_bias"},
     )
 )

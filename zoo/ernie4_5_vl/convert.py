@@ -228,7 +228,7 @@ _SHARED: dict[str, Any] = {
     "config": ernie4_5_vl_config,
     "rules": ernie4_5_vl_rules,
     "tied": tied_head,
-    "optional": (r".*\.moe_statics\.e_score_correction_bias",),
+    "optional": {"correction biases of its routers": r".*\.moe_statics\.e_score_correction_bias"},
 }
 ERNIE4_5_VL = register_converter(
     Converter(

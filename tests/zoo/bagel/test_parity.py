@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,33 +133,122 @@ def test_the_published_files_are_read_and_written_to_the_bit(model, folder, tmp_
     assert json.loads((tmp_path / "again" / "llm_config.json").read_text())["hidden_size"] == LLM["hidden_size"]
 
 
-def test_a_copy_that_only_draws_loads_with_a_report(folder, tmp_path, caplog):
-    held = load_file(folder / "ema.safetensors")
-    drawing = {name: tensor for name, tensor in held.items() if not name.startswith(("vit_", "connector."))}
-    save_file(drawing, tmp_path / "ema.safetensors")
-    for name in ("llm_config.json", "vit_config.json"):
-        (tmp_path / name).write_text((folder / name).read_text())
-    omnimoe.from_pretrained(tmp_path)
-    assert f"lacks {len(held) - len(drawing)} tensors that it may lack" in caplog.text
+def partial(folder: Path, place: Path, lacks, vit: bool = True) -> Path:
+    """A copy without some tensors, and without the config of the vision encoder."""
+    place.mkdir(exist_ok=True)
+    held = {name: tensor for name, tensor in load_file(folder / "ema.safetensors").items() if not lacks(name)}
+    save_file(held, place / "ema.safetensors")
+    for name in ("llm_config.json", "vit_config.json")[: 1 + vit]:
+        (place / name).write_text((folder / name).read_text())
+    return place
 
 
-def test_a_missing_tensor_of_a_tower_is_named(folder, tmp_path):
-    held = load_file(folder / "ema.safetensors")
-    held.pop("language_model.model.layers.1.mlp_moe_gen.up_proj.weight")
-    save_file(held, tmp_path / "ema.safetensors")
-    for name in ("llm_config.json", "vit_config.json"):
-        (tmp_path / name).write_text((folder / name).read_text())
-    with pytest.raises(omnimoe.CheckpointError, match=r"mlp_moe_gen\.up_proj\.weight"):
-        omnimoe.from_pretrained(tmp_path)
+def is_sight(name: str) -> bool:
+    return name.startswith(("vit_", "connector."))
+
+
+def test_a_copy_that_only_draws_loads_with_a_report(model, folder, tmp_path, caplog):
+    blind = partial(folder, tmp_path / "blind", is_sight)
+    loaded = omnimoe.from_pretrained(blind)
+    held, drawing = (load_file(place / "ema.safetensors") for place in (folder, blind))
+    count = len(held) - len(drawing) - 1
+    assert f"has no vision tower, which it may lack: what its {count} tensors give is fresh" in caplog.text
+    assert "has no table of places for seen pictures" in caplog.text
+    table = "model.modalities.vision.place.weight"
+    assert torch.equal(loaded.state_dict()[table], model.state_dict()[table]), "a fixed table, made anew"
+    to_published(loaded, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "ema.safetensors")
+    assert again.keys() == drawing.keys()
+    assert all(torch.equal(again[name], drawing[name]) for name in again)
+
+
+def test_the_table_of_places_may_be_missing_alone(model, folder, tmp_path):
+    loaded = omnimoe.from_pretrained(partial(folder, tmp_path / "copy", lambda name: name.startswith("vit_pos")))
+    assert all(torch.equal(held, loaded.state_dict()[name]) for name, held in model.state_dict().items())
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_copy_that_only_draws_without_a_vision_config(folder, tmp_path, table, caplog):
+    """Then the published one stands in, whether its ``config.json`` is there or not."""
+    copy = partial(folder, tmp_path / "copy", is_sight, vit=False)
+    if table:
+        (copy / "config.json").write_text('{"model_type": "bagel",}')
+    loaded = omnimoe.from_pretrained(copy, device="meta")
+    assert "has no vit_config.json; that of the published model stands in" in caplog.text
+    assert loaded.config.modalities[1] == bagel_7b_mot().modalities[1]
+    assert loaded.config.hidden_size == LLM["hidden_size"]
+    (copy / "ema.safetensors").unlink()
+    with pytest.raises(omnimoe.CheckpointError, match=r"no ema\.safetensors"):
+        omnimoe.from_pretrained(copy, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("language_model.model.layers.1.mlp_moe_gen.up_proj.weight", "a file of the checkpoint is missing"),
+        ("vit_model.vision_model.encoder.layers.0.self_attn.q_proj.weight", "may lack the vision tower as a whole"),
+        ("connector.fc1.weight", "may lack the vision tower as a whole, and holds some of it"),
+    ],
+)
+def test_a_missing_tensor_is_named(folder, tmp_path, name, cause):
+    copy = partial(folder, tmp_path / "copy", lambda held: held == name)
+    with pytest.raises(omnimoe.CheckpointError, match=rf"1 missing:\n  {re.escape(name)}\nLikely cause: .*{cause}"):
+        omnimoe.from_pretrained(copy)
 
 
 def test_full_size_is_the_published_list():
     """Counts of the published file; its size in bytes, 29,214,685,336, follows from them."""
     with torch.device("meta"):
         plan = BAGEL.plan(OmniMoeForCausalLM(bagel_7b_mot()))
+    assert plan.published == published_list()
     assert len(plan.published) == 1223
     assert sum(torch.Size(shape).numel() for shape in plan.published.values()) == 14_607_260_128
-    assert plan.published["vit_pos_embed.pos_embed"] == (4900, 3584)
-    assert plan.published["language_model.model.layers.27.self_attn.k_proj_moe_gen.bias"] == (512,)
-    drawing = [name for name in plan.published if not name.startswith(("vit_model.", "connector.", "vit_pos_embed."))]
-    assert len(plan.published) - len(drawing) == 426
+    assert sum(is_sight(name) for name in plan.published) == 426
+
+
+def published_list() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the published file, from its table and not from our rules."""
+    wide, inner, keys, seen, seen_inner = 3584, 18_944, 512, 1152, 4304
+    found: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, out: int, into: int, bias: bool = True) -> None:
+        found[f"{name}.weight"] = (out, into)
+        if bias:
+            found[f"{name}.bias"] = (out,)
+
+    for name in ("language_model.model.embed_tokens", "language_model.lm_head"):
+        linear(name, 152_064, wide, bias=False)
+    for suffix in ("", "_moe_gen"):
+        found[f"language_model.model.norm{suffix}.weight"] = (wide,)
+        for index in range(28):
+            layer = f"language_model.model.layers.{index}"
+            linear(f"{layer}.self_attn.q_proj{suffix}", wide, wide)
+            for site in ("k_proj", "v_proj"):
+                linear(f"{layer}.self_attn.{site}{suffix}", keys, wide)
+            linear(f"{layer}.self_attn.o_proj{suffix}", wide, wide, bias=False)
+            for site in ("gate_proj", "up_proj"):
+                linear(f"{layer}.mlp{suffix}.{site}", inner, wide, bias=False)
+            linear(f"{layer}.mlp{suffix}.down_proj", wide, inner, bias=False)
+            for norm in ("q_norm", "k_norm"):
+                found[f"{layer}.self_attn.{norm}{suffix}.weight"] = (128,)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                found[f"{layer}.{norm}{suffix}.weight"] = (wide,)
+    linear("time_embedder.mlp.0", wide, 256)
+    linear("time_embedder.mlp.2", wide, wide)
+    linear("vae2llm", wide, 64)
+    linear("llm2vae", 64, wide)
+    linear("connector.fc1", wide, seen)
+    linear("connector.fc2", wide, wide)
+    found |= {"latent_pos_embed.pos_embed": (4096, wide), "vit_pos_embed.pos_embed": (4900, wide)}
+    tower = "vit_model.vision_model"
+    linear(f"{tower}.embeddings.patch_embedding", seen, 588)
+    found[f"{tower}.embeddings.position_embedding.weight"] = (4900, seen)
+    for index in range(26):
+        layer = f"{tower}.encoder.layers.{index}"
+        for site in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear(f"{layer}.self_attn.{site}", seen, seen)
+        linear(f"{layer}.mlp.fc1", seen_inner, seen)
+        linear(f"{layer}.mlp.fc2", seen, seen_inner)
+        for norm in ("layer_norm1", "layer_norm2"):
+            found |= {f"{layer}.{norm}.{kind}": (seen,) for kind in ("weight", "bias")}
+    return found | {f"{tower}.post_layernorm.{kind}": (seen,) for kind in ("weight", "bias")}
