@@ -139,7 +139,7 @@ class _Prediction:
         self.model = model
         self.length = layout.valid.shape[1]
         self.cut = _cut(layout) if is_cached else 0
-        self.cache = None
+        self.cache: Any = None
         if self.cut:
             before = layout.between(0, self.cut).arguments(rows, torch.zeros(len(rows), device=rows.device))
             self.cache = model.model(**before, use_cache=True).past_key_values

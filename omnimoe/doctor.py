@@ -82,7 +82,7 @@ def _foreign(device: str) -> dict[str, dict[str, str]]:
     """Backends that are other libraries', by op: why not, or an empty string. They run only when asked for."""
     found: dict[str, dict[str, str]] = {}
     for op, order in _ORDERS.items():
-        for implementation in order:
+        for implementation in () if "no_grad" in op else order:
             if implementation.is_foreign:
                 reason = implementation.why_not(*_operands(op, device, "bfloat16"))
                 found.setdefault(implementation.backend, {})[op] = reason

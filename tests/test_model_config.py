@@ -191,7 +191,7 @@ BAD = {
     "two of a name": ({"modalities": (TEXT, TEXT)}, "each its own name"),
     "unknown mask": ({"mask": "causl"}, "unknown mask rule 'causl'; did you mean 'causal'"),
     "unknown placement": ({"norm_placement": "middle"}, "unknown norm_placement 'middle'; known: pre, post"),
-    "unknown markers": ({"markers": "both"}, "markers must be 'text' or 'own', got 'both'"),
+    "unknown markers": ({"markers": "both"}, "markers must be 'text', 'own' or 'key', got 'both'"),
     "unknown block": ({"bidirectional_modalities": ("video",)}, "bidirectional_modalities names ['video']"),
     "attention of another kind": (
         {"attention": FeedForward.Config()},
