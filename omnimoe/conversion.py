@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from omnimoe.checkpoint import CheckpointError, Hub, Source
 from omnimoe.checkpoint.header import read_header
 from omnimoe.convert import CONVERTERS, find_converter, to_omnimoe, to_published
-from omnimoe.convert.folders import check_destination
+from omnimoe.convert.folders import BESIDE, check_destination
 from omnimoe.convert.load import fetch_weights
 from omnimoe.hub import MODELS
 from omnimoe.model import OmniMoeForCausalLM
@@ -85,7 +86,7 @@ def convert_checkpoint(
     if to == "published":
         if converter is not None:
             raise CheckpointError(f"{fspath(source)!r} is a checkpoint as it is published, of family {converter.name}")
-        place.fetch(["*.safetensors"], at=folder)
+        place.fetch(["*.safetensors", *_patterns(BESIDE)], at=folder)
         return _written(to_published(folder, destination, **how).name, destination)
     if converter is None:
         known = sorted(kind for name in CONVERTERS for kind in CONVERTERS.get(name).model_types or (name,))
@@ -95,8 +96,14 @@ def convert_checkpoint(
         )
     check_destination(destination, converter, overwrite)  # before hours of download
     fetch_weights(place, folder, converter)
+    place.fetch(_patterns((*BESIDE, *converter.beside)), at=folder)
     to_omnimoe(folder, destination, converter, **how)
     return _written(converter.name, destination)
+
+
+def _patterns(beside: Iterable[str]) -> list[str]:
+    """Patterns for files that may be there, and for what is in folders."""
+    return [f"{name}{end}" for name in beside for end in (("*",) if "." in name else ("*", "/*"))]
 
 
 def _written(family: str, folder: Path) -> Conversion:

@@ -8,7 +8,6 @@ cameras.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from omnimoe.checkpoint import CheckpointError, Hub, Source, read_json
-from omnimoe.convert.files import Weights
+from omnimoe.checkpoint import Hub, Source
 from omnimoe.denoise import denoise
 from omnimoe.encoders.raw import whole_pictures
 from omnimoe.encoders.siglip import Siglip
 from omnimoe.hub import from_pretrained, model_info
 from omnimoe.model import MODELS, OmniMoeForCausalLM
 from omnimoe.pipelines.base import Pipeline, register_pipeline
+from omnimoe.pipelines.scales import Scale, read_scales
 from omnimoe.tokenizers import Tokenizer
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
-from omnimoe.zoo.pi0.convert import ACTION, SEEN, STATE
+from omnimoe.zoo.pi0.convert import ACTION, NORMALIZER, OWN_NORMALIZER, SEEN, STATE
 
 STEPS = 10
 """Euler steps of a call, as published."""
@@ -37,37 +36,6 @@ LONGEST = 48
 """Ids of the longest instruction that the published models were trained with, its begin and end among them."""
 WORDS = "google/paligemma-3b-pt-224"
 """Where the tokenizer lies, which checkpoints of pi0 leave out."""
-_NORMALIZER = "policy_preprocessor_step_*_normalizer_processor.safetensors"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What the numbers of a data set were divided by: ``(x - mean) / std``.
-
-    Args:
-        mean: ``(n,)``.
-        std: ``(n,)``.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float32))
-        if self.mean.ndim != 1 or self.mean.shape != self.std.shape or not bool((self.std >= 0).all()):
-            raise ValueError(
-                f"mean and std must be (n,) each and std not negative, got {tuple(self.mean.shape)} and "
-                f"{tuple(self.std.shape)}"
-            )
-
-    def into(self, x: Tensor) -> Tensor:
-        """Numbers of the data set ``(..., n)`` to those that the model knows."""
-        return (x - self.mean) / (self.std + 1e-8)
-
-    def back(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`into`; columns past the n-th, which the data set has not, are left out."""
-        return x[..., : len(self.mean)] * (self.std + 1e-8) + self.mean
 
 
 @register_pipeline("pi0")
@@ -125,13 +93,14 @@ class Pi0(Pipeline):
             local_files_only: look on the Hub's local cache alone.
 
         Raises:
-            CheckpointError: if a file is missing, malformed, or does not fit.
+            CheckpointError: if a file is missing, malformed, or does not fit, or the robot's numbers are not scaled by
+                mean and spread.
             TokenizerError: if there is no tokenizer.
         """
         if source in MODELS and not Path(source).is_dir():
             source = model_info(fspath(source)).pretrained or source
         hub = Hub(revision=revision, token=token, local_files_only=local_files_only)
-        folder = Source.find(source, hub=hub).fetch(("*.json", _NORMALIZER))
+        folder = Source.find(source, hub=hub).fetch(("*.json", NORMALIZER, f"{OWN_NORMALIZER}*"))
         if not isinstance(tokenizer, Tokenizer):
             own = folder / "tokenizer.json"
             place = tokenizer if tokenizer is not None else own if own.is_file() else WORDS
@@ -265,31 +234,6 @@ def on_square(picture: Image.Image, size: int) -> Tensor:
 def training_times(count: int, generator: torch.Generator | None = None) -> Tensor:
     """Times of noise ``(count,)`` as the published models were trained with: Beta(1.5, 1), kept off 0."""
     return 0.999 * torch.rand(count, generator=generator) ** (1 / 1.5) + 0.001
-
-
-def read_scales(folder: Path) -> dict[str, Scale]:
-    """The scales ``state`` and ``action`` of a checkpoint, from lerobot's normalizer or transformers' processor; those
-    that are there.
-
-    Raises:
-        CheckpointError: if a file of them is malformed.
-    """
-    found: dict[str, Scale] = {}
-    try:
-        for path in sorted(folder.glob(_NORMALIZER)):
-            with Weights(folder, {"": path.name}) as held:
-                for name, key in (("state", "observation.state"), ("action", "action")):
-                    if {f"{key}.mean", f"{key}.std"} <= set(held.shapes):
-                        found[name] = Scale(held.read(f"{key}.mean").flatten(), held.read(f"{key}.std").flatten())
-        if (folder / "processor_config.json").is_file():
-            plain = read_json(folder / "processor_config.json", CheckpointError)
-            for name, key in (("state", "state"), ("action", "actions")):
-                mean, std = plain.get(f"{key}_mean"), plain.get(f"{key}_std")
-                if mean is not None and std is not None:
-                    found[name] = Scale(mean, std)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"the scales of states and actions in {folder} are malformed: {error}") from error
-    return found
 
 
 def _cameras(given: Any) -> list[Any]:

@@ -15,6 +15,8 @@ def mixtral(tmp_path_factory):
     """In shards, with a file that nothing needs."""
     folder = publish(published_model("mixtral"), tmp_path_factory.mktemp("mixtral"), max_shard_size="100KB")
     (folder / "consolidated.00.pth").write_bytes(b"a pickle")
+    for name in ("tokenizer.model", "LICENSE"):
+        (folder / name).write_bytes(name.encode())
     return folder
 
 
@@ -25,6 +27,9 @@ def test_a_checkpoint_by_id(hub, mixtral, tmp_path):  # noqa: F811
     assert "consolidated.00.pth" not in hub.fetched()
     assert load("mistralai/tiny", device="meta").config.published["family"] == "mixtral"
     assert convert_checkpoint("hf-hub:mistralai/tiny", tmp_path / "ours").family == "mixtral"
+    assert "consolidated.00.pth" not in hub.fetched()
+    for name in ("tokenizer.model", "LICENSE"):
+        assert (tmp_path / "ours" / name).read_bytes() == name.encode()
     again = from_pretrained(tmp_path / "ours")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in local.state_dict().items())
 

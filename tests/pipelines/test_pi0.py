@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Model
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence, Split
 
 from omnimoe import CheckpointError, convert_checkpoint
+from omnimoe.convert.folders import check_destination
 from omnimoe.pipelines import find_pipeline
 from omnimoe.pipelines.pi0 import Pi0, Scale, on_square, read_scales, training_times
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
-from omnimoe.zoo.pi0.convert import ACTION, SEEN, STATE
+from omnimoe.zoo.pi0.convert import ACTION, OWN_NORMALIZER, PI0, SEEN, STATE
 from tests.zoo.pi0.peer import TINY, equal_weights, make_peer, published, save_published
 
 PLAIN = published(**TINY)
@@ -126,6 +127,91 @@ def test_scales_of_the_processor_of_transformers(tmp_path):
     torch.testing.assert_close(scale.into(torch.tensor([[1.0, 5.0]])), torch.tensor([[1.0, 2.0]]))
     (tmp_path / "processor_config.json").write_text(json.dumps({**plain, "state_std": [1.0]}))
     with pytest.raises(CheckpointError, match="scales of states and actions"):
+        read_scales(tmp_path)
+
+
+STATISTICS = {
+    "normalize_inputs.buffer_observation_state.mean": torch.tensor([1.0, 2.0, 3.0]),
+    "normalize_inputs.buffer_observation_state.std": torch.tensor([0.5, 1.0, 2.0]),
+    "normalize_targets.buffer_action.mean": torch.full((2,), torch.inf),
+    "normalize_targets.buffer_action.std": torch.full((2,), torch.inf),
+    "unnormalize_outputs.buffer_action.mean": torch.tensor([4.0, 5.0]),
+    "unnormalize_outputs.buffer_action.std": torch.tensor([2.0, 3.0]),
+}
+"""As earlier files of lerobot hold them among their weights; what no data set gave is infinite."""
+
+
+def test_scales_among_the_weights(peer, tmp_path):
+    published_folder = tmp_path / "published"
+    published_folder.mkdir()
+    (published_folder / "config.json").write_text(json.dumps(PLAIN))
+    save_published(peer, published_folder / "model.safetensors")
+    save_file(load_file(published_folder / "model.safetensors") | STATISTICS, published_folder / "model.safetensors")
+    convert_checkpoint(published_folder, tmp_path / "ours")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "back", to="published")
+    for folder in (published_folder, tmp_path / "ours", tmp_path / "back"):
+        loaded = Pi0.from_pretrained(folder, tokenizer=words())
+        assert loaded.state.mean.tolist() == [1, 2, 3]
+        assert loaded.state.std.tolist() == [0.5, 1, 2]
+        assert (loaded.action.mean.tolist(), loaded.action.std.tolist()) == ([4, 5], [2, 3])
+
+
+def test_scales_that_no_data_set_gave(tmp_path):
+    save_file({name: torch.full_like(held, torch.inf) for name, held in STATISTICS.items()}, tmp_path / OWN_NORMALIZER)
+    assert read_scales(tmp_path) == {}
+
+
+def test_a_normalizer_of_another_step_goes_along(folder, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (theirs / name).write_bytes((folder / name).read_bytes())
+    (theirs / NORMALIZER.replace("_5_", "_3_")).write_bytes((folder / NORMALIZER).read_bytes())
+    convert_checkpoint(theirs, tmp_path / "ours")
+    assert read_scales(tmp_path / "ours")["action"].mean.tolist() == [1, 2, 3]
+    with pytest.raises(CheckpointError, match=r"policy_preprocessor_step_3\S* already"):
+        check_destination(theirs_alone(tmp_path), PI0, overwrite=False)
+
+
+def theirs_alone(place: Path) -> Path:
+    """A folder that holds a normalizer and nothing else."""
+    (place / "alone").mkdir()
+    (place / "alone" / NORMALIZER.replace("_5_", "_3_")).write_bytes(b"of somebody")
+    return place / "alone"
+
+
+def normalised(state: str, action: str, where: str, folder: Path) -> None:
+    """Writes how numbers are normalised into one of the places where lerobot says it."""
+    plain = {"VISUAL": "IDENTITY", "STATE": state, "ACTION": action}
+    if where == "preprocessor":
+        step = {"registry_name": "normalizer_processor", "config": {"eps": 1e-8, "norm_map": plain}}
+        told = {"name": "policy_preprocessor", "steps": [{"registry_name": "to_batch_processor", "config": {}}, step]}
+        (folder / "policy_preprocessor.json").write_text(json.dumps(told))
+    else:
+        told = {"type": "pi0", "normalization_mapping": plain}
+        if where == "converted":
+            told = {"model_type": "omnimoe", "published": {"family": "pi0", "files": {"config.json": told}}}
+        (folder / "config.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("where", ["preprocessor", "config", "converted"])
+def test_how_numbers_are_normalised_is_read(where, folder, tmp_path):
+    (tmp_path / NORMALIZER).write_bytes((folder / NORMALIZER).read_bytes())
+    normalised("MEAN_STD", "MEAN_STD", where, tmp_path)
+    assert set(read_scales(tmp_path)) == {"state", "action"}
+    normalised("IDENTITY", "MEAN_STD", where, tmp_path)
+    assert set(read_scales(tmp_path)) == {"action"}
+    normalised("MEAN_STD", "QUANTILES", where, tmp_path)
+    with pytest.raises(CheckpointError, match="normalises action by 'QUANTILES'.*scale the numbers yourself"):
+        read_scales(tmp_path)
+
+
+def test_statistics_without_mean_and_spread(tmp_path):
+    save_file({"action.min": torch.zeros(2), "action.max": torch.ones(2)}, tmp_path / NORMALIZER)
+    with pytest.raises(CheckpointError, match="action has no mean and std"):
+        read_scales(tmp_path)
+    normalised("MEAN_STD", "MIN_MAX", "preprocessor", tmp_path)
+    with pytest.raises(CheckpointError, match="by 'MIN_MAX'"):
         read_scales(tmp_path)
 
 

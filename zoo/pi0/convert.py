@@ -25,14 +25,20 @@ TOWERS = (0, 0, 1, 1)
 SEEN, STATE, ACTION = 100, 101, 102
 """Ids that stand at the positions of pictures, states and actions: ``<unused93>`` to ``<unused95>`` of Gemma's words.
 The id that transformers puts there, 257152, lies outside of the table."""
+NORMALIZER = "policy_preprocessor_step_*_normalizer_processor.safetensors"
+"""Where lerobot keeps the scales of a robot; the number of the step differs."""
+OWN_NORMALIZER = "policy_normalizer.safetensors"
+"""Where a converted folder keeps the scales that earlier files of lerobot hold among their weights."""
 BESIDE = (
     "policy_preprocessor.json",
-    "policy_preprocessor_step_5_normalizer_processor.safetensors",
+    NORMALIZER,
     "policy_postprocessor.json",
-    "policy_postprocessor_step_0_unnormalizer_processor.safetensors",
+    "policy_postprocessor_step_*_unnormalizer_processor.safetensors",
     "processor_config.json",
 )
 """Files with the scales of a robot."""
+SCALES = r"(?:un)?normalize_(?:inputs|targets|outputs)\.buffer_.+"
+"""The scales in earlier files of lerobot, beside the model and not below it."""
 PREFIX = "model.paligemma_with_expert."
 VARIANTS = {
     "gemma_2b": {"hidden_size": 2048, "intermediate_size": 16_384},
@@ -40,7 +46,7 @@ VARIANTS = {
 }
 """Towers by the names that openpi and lerobot give them."""
 SPELLINGS = {
-    r"^(?!model\.)": "model.",
+    r"^(?!model\.|(?:un)?normalize_)": "model.",
     r"\.paligemma\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)": ".paligemma.model.",
     r"\.paligemma\.model\.language_model\.lm_head\.": ".paligemma.lm_head.",
     r"\.paligemma\.model\.language_model\.model\.": ".paligemma.model.language_model.",
@@ -231,6 +237,7 @@ PI0 = register_converter(
         spellings=SPELLINGS,
         tied=repeated,
         filled=unread,
+        kept={SCALES: OWN_NORMALIZER},
         beside=BESIDE,
         notice="grown from PaliGemma, whose Gemma terms restrict some uses",
     )

@@ -29,6 +29,7 @@ from tests.zoo.pi0.peer import (
     published_name,
     save_published,
 )
+from tests.zoo.seeds.test_full_size import write_hollow
 
 PLAIN = published(**TINY)
 HEAD = "model.paligemma_with_expert.gemma_expert.lm_head.weight"
@@ -260,7 +261,7 @@ SPELLED = {
 }
 
 
-@pytest.mark.parametrize("spelling", [*SPELLED, "both tables", "transformers 5"])
+@pytest.mark.parametrize("spelling", [*SPELLED, "both tables", "transformers 5", "with scales"])
 def test_other_spellings(model, peer, folder, tmp_path, spelling):
     (tmp_path / "config.json").write_text(json.dumps(PLAIN))
     held = load_file(folder / "model.safetensors")
@@ -270,6 +271,11 @@ def test_other_spellings(model, peer, folder, tmp_path, spelling):
         table = held["model.paligemma_with_expert.paligemma.lm_head.weight"].clone()
         held["model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"] = table
         save_file(held, tmp_path / "model.safetensors")
+    elif spelling == "with scales":
+        named = {SPELLED["transformers 4.51"](name): tensor for name, tensor in held.items()}
+        kinds = ("normalize_inputs.buffer_observation_state", "normalize_targets.buffer_action")
+        scales = {f"{kind}.{name}": torch.ones(4) for kind in kinds for name in ("mean", "std")}
+        save_file(named | scales, tmp_path / "model.safetensors")
     else:
         named = {SPELLED[spelling](name): tensor for name, tensor in held.items()}
         assert named.keys() != held.keys()
@@ -303,9 +309,8 @@ def test_a_file_that_does_not_fit(folder, tmp_path, change, told):
         omnimoe.from_pretrained(tmp_path)
 
 
-def test_the_published_list_at_full_size():
-    """Every name and shape that transformers' class has under the published names, and no other but the head that
-    nothing reads."""
+def test_the_published_list_at_full_size(tmp_path):
+    """Every name and shape that transformers' class has under the published names loads, and is given back."""
     plain = spelled_out({"type": "pi0"})
     read = {key: value for key, value in plain.items() if key != "model_type"}
     from transformers import PI0Config
@@ -319,6 +324,17 @@ def test_the_published_list_at_full_size():
     found = PI0.plan(model).published
     assert {**found, **PI0.filled(model.config)} == wanted
     assert sum(parameter.numel() for parameter in model.parameters()) == 3_238_048_528
+    loaded = omnimoe.from_pretrained(write_hollow(tmp_path, "pi0", wanted), device="meta")
+    assert all(parameter.is_meta for parameter in loaded.parameters())
+    assert {name: held.shape for name, held in loaded.state_dict().items()} == {
+        name: held.shape for name, held in model.state_dict().items()
+    }
+    lacking = wanted.pop("model.action_time_mlp_in.weight")
+    (tmp_path / "renamed").mkdir()
+    with pytest.raises(MisfitError, match="action_time_mlp_in"):
+        omnimoe.from_pretrained(
+            write_hollow(tmp_path / "renamed", "pi0", {**wanted, "model.time_mlp_in.weight": lacking}), device="meta"
+        )
 
 
 def test_configs_of_lerobot_and_openpi(tmp_path):
