@@ -43,7 +43,7 @@ from omnimoe.checkpoint.route import (
 from omnimoe.config import ConfigError
 from omnimoe.model_card import README, text_of, write_card
 from omnimoe.publish import publish
-from omnimoe.quantize import check_reach, named
+from omnimoe.quantize import check_reach, matrices, named, stored_form
 from omnimoe.registry import RegistryError
 from omnimoe.upload import REPOSITORY, repository, upload_folder
 
@@ -118,22 +118,25 @@ class GuardedFiles(PreTrainedModel):
         if verify:
             cls._verify(folder, folder_of_adapters(folder, kwargs), kwargs.get("variant"), from_pickle)
         entries = check_pickles(folder) if from_pickle else check_weights(folder, variant=kwargs.get("variant"))
-        is_quantised = getattr(config, "quantization_config", None) is not None
-        model = cls._on_meta(config, model_args, entries if strict and not is_quantised else {}, folder)
+        quantisation = getattr(config, "quantization_config", None)
+        is_quantised = quantisation is not None
+        model = cls._on_meta(config, model_args, entries if strict else {}, folder)
         held = renamed(entries, model.state_dict().keys(), cls.base_model_prefix)
         swapped = cls._swapped_heads(held)
         if check_size and not _is_spread(kwargs) and kwargs.get("quantization_config") is None:
             needed = sum(entry.size for entry in entries.values()) if is_quantised else 0
             check_memory(needed or bytes_of(model, _dtype(config, kwargs), held), fspath(folder / "config.json"))
-        # where names or dtypes of the file are not the model's, only transformers can tell what fits
-        if not (is_quantised or is_of_ranks(folder) or kwargs.get("key_mapping")):
+        # where names of the file are not the model's, only transformers can tell what fits
+        if not (is_of_ranks(folder) or kwargs.get("key_mapping")):
             tied, beside = getattr(model, "all_tied_weights_keys", None), [*_of_the_library(model), *swapped]
-            misfit = misfits(held, model, tied, beside) if strict else ""
+            held, wanted = cls._comparable(model, quantisation, held)
+            misfit = misfits(held, wanted, tied, beside) if strict else ""
             if misfit:
                 raise _does_not_fit(folder, cls.__name__, misfit)
-            check_dtypes(held, model.state_dict())
+            check_dtypes(held, wanted, **({"remedy": "no quantisation makes these"} if is_quantised else {}))
         kwargs |= {"use_safetensors": not from_pickle, "weights_only": True, "trust_remote_code": False}
-        if not strict:
+        if not strict or is_quantised:
+            # transformers names no weight in what it raises, and the report does
             kwargs["ignore_mismatched_sizes"] = True
         try:
             model, report = super().from_pretrained(
@@ -141,17 +144,47 @@ class GuardedFiles(PreTrainedModel):
             )
         except SafetensorError as error:
             raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+            if not is_quantised or isinstance(error, CheckpointError | ConfigError | torch.OutOfMemoryError):
+                raise
+            raise CheckpointError(
+                f"the quantised weights in {folder} cannot be put together: {error!r}; load them with the "
+                "class that they were saved from, or save the model again"
+            ) from error
         missing = [name for name in report["missing_keys"] if name.partition(".")[0] not in swapped]
-        misfit = complaint({**report, "missing_keys": missing, "unexpected_keys": ()})
+        unexpected = report["unexpected_keys"] if is_quantised else ()
+        misfit = complaint({**report, "missing_keys": missing, "unexpected_keys": unexpected})
         if strict and misfit:
             raise _does_not_fit(folder, cls.__name__, misfit)
         look_for_nan(model, check_finite, folder)
         if not Path(pretrained_model_name_or_path).is_dir():
             # adapters write down what they are for: the id, not where the cache keeps it
             model.name_or_path = model.config.name_or_path = fspath(pretrained_model_name_or_path)
-        if quantization_config is not None and not allow_partial:
+        if (is_quantised or quantization_config is not None) and not allow_partial:
             check_reach(model)
         return (model, report) if wants_report else model
+
+    @staticmethod
+    def _comparable(
+        model: PreTrainedModel, quantisation: Any, held: dict[str, Entry]
+    ) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+        """Weights of a file and those that it should hold, of both what can be compared before it is read.
+
+        Args:
+            model: without memory.
+            quantisation: of the config; None where the weights are plain.
+            held: as declared, under the model's names.
+        """
+        wanted = model.state_dict()
+        if quantisation is None:
+            return held, wanted
+        stored = stored_form(copy.deepcopy(model), quantisation, held)
+        if stored is not None:
+            return held, stored
+        # the quantiser alone knows how it stores what it quantised
+        banks = {name for name, _, _ in matrices(model)}
+        wanted = {name: weight for name, weight in wanted.items() if name not in banks}
+        return {name: entry for name, entry in held.items() if name in wanted}, wanted
 
     @classmethod
     def _swapped_heads(cls, held: Mapping[str, Entry]) -> set[str]:

@@ -8,7 +8,8 @@ Embeddings, heads, norms and routers stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,6 +105,39 @@ def check_reach(model: nn.Module) -> None:
     if left:
         raise QuantizationError(_complaint(model, left, "it does not reach weights of that kind"))
     _check_parts(model)
+
+
+def stored_form(model: nn.Module, config: Any, held: Collection[str]) -> dict[str, Tensor] | None:
+    """The tensors that a file of a quantised model has, without memory.
+
+    Args:
+        model: as it is declared, on the meta device; it is quantised in place.
+        config: the ``quantization_config`` of its config.
+        held: names in the file. A weight that is there by its own name is as it was.
+
+    Returns:
+        Shape and dtype of each tensor by its name in a file; None where that is not known: for quantisations by others
+        than torchao, and kinds that torchao does not do without memory.
+    """
+    from transformers import TorchAoConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    read = AutoQuantizationConfig.from_dict(copy.deepcopy(config)) if isinstance(config, dict) else config
+    if not isinstance(read, TorchAoConfig):
+        return None
+    quantize_, by_name = _torchao()
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    whole = model.state_dict()
+    kind = read.get_apply_tensor_subclass()
+    if not isinstance(kind, by_name):
+        kind = by_name({name: kind for name, weight in whole.items() if name not in held and weight.ndim > 1})
+    try:
+        quantize_(model, kind, filter_fn=None)
+        flat = flatten_tensor_state_dict({name: one for name, one in model.state_dict().items() if name not in held})[0]
+    except (NotImplementedError, ValueError, AssertionError, RuntimeError):
+        return None
+    return {name: weight for name, weight in whole.items() if name in held} | flat
 
 
 def is_quantized(weight: Tensor) -> bool:

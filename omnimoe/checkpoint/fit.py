@@ -43,7 +43,7 @@ def renamed(entries: Mapping[str, Entry], wanted: Collection[str], prefix: str) 
 
 def misfits(
     entries: Mapping[str, Entry],
-    model: nn.Module,
+    wanted: Mapping[str, Tensor],
     tied: Mapping[str, str] | None = None,
     beside: Collection[str] = (),
 ) -> str:
@@ -51,22 +51,22 @@ def misfits(
 
     Args:
         entries: as declared, under the model's names.
-        model: may be on the meta device.
+        wanted: the model's weights, which may be on the meta device.
         tied: weights that are another's, by name; one of the two is enough.
         beside: names of modules whose weights a file may hold under other names, which are not looked at.
     """
     starts = tuple(f"{name}." for name in beside)
     entries = {name: entry for name, entry in entries.items() if not name.startswith(starts)}
-    wanted = {name: tuple(held.shape) for name, held in model.state_dict().items() if not name.startswith(starts)}
-    missing = {name for name in wanted if name not in entries}
+    sizes = {name: tuple(held.shape) for name, held in wanted.items() if not name.startswith(starts)}
+    missing = {name for name in sizes if name not in entries}
     for name, other in (tied or {}).items():
         if name in entries or other in entries:
             missing -= {name, other}
-    shapes = [(name, entries[name].shape, wanted[name]) for name in wanted if name in entries]
+    shapes = [(name, entries[name].shape, sizes[name]) for name in sizes if name in entries]
     return complaint(
         {
             "missing_keys": missing,
-            "unexpected_keys": set(entries) - set(wanted),
+            "unexpected_keys": set(entries) - set(sizes),
             "mismatched_keys": [row for row in shapes if row[1] != row[2]],
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -118,15 +119,32 @@ def _check_values(path: Path, plain: dict[str, Any]) -> None:
         held = getattr(torch, value, None) if isinstance(value, str) else None
         if value is not None and not (isinstance(held, torch.dtype) and held.is_floating_point):
             raise CheckpointError(f"{path} gives {name} {value!r}; write 'float32', 'bfloat16' or 'float16'")
-    quantisation = plain.get("quantization_config")
-    if quantisation is not None:
-        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+    if plain.get("quantization_config") is not None:
+        _check_quantisation(path, plain["quantization_config"])
 
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            raise CheckpointError(
-                f"{path} was quantised by {method!r}, which transformers does not know; remove the field"
-            )
+
+def _check_quantisation(path: Path, quantisation: Any) -> None:
+    """Refuses what transformers cannot read as a quantisation."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoQuantizationConfig
+
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    known = ("bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING)
+    if not isinstance(method, str) or not isinstance(quantisation, dict) or method not in known:
+        raise CheckpointError(f"{path} was quantised by {method!r}, which transformers does not know; remove the field")
+    if method == "bitsandbytes" and not (quantisation.get("load_in_8bit") or quantisation.get("load_in_4bit")):
+        raise CheckpointError(
+            f"{path} gives quantization_config {quantisation!r}, which says neither load_in_8bit nor load_in_4bit; "
+            "fetch or save it again"
+        )
+    try:
+        AutoQuantizationConfig.from_dict(copy.deepcopy(quantisation))
+    except ImportError as error:
+        raise CheckpointError(f"{path} was quantised by {method!r}, which needs a package: {error}") from error
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{path} gives quantization_config {quantisation!r}, which cannot be used: {error!r}; fetch or save it "
+            "again"
+        ) from error
 
 
 def check_weights(folder: Path, *, variant: str | None = None) -> dict[str, Entry]:

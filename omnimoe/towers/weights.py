@@ -201,7 +201,7 @@ def load_pieces(
     named = stored.keys() if index is None else index.keys()
     unread = {key: Entry("F32", tuple(held.shape), 0) for key, held in whole.state_dict().items() if key not in wanted}
     fits = {**{key: entry for key, entry in unread.items() if key in named}, **stored}
-    misfit = misfits(fits, whole, whole.all_tied_weights_keys)
+    misfit = misfits(fits, whole.state_dict(), whole.all_tied_weights_keys)
     if strict and misfit:
         raise MisfitError(f"the weights in {folder} do not fit its config.json.\n{misfit}\nstrict=False loads the rest")
     check_dtypes(stored, whole.state_dict())
