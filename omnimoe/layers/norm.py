@@ -88,6 +88,8 @@ class BankLayerNorm(Bank):
 
     def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
         """``(N, *shape)`` rows to the same shape and dtype."""
+        if self.weight.ndim == 2 and x.device.type == "cpu" and len(x) and not torch.compiler.is_compiling():
+            return self._by_runs(x, rows)
         normal = F.layer_norm(x, x.shape[-1:], eps=self.eps).to(x.dtype)
         if self.num_copies == 1:
             return torch.addcmul(self.bias.to(x.dtype), normal, self.weight.to(x.dtype))
@@ -96,6 +98,18 @@ class BankLayerNorm(Bank):
         copies = torch.tensor(rows.segments(self.towers)[1], device=x.device)
         copy = copies[run.clamp(max=len(copies) - 1)]  # a traced graph keeps rows past the last run
         return torch.addcmul(self.bias.to(x.dtype)[copy], normal, self.weight.to(x.dtype)[copy])
+
+    def _by_runs(self, x: Tensor, rows: RowLayout) -> Tensor:
+        """In one pass a run of rows, where the host may read how long it is."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        ends, copies = ([len(x)], [0]) if self.num_copies == 1 else rows.segments(self.towers)
+        lengths = torch.as_tensor(ends).diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+        parts = [
+            F.layer_norm(part, part.shape[-1:], weight[copy], bias[copy], self.eps)
+            for part, copy in zip(x.split(lengths), copies, strict=True)
+            if len(part)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def extra_repr(self) -> str:
         copies, *shape = self.weight.shape
