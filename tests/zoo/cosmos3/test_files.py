@@ -68,6 +68,25 @@ def test_a_converted_folder_is_a_model_of_ours(model, folder, tmp_path):
     assert same(load_file(folder / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [{"towers": ["text", "vision"]}, {"towers": ["video"]}, {"without": ["action"]}])
+def test_a_part_of_a_converted_folder(model, folder, tmp_path, chosen):
+    """What is kept gives what the whole model gives."""
+    to_omnimoe(folder, tmp_path / "ours", COSMOS3)
+    part = omnimoe.from_pretrained(tmp_path / "ours", **chosen)
+    assert part.num_parameters() < model.num_parameters()
+    held = samples(model.config.published["files"][ROOT]["model_type"])
+    if "without" in chosen:
+        given = batch(part, [held[1]])
+        assert torch.equal(part(**given).predictions["video"], model(**batch(model, [held[1]])).predictions["video"])
+    elif "text" in chosen["towers"]:
+        given = batch(part, [held[3]])
+        wanted = model(**batch(model, [held[3]])).logits
+        assert torch.allclose(part(**given).logits, wanted[..., : part.config.vocab_size], atol=1e-5)
+    else:
+        assert part.config.modality_names == ("video",)
+
+
 def changed(folder: Path, place: Path, change) -> Path:
     shutil.copytree(folder, place)
     held = load_file(place / WEIGHTS)
