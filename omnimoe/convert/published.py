@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from difflib import SequenceMatcher
 from functools import cached_property
+from os.path import commonpath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,7 +105,7 @@ class Published:
         if misfit:
             told = f"the weights in {self.folder} do not fit its config as a {self.converter.name} model.\n{misfit}"
             torn = [name for name, keys in groups.items() if name not in absent and not missing.isdisjoint(keys)]
-            told += likely_cause(report, wanted, torn)
+            told += likely_cause(report, wanted, held, torn)
             if strict:
                 raise MisfitError(f"{told}\nstrict=False loads the rest")
             logger.warning("%s\nWhat is missing is fresh.", told)
@@ -198,12 +201,15 @@ class Published:
         return model.eval()
 
 
-def likely_cause(report: dict[str, Any], wanted: dict[str, Shape], torn: Sequence[str] = ()) -> str:
+def likely_cause(
+    report: dict[str, Any], wanted: Mapping[str, Shape], held: Mapping[str, Shape], torn: Sequence[str] = ()
+) -> str:
     """A line on what went wrong, where the keys tell it; else nothing.
 
     Args:
         report: missing, unexpected and mismatched keys.
-        wanted: every name that the plan reads.
+        wanted: shape of every name that the plan reads.
+        held: shape of every name in the file.
         torn: groups of which some tensors are there, where a file may lack all or none.
     """
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
@@ -220,11 +226,30 @@ def likely_cause(report: dict[str, Any], wanted: dict[str, Shape], torn: Sequenc
         cause = f"the file was cut or fetched in part: it may lack the {torn[0]} as a whole, and holds some of it"
     elif report["mismatched_keys"]:
         cause = "config and weights are of models of different sizes"
+    elif missing and (renamed := _renamed(missing, unexpected, wanted, held)):
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        cause = f"renamed: {renamed} for {missing[0]}{more}; the shapes are those of what is missing"
     elif unexpected and not missing:
         cause = "the config is of a smaller model, or says less than the weights hold"
-    elif missing and not unexpected and len(missing) * 4 < len(wanted):
-        cause = "a file of the checkpoint is missing, or it was saved without these parts"
+    elif missing and not unexpected and ((part := _part(missing, wanted)) or len(missing) * 4 < len(wanted)):
+        cause = f"a file of the checkpoint is missing, or it was saved without {part or 'these parts'}"
     return f"\nLikely cause: {cause}." if cause else ""
+
+
+def _renamed(missing: list[str], unexpected: list[str], wanted: Mapping[str, Shape], held: Mapping[str, Shape]) -> str:
+    """What the first of the missing names is called in the file, where each of them has a stranger of its shape there;
+    else nothing."""
+    if Counter(wanted[name] for name in missing) != Counter(held[name] for name in unexpected):
+        return ""
+    alike = [name for name in unexpected if held[name] == wanted[missing[0]]]
+    return max(alike, key=lambda name: SequenceMatcher(None, name, missing[0], autojunk=False).ratio())
+
+
+def _part(missing: list[str], wanted: Iterable[str]) -> str:
+    """The part of a model that missing names are, and are all of; nothing where they are scattered."""
+    part = commonpath([name.replace(".", "/") for name in missing]).replace("/", ".")
+    whole = sum(name.startswith(f"{part}.") for name in wanted) if part else 0
+    return part if len(missing) == whole > 1 else ""
 
 
 def _affix(longer: list[str], shorter: list[str]) -> str:

@@ -182,6 +182,21 @@ MISFITS = {
         lambda held: held.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}),
         "Likely cause: the file holds an adapter; merge it into its model first",
     ),
+    "renamed": (
+        lambda held: held.update({"model.last_norm.weight": held.pop("model.norm.weight")}),
+        "Likely cause: renamed: model.last_norm.weight for model.norm.weight;",
+    ),
+    "layers renamed": (
+        lambda held: [
+            held.update({name.replace("self_attn", "attention"): held.pop(name)})
+            for name in [name for name in held if ".1.self_attn." in name]
+        ],
+        r"renamed: model\.layers\.1\.attention\.k_proj\.weight for model\.layers\.1\.self_attn\.k_proj\.weight, and 3",
+    ),
+    "a part": (
+        lambda held: [held.pop(name) for name in [name for name in held if name.startswith("model.layers.1.")]],
+        r"a file of the checkpoint is missing, or it was saved without model\.layers\.1\.\n",
+    ),
     "types": (
         lambda held: held.update({"model.layers.0.mlp.up_proj.weight": torch.ones(80, 48).half()}),
         r"the copies of model.backbone.layers.0.mlp.experts.gate_up_proj are of several types",
