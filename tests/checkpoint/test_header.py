@@ -186,10 +186,16 @@ def test_any_header_is_refused_or_read_like_the_library_reads_it(tmp_path, heade
         data = bytes(place)
         length = None
     path = tmp_path / "a.safetensors"
-    path.write_bytes(safetensors(header, data, length=length))
+    content = safetensors(header, data, length=length)
+    path.write_bytes(content)
+    refusal = ""
     try:
         entries = read_header(path)
-    except CheckpointError:
+    except CheckpointError as error:
+        refusal = str(error)
+    assert path.read_bytes() == content
+    if refusal:
+        assert refusal.startswith(f"{path} ")
         return
     try:
         with safe_open(path, "pt") as file:

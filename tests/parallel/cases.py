@@ -28,7 +28,13 @@ from tests.declarations import DECLARATIONS, build, ids_like
 CASES: dict[str, Callable[[Path], None]] = {}
 TIED = DECLARATIONS["dense_tied"]
 ODD = (*TIED.modalities[:-1], TIED.modalities[-1].replace(vocab_size=9))
-KINDS = {**DECLARATIONS, "dense_tied": TIED.replace(modalities=ODD)}
+MOE = DECLARATIONS["moe"]
+KINDS = {
+    **DECLARATIONS,
+    "dense_tied": TIED.replace(modalities=ODD),
+    "moe_tied": MOE.replace(modalities=ODD, tie_word_embeddings=True),
+    "moe_top_1": MOE.replace(experts=MOE.experts.replace(router=MOE.experts.router.replace(top_k=1))),
+}
 """Two ranks cannot halve the vocabulary of the tied one."""
 
 
@@ -120,7 +126,7 @@ def tensor_parallel_generation(folder: Path, kind: str) -> None:
         assert torch.equal(split.generate(**inputs, **settings), whole.generate(**inputs, **settings)), cache
 
 
-@case("moe", "moma", "moma_top_k", "pools", "mot_hybrid", "expert_choice")
+@case("moe", "moe_tied", "moma", "moma_top_k", "pools", "mot_hybrid", "expert_choice")
 def expert_parallel(folder: Path, kind: str) -> None:
     """Experts lie on two ranks, each whole on one; the rest is split by heads and width."""
     source = saved(folder, kind)
@@ -133,6 +139,7 @@ def expert_parallel(folder: Path, kind: str) -> None:
         assert split.model.backbone.layers[1].self_attn.q_proj.weight.placements[0].dim == 1
         assert bank.gate_up_proj.to_local().shape[0] * 2 == bank.gate_up_proj.shape[0]
         assert not torch.equal(*gathered(bank.gate_up_proj.to_local()))  # each rank has its own experts
+        assert (split.lm_head.weight is split.model.embed_tokens.weight) == (kind == "moe_tied")
         for kernels in ("omnimoe", "eager"):
             whole.set_experts_implementation(kernels)
             split.set_experts_implementation(kernels)
@@ -140,6 +147,28 @@ def expert_parallel(folder: Path, kind: str) -> None:
             split.zero_grad(set_to_none=True)
             check_step(whole.eval(), split.eval(), batch(kind))
     check_saved(split, source, folder / f"{kind}_again")
+
+
+@case("moe_top_1")
+def expert_parallel_one_expert(folder: Path, kind: str) -> None:
+    """Every row goes to the same expert: one rank has all the work, and the other none."""
+    source = folder / kind
+    if dist.get_rank() == 0:
+        model = build(KINDS[kind])
+        with torch.no_grad():
+            for layer in model.model.backbone.layers:
+                layer.mlp.router.scorer.weight.zero_()  # every row has the same tie
+        model.save_pretrained(source)
+    dist.barrier()
+    whole = OmniMoeForCausalLM.from_pretrained(source)
+    for implementation in ("auto", "all_reduce", "all_to_all"):
+        config = DistributedConfig(tp_size=2, ep_size=2, ep_implementation=implementation)
+        split = OmniMoeForCausalLM.from_pretrained(source, distributed_config=config)
+        whole.zero_grad(set_to_none=True)
+        check_step(whole.eval(), split.eval(), batch(kind))
+        for layer in whole.model.backbone.layers:
+            used = layer.mlp.experts.down_proj.grad.flatten(1).abs().sum(1) > 0
+            assert used.sum() == 1, used
 
 
 @case("moe", "mot_hybrid")
