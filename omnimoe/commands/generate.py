@@ -27,11 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="sources",
-        nargs=2,
+        nargs="+",
         action="append",
         default=[],
         metavar=("MODALITY", "INPUT"),
-        help='an input: text "a red apple", image apple.png, speech apple.wav; several are one document, in order',
+        help='an input: text "a red apple", image apple.png, speech apple.wav; several are one document, in order: '
+        '--from again, or image,text apple.png "make it green"',
     )
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="many inputs: a caption a line, or .jsonl with a document a line"
@@ -80,13 +81,14 @@ def run(args: argparse.Namespace) -> int:
     """Generates, writes and tells what was written."""
     # Wrong calls are told before the seconds that a model takes to load.
     tokenizers = read_tokenizers(args.tokenizer)
+    sources = [pair for given in args.sources for pair in _paired(given)]
     _check(args, kind=tokenizers[args.to].modality if args.to in tokenizers else args.to)
 
     from omnimoe.generate import generate, interleave
     from omnimoe.generation.prompt_files import read_prompts, read_raw
     from omnimoe.pipelines import find_pipeline
 
-    given = [(modality, read_raw(modality, source)) for modality, source in args.sources]
+    given = [(modality, read_raw(modality, source)) for modality, source in sources]
     documents = [given] if args.prompts is None else read_prompts(args.prompts)
     published = find_pipeline(args.model)
     if published is not None:
@@ -131,6 +133,9 @@ def _run_published(kind: type[Pipeline], source: str, documents: list, args: arg
     for name in ("best_of", "tokenizer"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for models of our own; leave it out with {source}")
+    unknown = sorted({name for document in documents for name, _ in document} - {"text", "image"})
+    if unknown:
+        raise ValueError(f"{source} takes text and image, not {unknown[0]!r}; write --from text or --from image")
     size = None if args.size is None else _size(args.size)
     # a picture may be given by its path, and a text is never one
     read = [[Path(raw) if kind != "text" and isinstance(raw, str) else raw for kind, raw in held] for held in documents]
@@ -170,6 +175,15 @@ def _run_published(kind: type[Pipeline], source: str, documents: list, args: arg
     told = _write_documents(documents_made, documents, args) if args.to == ANY else _write(made, documents, args)
     _tell(told, args, is_streamed=False)
     return 0
+
+
+def _paired(given: list[str]) -> list[tuple[str, str]]:
+    """The inputs of one ``--from``: names with commas between them, then as many inputs."""
+    names, inputs = given[0].split(","), given[1:]
+    if len(names) != len(inputs):
+        held = "an input" if len(names) == 1 else f"{len(names)} inputs"
+        raise ValueError(f"--from {given[0]} takes {held}, got {len(inputs)}; put words of a text into quotes")
+    return list(zip(names, inputs, strict=True))
 
 
 def _size(given: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import omnimoe
 from omnimoe import CheckpointError, convert_checkpoint
 from omnimoe.commands import generate as command
 from omnimoe.convert import to_published
@@ -22,6 +24,7 @@ from omnimoe.pipelines import Pipeline, find_pipeline
 from tests.tokenizers.test_hf_text import byte_level
 from tests.zoo.bagel.documents import Latent, Seen, Text, batch
 from tests.zoo.bagel.test_drawing import asked
+from tests.zoo.bagel.test_parity import is_sight, partial
 from tests.zoo.bagel.test_parity import model as model  # a fixture
 
 pytest.importorskip("diffusers", reason="pip install 'omnimoe[diffusers]'")
@@ -191,6 +194,13 @@ class TestCommand:
         self.call(folder, *given, "--to", "text", "--max-new-tokens", 3, "--json")
         told = json.loads(capsys.readouterr().out)
         assert told["samples"][0]["modality"] == "text"
+        again = ("--from", "image,text", PICTURE, "what is it?")
+        self.call(folder, *again, "--to", "text", "--max-new-tokens", 3, "--json")
+        assert json.loads(capsys.readouterr().out) == told
+        once = tmp_path / "once.png"
+        self.call(folder, *again, "--to", "image", "--out", once, "--size", "32x32", "--steps", 1, "--seed", 3)
+        self.call(folder, *given, "--to", "image", "--out", out, "--size", "32x32", "--steps", 1, "--seed", 3)
+        assert once.read_bytes() == out.read_bytes()
 
     def test_pictures_are_seen_and_a_missing_one_is_refused(self, folder, monkeypatch, capsys):
         seen = []
@@ -218,3 +228,26 @@ class TestCommand:
     def test_what_it_cannot_do_is_refused(self, folder, arguments, message):
         with pytest.raises(ValueError, match=message):
             self.call(folder, "--from", "text", "a", *arguments)
+
+    @pytest.mark.parametrize("name", ["foo", "vision", "text,foo"])
+    def test_a_name_of_neither_words_nor_pictures_is_refused(self, folder, name):
+        with pytest.raises(ValueError, match=r"takes text and image, not '(foo|vision)'; write --from text"):
+            self.call(folder, "--from", name, *[PICTURE] * len(name.split(",")), "--to", "text")
+
+
+def test_a_copy_without_a_vision_tower_draws_from_words_alone(folder, tmp_path):
+    copy = partial(folder, tmp_path / "blind", is_sight)
+    for name in (FILE, "tokenizer.json"):
+        shutil.copy(folder / name, copy / name)
+    blind = Bagel.from_pretrained(copy)
+    assert blind.draw(["an apple"], **FEW)[0].shape == (32, 48, 3)
+    assert len(blind.answer(["an apple"], max_new_tokens=1)) == 1
+    for call in (blind.draw, blind.answer):
+        with pytest.raises(
+            ValueError, match="this copy has no vision tower to see a picture with; give it words alone"
+        ):
+            call(["words", [PICTURE, "what is it?"]])
+    blind.model.save_pretrained(tmp_path / "ours")  # the mark stays with the model
+    again = Bagel(omnimoe.from_pretrained(tmp_path / "ours"), blind.tokenizer, blind.autoencoder)
+    with pytest.raises(ValueError, match="no vision tower"):
+        again.answer([[PICTURE]])
