@@ -134,6 +134,10 @@ def test_a_copy_of_transformers_takes_what_is_written_back(theirs, folder, tmp_p
 WRONG = {
     "missing expert": (lambda held: held.pop("model.layers.1.mlp.experts.7.up_proj.weight"), r"experts\.7\.up_proj"),
     "missing router": (lambda held: held.pop("model.layers.2.mlp.gate.weight_1"), r"gate\.weight_1"),
+    "missing bias": (
+        lambda held: held.pop("model.layers.2.mlp.moe_statics.e_score_correction_bias"),
+        r"1 missing:(.|\n)*may lack the correction biases of its routers as a whole",
+    ),
     "extra expert": (
         lambda held: held.update({"model.layers.1.mlp.experts.12.down_proj.weight": torch.ones(32, 8)}),
         r"experts\.12\.down_proj",
@@ -147,6 +151,17 @@ WRONG = {
         r"carry the prefix 'module\.'",
     ),
 }
+
+
+def test_a_copy_without_any_correction_bias(folder, tmp_path, caplog):
+    held = {name: tensor for name, tensor in load_file(folder / FILE).items() if "e_score_correction_bias" not in name}
+    shutil.copy(folder / "config.json", tmp_path / "config.json")
+    save_file(held, tmp_path / FILE, metadata={"format": "pt"})
+    ours = from_pretrained(tmp_path)
+    assert "has no correction biases of its routers, which it may lack" in caplog.text
+    assert not any(tensor.any() for name, tensor in ours.state_dict().items() if name.endswith("expert_bias"))
+    convert_checkpoint(ours, tmp_path / "back", to="published")
+    assert_same_tensors(load_file(tmp_path / "back" / FILE), held)
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)

@@ -125,10 +125,12 @@ def test_beams_and_samples_take_pictures_along(pair):
         assert torch.equal(found[place, :, held["input_ids"].shape[1] :], one[:, alone["input_ids"].shape[1] :])
 
 
-def test_gradients(pair, tmp_path):
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("documents", [DOCUMENTS, LACKING["words alone"]], ids=["mixed", "words"])
+def test_gradients(pair, documents, side, tmp_path):
     """Their gradients, published as if they were weights, are ours."""
     theirs, _, ours = pair
-    mine, other = batches(ours)
+    mine, other = batches(ours, documents, side)
     for model, given in ((ours, mine), (theirs, other)):
         model.zero_grad()
         logits = real(mine, model(**given).logits)
@@ -141,10 +143,13 @@ def test_gradients(pair, tmp_path):
     wanted = from_pretrained(publish(twin, tmp_path))
     largest = max(float(parameter.grad.norm()) for parameter in theirs.parameters() if parameter.grad is not None)
     for (name, parameter), (_, other_one) in zip(ours.named_parameters(), wanted.named_parameters(), strict=True):
-        assert parameter.grad is not None, name
         scale = float(other_one.detach().norm())
+        if parameter.grad is None:
+            assert "vision" in name, name
+            assert scale == 0, name
+            continue
         # a bias of keys shifts all scores of a query alike, so its gradient is rounding and nothing else
-        assert float((parameter.grad - other_one.detach()).norm()) < 2e-5 * scale + 1e-7 * largest, name
+        assert float((parameter.grad - other_one.detach()).norm()) < 1e-5 * scale + 1e-7 * largest, name
 
 
 def test_what_does_not_fit_is_refused(pair):
