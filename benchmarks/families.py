@@ -6,8 +6,8 @@
 Each pair holds the same random weights, in float32, on the CPU. Outputs are compared before anything is timed, and what
 differs is not timed; a time is the median over rounds in which both take turns in one process. The text families stand
 beside transformers with its defaults: ``sdpa`` attention and ``grouped_mm`` experts. BAGEL stands beside NeMo
-AutoModel's port, Cosmos3 beside transformers' reasoner and diffusers' transformer:
-``pip install --no-deps nemo-automodel==0.7.0 diffusers``.
+AutoModel's port, Cosmos3 beside transformers' reasoner and diffusers' transformer,
+BEiT-3 beside torchscale: ``pip install --no-deps nemo-automodel==0.7.0 diffusers torchscale``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import bagel
 
 import omnimoe
 from omnimoe.ops._extension import extension
+from tests.zoo.beit3 import peer as beit3
 from tests.zoo.chameleon import peer as chameleon
 from tests.zoo.cosmos3 import peer as cosmos3
 from tests.zoo.ernie4_5_vl import peer as ernie
@@ -148,9 +149,16 @@ def ernie_cases() -> Cases:
     }
 
 
+def beit3_cases() -> Cases:
+    """Pictures and words, read in both directions."""
+    ours, theirs = beit3.side_by_side()
+    return {"forward": (lambda: ours().last_hidden_state, theirs)}
+
+
 FAMILIES: dict[str, Callable[[], Cases]] = {name: functools.partial(text_cases, name) for name in CASES}
 FAMILIES |= {
     "bagel": bagel.cases,
+    "beit3": beit3_cases,
     "cosmos3_omni": functools.partial(cosmos3.cases, "cosmos3_omni"),
     "cosmos3_edge": functools.partial(cosmos3.cases, "cosmos3_edge"),
     "ernie4_5_vl": ernie_cases,
