@@ -15,7 +15,7 @@ from omnimoe.convert import to_published
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.bagel import BAGEL, bagel_7b_mot
 from tests.zoo.bagel import oracle
-from tests.zoo.bagel.documents import LLM, VIT, Latent, batch, documents, tokens
+from tests.zoo.bagel.documents import LLM, VIT, Latent, Seen, batch, documents, tokens
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +76,48 @@ def test_a_batch_without_one_kind_of_picture(model, weights, lacking):
         close(out.logits[row, : len(logits)], logits)
 
 
-def test_gradients(model, folder):
+HELD = {
+    "a padded batch": (documents()[1:3], "left"),
+    "nothing seen": ([[part for part in held if not isinstance(part, Seen)] for held in documents()[:2]], "right"),
+    "nothing drawn": ([[part for part in held if not isinstance(part, Latent)] for held in documents()[:3]], "right"),
+}
+
+
+@pytest.mark.parametrize(("held", "side"), HELD.values(), ids=HELD)
+def test_gradients(model, folder, held, side):
     """Of a loss over logits and velocities, in the published tensors of each part."""
-    document = documents()[1]
-    given = batch(model, [document])
-    weights = {name: held.double().requires_grad_() for name, held in load_file(folder / "ema.safetensors").items()}
-    logits, velocities = oracle.run(weights, document)
-    mix = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    ((logits * mix).mean() + sum(velocity.square().sum() for velocity in velocities)).backward()
-    held = OmniMoeForCausalLM(model.config)
-    held.load_state_dict(model.state_dict())
-    out = held(**given)
-    ((out.logits[0].double() * mix).mean() + out.predictions["image"].double().square().sum()).backward()
-    plan = BAGEL.plan(held)
-    scale = max(float(held.grad.norm()) for held in weights.values() if held.grad is not None)
-    named = dict(held.named_parameters())
+    weights = {name: tensor.double().requires_grad_() for name, tensor in load_file(folder / "ema.safetensors").items()}
+    ours = OmniMoeForCausalLM(model.config)
+    ours.load_state_dict(model.state_dict())
+    out = ours(**batch(ours, held, side))
+    generator = torch.Generator().manual_seed(3)
+    theirs, mine = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for row, document in enumerate(held):
+        logits, velocities = oracle.run(weights, document)
+        mix = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+        at = slice(0, len(logits)) if side == "right" else slice(-len(logits), None)
+        theirs = theirs + (logits * mix).mean() + sum(velocity.square().sum() for velocity in velocities)
+        mine = mine + (out.logits[row, at].double() * mix).mean()
+    if out.predictions:
+        mine = mine + out.predictions["image"].double().square().sum()
+    theirs.backward()
+    mine.backward()
+    plan = BAGEL.plan(ours)
+    scale = max(float(tensor.grad.norm()) for tensor in weights.values() if tensor.grad is not None)
+    named = dict(ours.named_parameters())
     compared = 0
     for piece in plan.pieces:
         wanted, found = weights[piece.published].grad, named[piece.ours].grad
-        if not named[piece.ours].requires_grad or wanted is None:
+        if not named[piece.ours].requires_grad:
+            continue
+        if wanted is None:
+            assert found is None or not piece.place(found).any(), piece.published
             continue
         # an encoder's key bias shifts all scores of a query alike, so its gradient is rounding and nothing else
         wanted = piece.change.into(wanted)
-        assert (piece.place(found) - wanted).norm() < 2e-5 * wanted.norm() + 1e-8 * scale, piece.published
+        assert (piece.place(found) - wanted).norm() < 1e-5 * wanted.norm() + 1e-8 * scale, piece.published
         compared += 1
-    assert compared > 60
+    assert compared > 30
 
 
 def test_losses_are_of_noised_pictures_alone(model):

@@ -182,37 +182,52 @@ def gradients(model: OmniMoeForCausalLM, peer_grads: dict[str, Tensor | None]) -
             assert found is None or float(piece.place(found).abs().max()) == 0, piece.published
             continue
         wanted = piece.change.into(wanted)
-        assert (piece.place(found) - wanted).norm() < 2e-5 * wanted.norm() + 1e-7 * scale, piece.published
+        assert (piece.place(found) - wanted).norm() < 1e-5 * wanted.norm() + 1e-7 * scale, piece.published
         compared += 1
     return compared
 
 
-def test_gradients_of_what_is_generated(kind, folder):
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chosen", [[4], [2, 4], [2]], ids=["actions", "a padded batch", "no actions"])
+def test_gradients_of_what_is_generated(kind, folder, chosen, side):
     """They reach the keys and values of the first tower, and nothing of its last layer behind them."""
     model, peer = make_model(kind), generator(kind, folder)
-    sample = samples(kind)[4]
-    out, wanted = model(**batch(model, [sample])), peer(**asked(sample))
-    mine = to_latent(out.predictions["video"].view(*sample.scene.video, -1))[:, sample.noisy]
-    loss = mine.square().sum() + out.predictions["action"].square().sum()
-    theirs = wanted.sample[0][0][:, sample.noisy].square().sum() + wanted.action[0].square().sum()
-    if wanted.sound is not None:
-        loss = loss + out.predictions["sound"].square().sum()
-        theirs = theirs + wanted.sound[0].square().sum()
-    loss.backward()
+    held = [samples(kind)[number] for number in chosen]
+    out = model(**batch(model, held, side))
+    mine = sum(rows.square().sum() for name, rows in out.predictions.items() if name != "video")
+    theirs, start = torch.zeros(()), 0
+    for sample in held:
+        count = torch.Size(sample.scene.video).numel()
+        rows = out.predictions["video"][start : start + count].view(*sample.scene.video, -1)
+        start += count
+        mine = mine + to_latent(rows, sample.latent.shape[2:])[:, sample.noisy].square().sum()
+        wanted = peer(**asked(sample))
+        theirs = theirs + wanted.sample[0][0][:, sample.noisy].square().sum()
+        parts = (wanted.action, wanted.sound)
+        theirs = theirs + sum(part[0].square().sum() for part in parts if part is not None)
+    mine.backward()
     theirs.backward()
     last = f"layers.{model.config.num_layers - 1}."
     grads = {name: held.grad for name, held in peer.named_parameters()}
     assert float(grads[f"{last}mlp.up_proj.weight"].abs().max()) == 0
     assert float(grads[f"{last}self_attn.to_k.weight"].abs().max()) > 0
-    assert gradients(model, grads) > 80 - 24 * (kind == "cosmos3_edge")
+    assert gradients(model, grads) > 70 - 24 * (kind == "cosmos3_edge")
 
 
-def test_gradients_of_what_is_said(kind, folder):
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chosen", [[3], [0, 3], [0]], ids=["a picture", "a padded batch", "words alone"])
+def test_gradients_of_what_is_said(kind, folder, chosen, side):
     model, peer = make_model(kind), reasoner(kind, folder)
-    sample = samples(kind)[3]
-    mix = torch.randn(1, len(sample.scene.ids), 120, generator=torch.Generator().manual_seed(3))
-    (model(**batch(model, [sample])).logits * mix).mean().backward()
-    (said(peer, sample) * mix[0]).mean().backward()
+    held = [samples(kind)[number] for number in chosen]
+    given = batch(model, held, side)
+    logits = model(**given).logits
+    mine = theirs = torch.zeros(())
+    for row, sample in enumerate(held):
+        mix = torch.randn(len(sample.scene.ids), 120, generator=torch.Generator().manual_seed(3))
+        mine = mine + (logits[row][given["attention_mask"][row].bool()] * mix).mean()
+        theirs = theirs + (said(peer, sample) * mix).mean()
+    mine.backward()
+    theirs.backward()
     grads = {}
     for name, held in peer.named_parameters():
         name = name.removeprefix("model.language_model.")
@@ -226,7 +241,7 @@ def test_gradients_of_what_is_said(kind, folder):
             name = name.replace(f"self_attn.{site}_norm.", f"self_attn.norm_{site}.")
         name = name.replace("self_attn.o_proj.", "self_attn.to_out.")
         grads[name] = held.grad
-    assert gradients(model, grads) > 60
+    assert gradients(model, grads) > (60 if 3 in chosen else 30)
 
 
 @torch.no_grad()
