@@ -120,7 +120,7 @@ def model_info(name: str) -> ModelInfo:
         sequence_length=config.max_position_embeddings,
         modalities=config.modality_names,
         is_causal=config.is_causal,
-        license=card.license if card else "unknown",
+        license=card.license_of(name) if card else "unknown",
         paper=card.papers.get(name, card.paper) if card else "",
         pretrained=weights_of(name),
         description=(make.__doc__ or "").strip().partition("\n")[0],

@@ -36,7 +36,8 @@ from omnimoe.checkpoint.route import ADAPTERS, CONFIG_OF_ADAPTERS
 from omnimoe.classifier import class_of
 from omnimoe.closest import closest_models
 from omnimoe.config import ConfigError
-from omnimoe.convert import find_converter
+from omnimoe.convert import CONVERTERS, find_converter
+from omnimoe.convert.licence import tell
 from omnimoe.convert.load import fetch_below, load_converted
 from omnimoe.model import MODELS, OmniMoeConfig, OmniMoePreTrainedModel
 from omnimoe.registry import RegistryError
@@ -106,6 +107,9 @@ def load(
     if pretrained:
         source = name if is_address else weights_of(name)
         if source is None:
+            card = card_of(name)
+            if card is not None and name in card.unread:
+                raise ValueError(f"no weights of {name!r} are fetched: {card.unread[name]}")
             has = ", ".join(list_models(pretrained=True)) or "no registered model yet"
             raise ValueError(f"there are no weights for {name!r}; weights exist for: {has}. Leave pretrained=True out")
         changes = [field for field in overrides if field not in _arguments(from_pretrained)]
@@ -237,6 +241,9 @@ def from_pretrained(
                 allow_pickle=allow_pickle,
                 **given,
             )
+        known = next((name for name in MODELS if weights_of(name) == f"hf-hub:{place.name}"), None)
+        if known is not None and not place.is_folder:
+            _describe(model, known)
         empty: dict[str, set[str]] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
         return (_named(model, place), empty) if output_loading_info else _named(model, place)
     if towers is not None or without:
@@ -270,6 +277,8 @@ def from_pretrained(
     if misfit:
         logger.warning("the weights in %s do not fit its config.json; what is missing is fresh.\n%s", folder, misfit)
     model = _named(model if device is None else model.to(device), place)
+    family = (model.config.published or {}).get("family", "")
+    tell(folder, CONVERTERS.get(family).notice if family in CONVERTERS else "", name=place.name)
     return (model, report) if output_loading_info else model
 
 
@@ -376,11 +385,11 @@ def _arguments(function: Callable[..., Any]) -> frozenset[str]:
 
 def _describe(model: OmniMoePreTrainedModel, name: str) -> None:
     """Gives a model what its family says of it, for the card that is written when it is saved."""
-    card = card_of(name)
-    known = {"license": card.license.lower(), "paper": card.papers.get(name, card.paper)} if card else {}
-    if " " in known.get("license", ""):  # no SPDX name, of which the Hub takes no others
-        known |= {"license": "other", "license_name": known["license"].replace(" ", "-")}
-    model.config.card = {**known, **(getattr(model.config, "card", None) or {})}
+    card, held = card_of(name), getattr(model.config, "card", None) or {}
+    known = card.facts(name) if card else {}
+    if "license" in held:  # what the checkpoint says counts, and its name and address are no other licence's
+        known.pop("license_name", None)
+    model.config.card = {**known, **held}
 
 
 def _dtype(dtype: str | torch.dtype | None) -> Any:

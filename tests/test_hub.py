@@ -129,6 +129,9 @@ class TestLoad:
             load("dense_nano", dtype="int8")
 
     def test_no_weights(self):
+        for name in ("gpt_oss_20b", "gpt_oss_120b", "deepseek_v3"):
+            with pytest.raises(ValueError, match=rf"{name}' are fetched: its official files.*copy in bfloat16"):
+                load(name, pretrained=True)
         with pytest.raises(ValueError, match="there are no weights for 'mot_7b'; weights exist for: "):
             load("mot_7b", pretrained=True)
 

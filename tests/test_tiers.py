@@ -73,7 +73,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "shrink": ("model", "encoders"),
     "export": ("model",),
     "closest": ("checkpoint", "model"),
-    "convert": ("checkpoint", "model", "publish"),
+    "convert": ("checkpoint", "model", "model_card", "publish"),
     "zoo": ("model", "tokenizers", "convert"),
     "towers": ("checkpoint", "model"),
     "catalogue": ("checkpoint", "convert", "flops", "model", "zoo"),

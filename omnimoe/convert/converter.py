@@ -62,6 +62,8 @@ class Converter:
             converted.
         notice: what the licence of the weights restricts, logged when they are loaded; where empty, a licence in the
             checkpoint's own card that may restrict is.
+        license: of all weights of the family, where there is one for all; it goes with a model whose checkpoint says
+            nothing of its licence.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Converter:
     kept: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     notice: str = ""
+    license: str = ""
 
     def read(self, folder: Path) -> OmniMoeConfig:
         """Our config of a folder, its weights unread.

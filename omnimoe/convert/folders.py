@@ -21,6 +21,7 @@ from omnimoe.convert.files import Held, Weights, main_dtype, write_weights
 from omnimoe.convert.published import ROWS, Published
 from omnimoe.convert.rules import Plan, Shape
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.model_card import README, text_of, write_card
 from omnimoe.publish import MANIFEST, SEALED, family_of, publish, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,8 @@ def to_omnimoe(
             write_weights(fresh, tensors, lambda name: held.parts(by_ours[name]), max_shard_size=max_shard_size)
             _copy_beside(folder, fresh, converter)
             _write_kept(held, fresh)
+            if not (fresh / README).exists():
+                write_card(held.meta.to(held.dtype), fresh, name=destination.name, held=text_of(destination / README))
         return held.plan
 
 

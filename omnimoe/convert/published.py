@@ -25,7 +25,7 @@ from omnimoe.checkpoint.header import Entry
 from omnimoe.checkpoint.memory import check_memory
 from omnimoe.convert.converter import Converter
 from omnimoe.convert.files import NAMES, Weights, main_dtype
-from omnimoe.convert.licence import tell
+from omnimoe.convert.licence import facts_of, license_facts, tell
 from omnimoe.convert.rules import Piece, Plan, Shape
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 
@@ -58,6 +58,9 @@ class Published:
         except BaseException:
             self.weights.close()
             raise
+        card = facts_of(folder) or (license_facts(converter.license) if converter.license else {})
+        if card:
+            self.config.card = card
         tell(folder, converter.notice)
 
     def __enter__(self) -> Published:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -32,6 +34,20 @@ def test_a_checkpoint_by_id(hub, mixtral, tmp_path):  # noqa: F811
         assert (tmp_path / "ours" / name).read_bytes() == name.encode()
     again = from_pretrained(tmp_path / "ours")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in local.state_dict().items())
+
+
+def test_the_licence_of_a_published_model_is_known_by_its_id(hub, mixtral, tmp_path):  # noqa: F811
+    """Where its card says nothing; what it says counts."""
+    hub.add("mistralai/Mixtral-8x7B-v0.1", mixtral)
+    hub.add("mistralai/of-somebody", mixtral)
+    found = from_pretrained("mistralai/Mixtral-8x7B-v0.1").config.card
+    assert found == {"license": "apache-2.0", "paper": "https://arxiv.org/abs/2401.04088"}
+    assert getattr(from_pretrained("mistralai/of-somebody").config, "card", None) is None
+    folder = shutil.copytree(mixtral, tmp_path / "told")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mnpl\n---\n")
+    hub.add("mistralai/Mixtral-8x22B-v0.1", folder)
+    found = from_pretrained("mistralai/Mixtral-8x22B-v0.1").config.card
+    assert (found["license"], found["license_name"]) == ("other", "mnpl")
 
 
 def test_a_shard_that_was_not_uploaded(hub, mixtral, tmp_path):  # noqa: F811

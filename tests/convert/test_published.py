@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -143,6 +144,50 @@ def test_a_licence_in_the_card_is_told_where_it_may_restrict(head, told, tmp_pat
         (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# Twins\n")
     with Published(tmp_path, TWINS):
         assert ("which may restrict its use" in caplog.text) == told
+
+
+def restricted(monkeypatch) -> None:
+    """The family, under a licence that restricts."""
+    told = dataclasses.replace(TWINS, notice="for research only", license="Research License")
+    CONVERTERS.names()
+    monkeypatch.setitem(CONVERTERS._parts, "twins", told)
+
+
+@pytest.mark.parametrize(
+    ("head", "licence"),
+    [
+        (None, {"license": "other", "license_name": "research-license"}),
+        ("license: llama3.2\nlicense_link: https://example.org", {"license": "llama3.2"}),
+    ],
+    ids=["of the family", "of the checkpoint"],
+)
+def test_the_licence_goes_with_what_is_saved_and_converted(head, licence, monkeypatch, tmp_path, caplog):
+    restricted(monkeypatch)
+    theirs = write_twins(tmp_path / "theirs", {**random_tensors(), "blocks.0.steps": torch.ones(1)})
+    if head is not None:
+        (theirs / "README.md").write_text(f"---\n{head}\n---\n# Twins\n")
+    model = from_pretrained(theirs)
+    model.save_pretrained(tmp_path / "saved")
+    convert_checkpoint(theirs, tmp_path / "ours")
+    for name in ("saved", "ours"):
+        card = metadata_load(tmp_path / name / "README.md")
+        assert licence.items() <= card.items()
+        caplog.clear()
+        again = from_pretrained(tmp_path / name)
+        assert "for research only" in caplog.text
+        assert licence.items() <= again.config.card.items()
+    if head is None:
+        page = (tmp_path / "ours" / "README.md").read_text()
+        assert "| licence | research-license |" in page
+        assert "| dtype | float32 |" in page
+
+
+def test_what_says_nothing_of_a_licence_is_given_none(twins, tmp_path, caplog):
+    write_twins(tmp_path / "theirs")
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    assert "not stated" in (tmp_path / "ours" / "README.md").read_text()
+    assert getattr(from_pretrained(tmp_path / "ours").config, "card", None) is None
+    assert "licence" not in caplog.text
 
 
 def test_which_family_a_folder_belongs_to(twins, tmp_path, llama):

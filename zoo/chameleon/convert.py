@@ -179,5 +179,6 @@ CHAMELEON = register_converter(
         ignored=ROTARY_TABLES,
         beside=("vqgan.safetensors",),
         notice="Chameleon's weights are under the Chameleon Research License: for research, not for commercial use",
+        license="Chameleon Research License",
     )
 )

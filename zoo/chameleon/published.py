@@ -20,7 +20,7 @@ CARD = Card(
     family="chameleon",
     title="Chameleon: words and pictures in one vocabulary, as published",
     paper="https://arxiv.org/abs/2405.09818",
-    license="Chameleon Research License",
+    license=CHAMELEON.license,
     weights={"chameleon_7b": "hf-hub:facebook/chameleon-7b", "chameleon_34b": "hf-hub:facebook/chameleon-30b"},
 )
 

@@ -17,7 +17,7 @@ CARD = Card(
     family="deepseek",
     title="DeepSeek-V3: latent attention, groups of experts, balance by a bias",
     paper="https://arxiv.org/abs/2412.19437",
-    license="LicenseRef-DeepSeek-Model",
+    license="DeepSeek Model License",
     related=(
         "https://arxiv.org/abs/2405.04434",
         "https://arxiv.org/abs/2408.15664",
@@ -25,6 +25,8 @@ CARD = Card(
     ),
     weights={"moonlight_16b_a3b": "hf-hub:moonshotai/Moonlight-16B-A3B"},
     papers={"moonlight_16b_a3b": "https://arxiv.org/abs/2502.16982"},
+    licenses={"moonlight_16b_a3b": "MIT"},
+    unread={"deepseek_v3": "its official files are in eight-bit floats; load a copy in bfloat16 with from_pretrained"},
 )
 
 

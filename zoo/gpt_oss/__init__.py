@@ -13,10 +13,12 @@ from omnimoe import OmniMoeConfig, register_model
 from omnimoe.zoo.card import Card
 from omnimoe.zoo.gpt_oss.convert import GPT_OSS
 
+IN_FOUR_BITS = "its official files hold the experts in four bits (MXFP4); load a copy in bfloat16 with from_pretrained"
 CARD = Card(
     family="gpt_oss",
     title="gpt-oss: mixtures of experts with biases, attention sinks, windows in every other layer",
     paper="https://arxiv.org/abs/2508.10925",
+    unread=dict.fromkeys(("gpt_oss_20b", "gpt_oss_120b"), IN_FOUR_BITS),
 )
 
 

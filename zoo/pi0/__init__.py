@@ -17,7 +17,7 @@ CARD = Card(
     family="pi0",
     title="pi0: PaliGemma and a narrower tower for the actions of a robot",
     paper="https://arxiv.org/abs/2410.24164",
-    license="gemma",
+    license=PI0.license,
     weights={"pi0": "hf-hub:lerobot/pi0_base"},
 )
 

@@ -240,5 +240,6 @@ PI0 = register_converter(
         kept={SCALES: OWN_NORMALIZER},
         beside=BESIDE,
         notice="grown from PaliGemma, whose Gemma terms restrict some uses",
+        license="gemma",
     )
 )

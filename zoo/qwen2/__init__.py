@@ -25,6 +25,7 @@ CARD = Card(
         "qwen1_5_moe_a2_7b": "hf-hub:Qwen/Qwen1.5-MoE-A2.7B",
     },
     papers={"qwen2_5_7b": "https://arxiv.org/abs/2412.15115"},
+    licenses={"qwen1_5_moe_a2_7b": "Tongyi Qianwen"},
 )
 
 

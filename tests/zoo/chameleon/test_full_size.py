@@ -36,7 +36,8 @@ def test_the_exact_list_of_keys_loads_and_is_given_back(name, tmp_path):
     model = from_pretrained(write_hollow(tmp_path, name, keys), device="meta")
     assert model.dtype == torch.bfloat16
     assert all(tensor.is_meta for tensor in model.state_dict().values())
-    assert model.config.to_dict() == {**MODELS.get(name)().to_dict(), "dtype": "bfloat16"}
+    card = {"license": "other", "license_name": "chameleon-research-license"}
+    assert model.config.to_dict() == {**MODELS.get(name)().to_dict(), "dtype": "bfloat16", "card": card}
     plan = CHAMELEON.plan(model)
     assert plan.published == keys
     assert (len(keys), sum(map(prod, keys.values()))) == STATED[name]
