@@ -56,10 +56,13 @@ def test_the_perplexity_stays_to_the_digit(seed, asked):
 
 
 @pytest.mark.slow
-def test_it_learns_pictures_beside_a_frozen_text_tower(folder, seed, tmp_path):
+@pytest.mark.parametrize(
+    ("modalities", "towers"), [(TWO, "modality"), (THREE, (0, 1, 1))], ids=["pictures", "pictures and speech"]
+)
+def test_it_learns_beside_a_frozen_text_tower(folder, seed, tmp_path, modalities, towers):
     words = load_tokenizer("hf_text", str(folder / "tokenizer.json"))
     corpus = Corpus.load(retokenize_corpus("p", tmp_path / "corpus", words))
-    model, report = upcycle(seed, modalities=TWO, towers="modality", markers="front", return_report=True)
+    model, report = upcycle(seed, modalities=modalities, towers=towers, markers="front", return_report=True)
     settings = TrainSettings(
         steps=8,
         batch_size=2,
@@ -73,7 +76,8 @@ def test_it_learns_pictures_beside_a_frozen_text_tower(folder, seed, tmp_path):
     )
     run = Training(model, settings, corpus=corpus, show_progress=False)
     losses = run.run().held_out
-    assert losses["image"][-1] < losses["image"][0] - 0.5
+    for name in modalities:
+        assert losses[name][-1] < losses[name][0] - 0.5
     ids = torch.tensor([tokenizer().encode(GENESIS).ids])
     held = measure(seed, model.float(), report.vocabulary, ids)
     assert held.difference == 0
