@@ -420,10 +420,16 @@ class TestListing:
     @pytest.mark.parametrize(
         ("given", "names"),
         [
-            ({"filter": "*_micro"}, ["dense_micro", "moe_micro", "moma_micro", "mot_micro", "omni_micro"]),
-            ({"filter": "micro", "exclude": "omni*"}, ["dense_micro", "moe_micro", "moma_micro", "mot_micro"]),
+            ({"filter": "mo*_micro"}, ["moe_micro", "moma_micro", "mot_micro"]),
+            (
+                {"filter": "micro", "exclude": ["omni*", "*mamba*"]},
+                ["dense_micro", "moe_micro", "moma_micro", "mot_micro"],
+            ),
             ({"filter": "m??_nano"}, ["moe_nano", "mot_nano"]),
-            ({"filter": "nano", "exclude": ["mo*", "x"]}, ["dense_nano", "omni_nano", "omni_nano_dense"]),
+            (
+                {"filter": "nano", "exclude": ["mo*", "*mamba*", "cosmos*", "x"]},
+                ["dense_nano", "omni_nano", "omni_nano_dense"],
+            ),
             ({"family": "transfusion", "exclude": "mot_*", "filter": "*b"}, ["transfusion_1_4b", "transfusion_7b"]),
             ({"modality": "speech", "family": "mot", "filter": "7b"}, ["mot_7b_speech"]),
             ({"modality": "smell"}, []),
