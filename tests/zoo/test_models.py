@@ -12,6 +12,8 @@ import torch
 
 from omnimoe import OmniMoeConfig, OmniMoeForCausalLM, from_pretrained, list_models, load, model_info, shrink
 from omnimoe.encoders import Features
+from omnimoe.inputs import InputError
+from omnimoe.layers.masks import generates_under
 from omnimoe.model import MODELS
 from omnimoe.tokenizers import TokenizerError, load_tokenizer
 
@@ -233,6 +235,10 @@ def test_a_small_copy_steps_saves_and_generates(name, tmp_path):
         assert torch.equal(model(**batch).logits, again(**batch).logits)
 
     prompt = batch["input_ids"] if "features" not in batch else torch.randint(16, 60, (2, 6))
+    if not generates_under(model.config.mask):
+        with pytest.raises(InputError, match="does not generate"):
+            model.generate(prompt, max_new_tokens=4)
+        return
     made = model.generate(
         prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
