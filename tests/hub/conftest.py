@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.utils.hub
 from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import close_session
 
@@ -29,7 +30,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
             "HF_STORED_TOKENS_PATH": str(tmp_path / "no-tokens"),
         }.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", found.endpoint)  # of its functions, which the Trainer calls
+        # the clients that a Trainer calls: huggingface_hub's own, and one that newer transformers keep
+        monkeypatch.setattr(hf_api.api, "endpoint", found.endpoint)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr("time.sleep", lambda seconds: None)
         close_session()
