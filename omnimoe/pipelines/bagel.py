@@ -9,23 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from omnimoe.checkpoint import Hub, Source
 from omnimoe.denoise import denoise
 from omnimoe.encoders.raw import whole_pictures
 from omnimoe.encoders.siglip import fit_size
 from omnimoe.guidance import Guidance
-from omnimoe.hub import from_pretrained, model_info
-from omnimoe.model import MODELS, OmniMoeForCausalLM
-from omnimoe.pipelines.base import Part, Pipeline, read_documents, register_pipeline
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.pipelines.base import Loading, Part, Pipeline, open_published, read_documents, register_pipeline
 from omnimoe.tokenizers import Tokenizer, TokenizerError
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
 from omnimoe.zoo.bagel.autoencoder import FILE, PIXELS, BagelAutoencoder
@@ -70,43 +68,20 @@ class Bagel(Pipeline):
         self.autoencoder = autoencoder
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | PathLike[str],
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> Bagel:
-        """A published checkpoint: a folder or an id on the Hub.
+    def from_pretrained(cls, source: str | PathLike[str], **options: Unpack[Loading]) -> Bagel:
+        """A published checkpoint: a folder, an id on the Hub, or a name of the zoo.
 
         Args:
             source: as for :func:`omnimoe.from_pretrained`, or a name of the zoo.
-            dtype: of the model; the autoencoder stays in float32.
-            device: where to put both.
-            revision: branch, tag or commit, on the Hub.
-            token: for what is private or gated.
-            local_files_only: look on the Hub's local cache alone.
+            options: those of :class:`~omnimoe.pipelines.base.Loading`; the autoencoder stays in float32.
 
         Raises:
             CheckpointError: if a file is missing, malformed, or does not fit.
         """
-        if source in MODELS and not Path(source).is_dir():
-            source = model_info(fspath(source)).pretrained or source
-        hub = Hub(revision=revision, token=token, local_files_only=local_files_only)
-        place = Source.find(source, hub=hub)
-        folder = place.fetch(("*.json", "merges.txt", FILE))
-        model = from_pretrained(
-            source,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        return cls(model, read_tokenizer(folder), BagelAutoencoder.from_folder(folder).to(model.device))
+        folder, load = open_published(source, ("*.json", "merges.txt", FILE), **options)
+        tokenizer, autoencoder = read_tokenizer(folder), BagelAutoencoder.from_folder(folder)
+        model = load()
+        return cls(model, tokenizer, autoencoder.to(model.device))
 
     def draw(
         self,

@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypedDict, Unpack
 
 import numpy as np
+import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from omnimoe.catalogue import weights_of
 from omnimoe.checkpoint import CheckpointError, Hub, Source
 from omnimoe.convert import find_converter
-from omnimoe.hub import model_info
-from omnimoe.model import MODELS
+from omnimoe.hub import from_pretrained
+from omnimoe.model import MODELS, OmniMoeForCausalLM
 from omnimoe.registry import Registry
 
 Part = str | Any
@@ -42,6 +45,24 @@ class Clip:
     sample_rate: int = 0
 
 
+class Loading(TypedDict, total=False):
+    """What ``from_pretrained`` of every pipeline takes beside the source.
+
+    Args:
+        dtype: of the model, that of the file where left out; networks beside it stay in float32.
+        device: where to put all.
+        revision: branch, tag or commit, on the Hub.
+        token: for what is private or gated.
+        local_files_only: look on the Hub's local cache alone.
+    """
+
+    dtype: str | torch.dtype
+    device: str | torch.device | None
+    revision: str | None
+    token: str | bool | None
+    local_files_only: bool
+
+
 class Pipeline:
     """A model with all that it needs to read and to write what people do.
 
@@ -52,8 +73,13 @@ class Pipeline:
     """What it makes: ``"text"``, ``"image"``, ``"video"``."""
 
     @classmethod
-    def from_pretrained(cls, source: str | PathLike[str], *, dtype: Any = "auto", device: Any = None) -> Self:
-        """A checkpoint as it is published."""
+    def from_pretrained(cls, source: str | PathLike[str], **options: Unpack[Loading]) -> Self:
+        """A checkpoint as it is published; :func:`open_published` does what all families have in common.
+
+        Args:
+            source: a folder, an id on the Hub, or a name of the zoo.
+            options: those of :class:`Loading`.
+        """
         raise NotImplementedError(f"{cls.__name__} does not define from_pretrained(source)")
 
     def draw(
@@ -99,6 +125,44 @@ class Pipeline:
         raise ValueError(
             f"{type(self).__name__} makes {', '.join(self.targets)} one at a time, not one after the other"
         )
+
+
+def open_published(
+    source: str | PathLike[str], files: Sequence[str] = ("*.json",), **options: Unpack[Loading]
+) -> tuple[Path, Callable[[], OmniMoeForCausalLM]]:
+    """A published checkpoint without its weights, and what loads them, so that what is lacking is told before.
+
+    Args:
+        source: as for :func:`omnimoe.from_pretrained`, or a name of the zoo.
+        files: what is fetched beside the weights: names, and patterns of such.
+        options: those of :class:`Loading`.
+
+    Returns:
+        The folder with the files in it, and a function without arguments that gives the model.
+
+    Raises:
+        CheckpointError: if a file is missing, malformed, or, when the model is loaded, does not fit.
+        TypeError: if an option is unknown.
+    """
+    known = list(Loading.__annotations__)
+    if unknown := next((name for name in options if name not in known), None):
+        raise TypeError(f"from_pretrained of a pipeline has no option {unknown!r}; it has {', '.join(known)}")
+    source = _address(source)
+    asked: Any = {name: value for name, value in options.items() if name not in ("dtype", "device")}
+    place = Source.find(source, hub=Hub(**asked))
+    # with a name that reaches into a folder, patterns without one would too
+    above = [name for name in files if "/" not in name]
+    folder = place.fetch(above)
+    if below := [name for name in files if "/" in name]:
+        place.fetch(below, at=folder)
+    return folder, partial(from_pretrained, source, **options)
+
+
+def _address(source: str | PathLike[str]) -> str | PathLike[str]:
+    """Where the weights of a name of the zoo lie, if there are any; what is no such name as it is."""
+    if source not in MODELS or Path(source).is_dir():
+        return source
+    return weights_of(fspath(source)) or source
 
 
 def read_documents(given: Any, read: Callable[[Any], Any]) -> list[list[Any]]:
@@ -150,12 +214,7 @@ def find_pipeline(source: str | PathLike[str]) -> tuple[type[Pipeline], str] | N
     Raises:
         CheckpointError: if there is no such repository.
     """
-    name = fspath(source)
-    if name in MODELS and not Path(name).is_dir():
-        weights = model_info(name).pretrained
-        if weights is None or weights.startswith("local-dir:"):
-            return None
-        name = weights
+    name = fspath(_address(fspath(source)))
     try:
         place = Source.find(name, hub=Hub())
     except CheckpointError:

@@ -10,19 +10,17 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from omnimoe.checkpoint import Hub, Source
 from omnimoe.encoders.patch_stem import PatchStem
-from omnimoe.hub import from_pretrained, model_info
-from omnimoe.model import MODELS, OmniMoeForCausalLM
-from omnimoe.pipelines.base import Part, Pipeline, read_documents, register_pipeline
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.pipelines.base import Loading, Part, Pipeline, open_published, read_documents, register_pipeline
 from omnimoe.tokenizers import TokenizerError
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
 
@@ -58,25 +56,26 @@ class Beit3(Pipeline):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | PathLike[str], *, dtype: Any = "auto", device: Any = None, tokenizer: Any = None
+        cls,
+        source: str | PathLike[str],
+        *,
+        tokenizer: str | PathLike[str] | None = None,
+        **options: Unpack[Loading],
     ) -> Beit3:
         """A checkpoint with ``beit3.spm``, its SentencePiece model, or a ``tokenizer.json`` beside it.
 
         Args:
             source: as for :func:`omnimoe.from_pretrained`, or a name of the zoo.
-            dtype: of the model.
-            device: where to put it.
             tokenizer: a file, or the folder of one, where the tokenizer lies elsewhere.
+            options: those of :class:`~omnimoe.pipelines.base.Loading`.
 
         Raises:
             CheckpointError: if a file is missing, malformed, or does not fit.
             TokenizerError: if there is no tokenizer.
         """
-        if source in MODELS and not Path(source).is_dir():
-            source = model_info(fspath(source)).pretrained or source
-        folder = Source.find(source, hub=Hub()).fetch(("*.json", SPM))
+        folder, load = open_published(source, ("*.json", f"{SPM}*"), **options)
         words = read_words(folder if tokenizer is None else Path(tokenizer))
-        return cls(from_pretrained(source, dtype=dtype, device=device), words)
+        return cls(load(), words)
 
     @torch.no_grad()
     def fill(self, documents: Sequence[Sequence[Part] | str]) -> list[list[str]]:

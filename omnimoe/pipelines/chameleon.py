@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omnimoe.checkpoint import Hub, Source
 from omnimoe.generation.media import Generated
 from omnimoe.generation.prompts import Prompt, lay_out_prompt, pad_prompts, token_ids
 from omnimoe.generation.sampling import ByModality, Sampling, row_generators, sample
-from omnimoe.hub import from_pretrained, model_info
-from omnimoe.model import MODELS, OmniMoeForCausalLM
-from omnimoe.pipelines.base import Part, Pipeline, read_documents, register_pipeline
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.pipelines.base import Loading, Part, Pipeline, open_published, read_documents, register_pipeline
 from omnimoe.spans import read_spans
 from omnimoe.tokenizers import Tokenizer
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
@@ -60,38 +58,28 @@ class Chameleon(Pipeline):
         source: str | PathLike[str],
         *,
         decoder: str | PathLike[str] | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
+        **options: Unpack[Loading],
     ) -> Chameleon:
-        """A published checkpoint: a folder or an id on the Hub.
+        """A published checkpoint: a folder, an id on the Hub, or a name of the zoo.
 
         Args:
             source: as for :func:`omnimoe.from_pretrained`, or a name of the zoo.
             decoder: a safetensors file with the decoder of the codes, for a checkpoint that was published without;
                 ``vqgan.safetensors`` beside the checkpoint, if there is one, where None.
-            dtype: of the model.
-            device: where to put it.
-            revision: branch, tag or commit, on the Hub.
-            token: for what is private or gated.
-            local_files_only: look on the Hub's local cache alone.
+            options: those of :class:`~omnimoe.pipelines.base.Loading`.
 
         Raises:
             CheckpointError: if a file is missing, malformed, or does not fit.
             TokenizerError: if there is no tokenizer.
         """
-        if source in MODELS and not Path(source).is_dir():
-            source = model_info(fspath(source)).pretrained or source
-        options: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
         # a pattern, since most have no such file, and one that is named in full must be there
-        folder = Source.find(source, hub=Hub(**options)).fetch(("*.json", f"{FILE}*"))
-        model = from_pretrained(source, dtype=dtype, device=device, **options)
+        folder, load = open_published(source, ("*.json", f"{FILE}*"), **options)
+        tokenizer = HfTextTokenizer.from_pretrained(folder / "tokenizer.json", add_markers=False)
+        model = load()
         beside = folder / FILE
         if decoder is not None or beside.is_file():
             add_decoder(model, beside if decoder is None else Path(decoder))
-        return cls(model, HfTextTokenizer.from_pretrained(folder / "tokenizer.json", add_markers=False))
+        return cls(model, tokenizer)
 
     @property
     def tokenizers(self) -> dict[str, Tokenizer]:

@@ -8,20 +8,19 @@ Documents of one call are worked on together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 
-from omnimoe.checkpoint import CheckpointError, Hub, Source, read_json
+from omnimoe.checkpoint import CheckpointError, read_json
 from omnimoe.encoders.raw import whole_pictures
-from omnimoe.hub import from_pretrained, model_info
 from omnimoe.joint_denoise import SchedulerSampler, denoise_jointly
-from omnimoe.model import MODELS, OmniMoeForCausalLM
-from omnimoe.pipelines.base import Clip, Part, Pipeline, read_documents, register_pipeline
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.pipelines.base import Clip, Loading, Part, Pipeline, open_published, read_documents, register_pipeline
 from omnimoe.zoo.cosmos3.convert import BASE_FPS, COMPRESSION
 from omnimoe.zoo.cosmos3.layout import PATCH, Scene, Shape, lay_out, to_latent, to_rows
 from omnimoe.zoo.cosmos3.media import CELL, decode_pictures, decode_sound, encode_picture, read_part, sound_length
@@ -30,6 +29,13 @@ STEPS, GUIDANCE = 35, 6.0
 """Forwards of a picture or clip and how far it is pushed from what is drawn of the second prompt, as published."""
 SIZE, FRAMES = (720, 1280), 189
 """Height and width in pixels, and pictures of a clip, where none are asked for, as published."""
+FILES = (
+    "*.json",
+    "text_tokenizer/*",
+    "scheduler/*.json",
+    *(f"{part}/*.{kind}" for part in ("vae", "sound_tokenizer") for kind in ("json", "safetensors")),
+)
+"""What a checkpoint holds beside its model."""
 _SYSTEM = "You are a helpful assistant who will generate {kind}s from a give prompt."  # as in training
 
 
@@ -66,43 +72,25 @@ class Cosmos3(Pipeline):
         self.has_system, self.has_even_times = has_system, has_even_times
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | PathLike[str],
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> Cosmos3:
-        """A published checkpoint: a folder or an id on the Hub.
+    def from_pretrained(cls, source: str | PathLike[str], **options: Unpack[Loading]) -> Cosmos3:
+        """A published checkpoint: a folder, an id on the Hub, or a name of the zoo.
 
         Args:
             source: as for :func:`omnimoe.from_pretrained`, or a name of the zoo.
-            dtype: of the model; what makes pictures and sounds stays in float32.
-            device: where to put all.
-            revision: branch, tag or commit, on the Hub.
-            token: for what is private or gated.
-            local_files_only: look on the Hub's local cache alone.
+            options: those of :class:`~omnimoe.pipelines.base.Loading`; what makes pictures and sounds stays in float32.
 
         Raises:
             CheckpointError: if a file is missing, malformed, or does not fit.
             ImportError: without diffusers.
         """
-        if source in MODELS and not Path(source).is_dir():
-            source = model_info(fspath(source)).pretrained or source
-        options: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        place = Source.find(source, hub=Hub(**options))
-        folder = place.fetch()
-        place.fetch(["text_tokenizer/*", "scheduler/*.json", "vae/*.json", "vae/*.safetensors"], at=folder)
-        place.fetch(["sound_tokenizer/*.json", "sound_tokenizer/*.safetensors"], at=folder)
-        model = from_pretrained(source, dtype=dtype, device=device, **options)
+        folder, load = open_published(source, FILES, **options)
+        tokenizer = read_tokenizer(folder)
+        model = load()
         file = folder / "model_index.json"
         settings = read_json(file, CheckpointError) if file.is_file() else {}
         return cls(
             model,
-            read_tokenizer(folder),
+            tokenizer,
             *(read_part(folder, name, model.device) for name in ("vae", "scheduler", "sound_tokenizer")),
             has_system=bool(settings.get("default_use_system_prompt", True)),
             has_even_times=bool(settings.get("use_native_flow_schedule", False)),

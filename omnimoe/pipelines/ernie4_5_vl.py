@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omnimoe.checkpoint import Hub, Source
 from omnimoe.encoders.rotary_vit import RotaryViT
 from omnimoe.generation.prompts import token_ids
-from omnimoe.hub import from_pretrained, model_info
-from omnimoe.model import MODELS, OmniMoeForCausalLM
-from omnimoe.pipelines.base import Part, Pipeline, read_documents, register_pipeline
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.pipelines.base import Loading, Part, Pipeline, open_published, read_documents, register_pipeline
 from omnimoe.tokenizers import TokenizerError
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
 
@@ -50,36 +48,20 @@ class Ernie45VL(Pipeline):
         self.tower: RotaryViT = self.vision.get_encoder()
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | PathLike[str],
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> Ernie45VL:
-        """A published checkpoint: a folder or an id on the Hub.
+    def from_pretrained(cls, source: str | PathLike[str], **options: Unpack[Loading]) -> Ernie45VL:
+        """A published checkpoint: a folder, an id on the Hub, or a name of the zoo.
 
         Args:
             source: as for :func:`omnimoe.from_pretrained`, or a name of the zoo.
-            dtype: of the model; its routers stay in float32.
-            device: where to put it.
-            revision: branch, tag or commit, on the Hub.
-            token: for what is private or gated.
-            local_files_only: look on the Hub's local cache alone.
+            options: those of :class:`~omnimoe.pipelines.base.Loading`; the routers stay in float32.
 
         Raises:
             CheckpointError: if a file is missing, malformed, or does not fit.
             TokenizerError: if there is no tokenizer.
         """
-        if source in MODELS and not Path(source).is_dir():
-            source = model_info(fspath(source)).pretrained or source
-        options: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        folder = Source.find(source, hub=Hub(**options)).fetch(("*.json", "tokenizer.model*"))
+        folder, load = open_published(source, ("*.json", "tokenizer.model*"), **options)
         tokenizer = read_tokenizer(folder)
-        return cls(from_pretrained(source, dtype=dtype, device=device, **options), tokenizer)
+        return cls(load(), tokenizer)
 
     @torch.no_grad()
     def answer(

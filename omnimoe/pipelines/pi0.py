@@ -8,9 +8,8 @@ cameras.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike, fspath
-from pathlib import Path
-from typing import Any
+from os import PathLike
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -18,13 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from omnimoe.checkpoint import Hub, Source
 from omnimoe.denoise import denoise
 from omnimoe.encoders.raw import whole_pictures
 from omnimoe.encoders.siglip import Siglip
-from omnimoe.hub import from_pretrained, model_info
-from omnimoe.model import MODELS, OmniMoeForCausalLM
-from omnimoe.pipelines.base import Pipeline, register_pipeline
+from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.pipelines.base import Loading, Pipeline, open_published, register_pipeline
 from omnimoe.pipelines.scales import Scale, read_scales
 from omnimoe.tokenizers import Tokenizer
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
@@ -74,45 +71,28 @@ class Pi0(Pipeline):
         source: str | PathLike[str],
         *,
         tokenizer: Tokenizer | str | PathLike[str] | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
+        **options: Unpack[Loading],
     ) -> Pi0:
-        """A published checkpoint: a folder or an id on the Hub, with the scales of its robot where it holds them.
+        """A published checkpoint: a folder, an id on the Hub, or a name of the zoo; with the scales of its robot where
+        it holds them.
 
         Args:
             source: as for :func:`omnimoe.from_pretrained`, or a name of the zoo.
             tokenizer: PaliGemma's, or where it lies; where None that of the checkpoint, or :data:`WORDS` where it has
                 none.
-            dtype: of the model.
-            device: where to put it.
-            revision: branch, tag or commit, on the Hub.
-            token: for what is private or gated.
-            local_files_only: look on the Hub's local cache alone.
+            options: those of :class:`~omnimoe.pipelines.base.Loading`.
 
         Raises:
             CheckpointError: if a file is missing, malformed, or does not fit, or the robot's numbers are not scaled by
                 mean and spread.
             TokenizerError: if there is no tokenizer.
         """
-        if source in MODELS and not Path(source).is_dir():
-            source = model_info(fspath(source)).pretrained or source
-        hub = Hub(revision=revision, token=token, local_files_only=local_files_only)
-        folder = Source.find(source, hub=hub).fetch(("*.json", NORMALIZER, f"{OWN_NORMALIZER}*"))
+        folder, load = open_published(source, ("*.json", NORMALIZER, f"{OWN_NORMALIZER}*"), **options)
         if not isinstance(tokenizer, Tokenizer):
             own = folder / "tokenizer.json"
             place = tokenizer if tokenizer is not None else own if own.is_file() else WORDS
             tokenizer = HfTextTokenizer.from_pretrained(place, add_markers=False)
-        model = from_pretrained(
-            source,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            token=token,
-            local_files_only=local_files_only,
-        )
+        model = load()  # the files of whose weights may hold the scales
         return cls(model, tokenizer, **read_scales(folder))
 
     def act(
