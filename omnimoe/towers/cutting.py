@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -27,20 +28,8 @@ def keep_keys(part: Any, *, keys: tuple[int, ...], num_keys: int) -> Any:
         keys: ids of the keys that stay, ascending.
         num_keys: keys of the whole model.
     """
-    if isinstance(part, tuple | list):
-        return tuple(keep_keys(held, keys=keys, num_keys=num_keys) for held in part)
-    if not isinstance(part, Config):
-        return part
-    changes: dict[str, Any] = {}
-    for field in fields(part):
-        value, hint = getattr(part, field.name), annotation(type(part), field.name)
-        if hint == "TowerMap":
-            changes[field.name] = _cut_map(value, keys, num_keys)
-        elif hint == "dict[str, TowerMap]":
-            changes[field.name] = {site: _cut_map(towers, keys, num_keys) for site, towers in value.items()}
-        elif isinstance(value, Config | tuple | list):
-            changes[field.name] = keep_keys(value, keys=keys, num_keys=num_keys)
-    return part.replace(**changes)
+    inside = functools.partial(keep_keys, keys=keys, num_keys=num_keys)
+    return change_maps(part, lambda towers: _cut_map(towers, keys, num_keys), inside)
 
 
 @keep_keys.register
@@ -101,7 +90,31 @@ def experts_of(router: StaticRouter.Config, keys: tuple[int, ...]) -> tuple[int,
     return tuple(sorted(found))
 
 
-def annotation(cls: type, name: str) -> Any:
+def change_maps(part: Any, change: Callable[[TowerMap], TowerMap], inside: Callable[[Any], Any]) -> Any:
+    """A config whose tower maps, the fields that are annotated as such, are others.
+
+    Args:
+        part: the config, or several in a tuple or list; anything else stays as it is.
+        change: what becomes of a tower map.
+        inside: what becomes of the configs inside of it.
+    """
+    if isinstance(part, tuple | list):
+        return tuple(inside(held) for held in part)
+    if not isinstance(part, Config):
+        return part
+    changes: dict[str, Any] = {}
+    for field in fields(part):
+        value, hint = getattr(part, field.name), _annotation(type(part), field.name)
+        if hint == "TowerMap":
+            changes[field.name] = change(value)
+        elif hint == "dict[str, TowerMap]":
+            changes[field.name] = {site: change(towers) for site, towers in value.items()}
+        elif isinstance(value, Config | tuple | list):
+            changes[field.name] = inside(value)
+    return part.replace(**changes)
+
+
+def _annotation(cls: type, name: str) -> Any:
     """How a field is annotated, ``"TowerMap"`` for tower maps."""
     hints = (inspect.get_annotations(base).get(name) for base in cls.__mro__)
     hint = next((found for found in hints if found is not None), None)

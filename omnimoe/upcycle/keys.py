@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import fields
 from typing import Any
 
-from omnimoe.config import Config
 from omnimoe.experts import RoutedExperts
 from omnimoe.layers import TowerMap, num_copies, resolve_towers
 from omnimoe.routers import ByModalityRouter, StaticRouter
-from omnimoe.towers.cutting import annotation
+from omnimoe.towers.cutting import change_maps
 
 
 @functools.singledispatch
@@ -26,20 +24,8 @@ def extend_keys(part: Any, *, origin: tuple[int, ...], num_keys: int) -> Any:
         origin: of each key, the key of the seed that it starts as.
         num_keys: keys of the seed.
     """
-    if isinstance(part, tuple | list):
-        return tuple(extend_keys(held, origin=origin, num_keys=num_keys) for held in part)
-    if not isinstance(part, Config):
-        return part
-    changes: dict[str, Any] = {}
-    for field in fields(part):
-        value, hint = getattr(part, field.name), annotation(type(part), field.name)
-        if hint == "TowerMap":
-            changes[field.name] = extend_map(value, origin, num_keys)
-        elif hint == "dict[str, TowerMap]":
-            changes[field.name] = {site: extend_map(towers, origin, num_keys) for site, towers in value.items()}
-        elif isinstance(value, Config | tuple | list):
-            changes[field.name] = extend_keys(value, origin=origin, num_keys=num_keys)
-    return part.replace(**changes)
+    inside = functools.partial(extend_keys, origin=origin, num_keys=num_keys)
+    return change_maps(part, lambda towers: extend_map(towers, origin, num_keys), inside)
 
 
 @extend_keys.register
