@@ -19,6 +19,7 @@ def evaluate(
     precision: str = "fp32",
     device: torch.device | None = None,
     processes: Processes | None = None,
+    is_causal: bool = False,
 ) -> dict[str, float]:
     """Mean next-token loss of each modality and over all tokens.
 
@@ -28,6 +29,7 @@ def evaluate(
         precision: ``"bf16"`` for autocast.
         device: where the model is; read off it where None.
         processes: that share the rows of each batch; this one alone where None.
+        is_causal: route every token by itself, as generation does, where routers otherwise choose among rows.
 
     Returns:
         Modality to nats a predicted token, and ``"all"``; a modality that was not predicted is left out.
@@ -39,7 +41,8 @@ def evaluate(
     counts: dict[str, float] = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in batches:
-            out = model(**{name: value.to(device) for name, value in processes.share(batch).items()})
+            given = {name: value.to(device) for name, value in processes.share(batch).items()}
+            out = model(**given, use_cache=True) if is_causal else model(**given)
             for name, loss in out.losses.items():
                 count = float(out.counts[name])
                 totals[name] = totals.get(name, 0.0) + float(loss) * count

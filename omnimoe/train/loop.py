@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from omnimoe.data import Corpus
 from omnimoe.freeze import freeze
+from omnimoe.layers.masks import is_causal_rule
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.routing_trace import record_routing
 from omnimoe.train.checkpoint import ResumeError, load_checkpoint, load_state, save_checkpoint
@@ -44,6 +45,7 @@ class History:
     Args:
         steps: the steps at which the model was evaluated; step 0 is before training.
         held_out: held-out loss by modality at those steps, in nats a token.
+        causal: the same with each token routed by itself, where ``evaluate_causally`` asks for it and it is another.
         train_steps: the steps of the training log.
         train: training loss by modality there, mean since the entry before.
         seconds: time spent in training steps, evaluation not counted.
@@ -52,6 +54,7 @@ class History:
 
     steps: list[int] = field(default_factory=list)
     held_out: dict[str, list[float]] = field(default_factory=dict)
+    causal: dict[str, list[float]] = field(default_factory=dict)
     train_steps: list[int] = field(default_factory=list)
     train: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -318,22 +321,38 @@ class Training:
     def _evaluate(self, log: RunLog) -> None:
         recorded = record_routing(self.model) if self.settings.log_routing else nullcontext()
         where = f"in the evaluation after step {self.step}"
-        with explain_out_of_memory(self.model, self.settings, self._own_batch, where=where), recorded as trace:
-            losses = evaluate(
-                self.model,
-                self.held_out,
-                precision=self.settings.precision,
-                device=self.device,
-                processes=self.processes,
-            )
+        with explain_out_of_memory(self.model, self.settings, self._own_batch, where=where):
+            with recorded as trace:
+                losses = self._held_out_losses()
+            causal = self._held_out_losses(is_causal=True) if self._has_causal_twin else {}
         self.history.steps.append(self.step)
-        for name, loss in losses.items():
-            self.history.held_out.setdefault(name, []).append(loss)
+        for held, found in ((self.history.held_out, losses), (self.history.causal, causal)):
+            for name, loss in found.items():
+                held.setdefault(name, []).append(loss)
         log.write(self.step, "held_out", losses)
+        if causal:
+            log.write(self.step, "held_out_causal", causal)
         if trace is not None and trace.layers():
             log.write(self.step, "routing", {name: trace.mean(name) for name in ROUTING})
             log.picture(self.step, "routing/load", trace.heatmap(title=f"step {self.step}"))
         logger.info("step %d, held-out loss %s", self.step, ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+
+    def _held_out_losses(self, *, is_causal: bool = False) -> dict[str, float]:
+        return evaluate(
+            self.model,
+            self.held_out,
+            precision=self.settings.precision,
+            device=self.device,
+            processes=self.processes,
+            is_causal=is_causal,
+        )
+
+    @property
+    def _has_causal_twin(self) -> bool:
+        """Whether the model looks ahead, and can be asked not to."""
+        config = self.model.config
+        can = is_causal_rule(config.mask) and all(block.has_causal_form for block in config.blocks)
+        return self.settings.evaluate_causally and can and not config.is_causal
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

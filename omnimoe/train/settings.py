@@ -61,6 +61,8 @@ class TrainSettings(Config):
     """Steps between evaluations; 0 for the end alone."""
     evaluate_batches: int = 8
     """Held-out batches in an evaluation, as large as those of training; 0 for no evaluations."""
+    evaluate_causally: bool = False
+    """Where routers choose among rows, evaluate a second time with each token routed by itself, as generation does."""
     save_every: int = 0
     """Steps between checkpoints; 0 for the end alone."""
     keep: int = 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omnimoe.train import evaluate, held_out_batches
-from tests.train.runs import build, settings, tiny
+from tests.train.runs import build, settings, tiny, training
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +61,13 @@ def test_a_modality_that_is_not_predicted_is_left_out(batches):
         masked.append({**batch, "labels": batch["labels"].masked_fill(is_image, -100)})
     assert set(evaluate(model, masked)) == {"text", "speech", "all"}
     assert evaluate(model, []) == {}
+
+
+@pytest.mark.parametrize(("kind", "has_twin"), [("expert_choice", True), ("top_k", False)])
+def test_a_model_that_looks_ahead_is_evaluated_without_too(corpus, kind, has_twin):
+    history = training(corpus, kind, steps=2, evaluate_every=1, evaluate_causally=True).run()
+    assert bool(history.causal) == has_twin
+    for name, losses in history.causal.items():
+        assert len(losses) == len(history.steps)
+        assert losses[-1] != history.held_out[name][-1]
+    assert not training(corpus, kind, steps=1).run().causal, "only where it is asked for"
