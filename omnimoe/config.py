@@ -43,6 +43,17 @@ class Config:
         """
         check_types(self, [field.name for field in dataclasses.fields(self)])
 
+    def check_positive(self, *names: str) -> None:
+        """Refuses fields below 1; one that is None passes.
+
+        Raises:
+            ConfigError: with the first of them and its value.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+
     def build(self, **built: Any) -> Any:
         """Makes the part this config describes, passing ``built`` (widths and counts known to the parent).
 

@@ -315,3 +315,10 @@ def test_register_replaces_when_asked():
 
 def test_the_error_is_a_value_error():
     assert issubclass(ConfigError, ValueError)
+
+
+def test_fields_that_count_from_one():
+    diesel = Diesel.Config(cylinders=0)
+    with pytest.raises(ConfigError, match="cylinders must be at least 1, got 0"):
+        diesel.check_positive("power", "cylinders")
+    diesel.replace(cylinders=1).check_positive("power", "cylinders")

@@ -54,8 +54,7 @@ class LatentQueries(Connector):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if min(self.num_queries, self.num_layers, self.num_heads) < 1:
-                raise ConfigError(f"num_queries, num_layers and num_heads must be at least 1, got {self}")
+            self.check_positive("num_queries", "num_layers", "num_heads")
 
         def active_params(self, channels: int, hidden_size: int) -> int:
             return self.num_layers * 12 * hidden_size**2

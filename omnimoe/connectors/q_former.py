@@ -39,10 +39,7 @@ class QFormer(Connector):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if min(self.num_queries, self.num_layers, self.num_heads, self.cross_attention_frequency) < 1:
-                raise ConfigError(
-                    f"num_queries, num_layers, num_heads and cross_attention_frequency must be at least 1, got {self}"
-                )
+            self.check_positive("num_queries", "num_layers", "num_heads", "cross_attention_frequency")
             if self.hidden_size % self.num_heads:
                 raise ConfigError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
 

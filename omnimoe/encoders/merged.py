@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from omnimoe.config import ConfigError
 from omnimoe.encoders.base import Encoder, EncoderError, Features, register_encoder
 from omnimoe.encoders.raw import whole_pictures
+from omnimoe.encoders.tower import TowerConfig
 
 
 class Merged(Encoder):
@@ -28,17 +29,9 @@ class Merged(Encoder):
     kind = "image"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Encoder.Config):
+    class Config(TowerConfig):
         """A tower and its merger."""
 
-        hidden_size: int = 1152
-        """Width of the tower."""
-        intermediate_size: int = 4304
-        """Width of its feed-forward networks."""
-        num_layers: int = 27
-        """Layers."""
-        num_heads: int = 16
-        """Heads."""
         patch_size: int = 16
         """Side of a patch in pixels."""
         merge_size: int = 2
@@ -47,20 +40,12 @@ class Merged(Encoder):
         """Places of the square grid that positions were learned for."""
         out_size: int = 4096
         """Width of the rows that come out: that of the model."""
-        activation: str = "gelu_pytorch_tanh"
-        """Of the feed-forward networks, as transformers names it."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.hidden_size % self.num_heads:
-                raise ConfigError(f"num_heads {self.num_heads} must divide hidden_size {self.hidden_size}")
+            self.check_positive("merge_size", "out_size")
             if round(self.num_places**0.5) ** 2 != self.num_places:
                 raise ConfigError(f"num_places must be those of a square grid, got {self.num_places}")
-            if min(self.patch_size, self.merge_size, self.num_layers, self.out_size) < 1:
-                raise ConfigError(
-                    f"patch_size, merge_size, num_layers and out_size must be at least 1, got {self.patch_size}, "
-                    f"{self.merge_size}, {self.num_layers} and {self.out_size}"
-                )
 
         @property
         def depth(self) -> int:

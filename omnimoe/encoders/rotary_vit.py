@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from omnimoe.config import ConfigError
 from omnimoe.encoders.base import Encoder, EncoderError, Features, register_encoder
 from omnimoe.encoders.raw import whole_pictures
+from omnimoe.encoders.tower import TowerConfig
 from omnimoe.ops import rope
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -115,19 +116,17 @@ class RotaryViT(Encoder):
     kind = "image"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Encoder.Config):
+    class Config(TowerConfig):
         """The tower and what is behind it; the defaults are ERNIE-4.5-VL's."""
 
         hidden_size: int = 1280
-        """Width of the tower."""
+        """Width of the tower; heads must be multiples of 4 wide."""
         intermediate_size: int = 5120
         """Width of its feed-forward networks."""
         num_layers: int = 32
         """Layers."""
-        num_heads: int = 16
-        """Heads."""
-        patch_size: int = 14
-        """Side of a patch in pixels."""
+        activation: str = "quick_gelu"
+        """Of the feed-forward networks, as transformers names it."""
         merge_size: int = 2
         """Patches along a side of a square that becomes one row."""
         out_size: int = 2560
@@ -138,8 +137,6 @@ class RotaryViT(Encoder):
         """Added to the variance in the norms."""
         out_eps: float = 1e-5
         """Added to the mean square in the last one."""
-        activation: str = "quick_gelu"
-        """Of the tower's networks, as transformers names it."""
         min_pixels: int = 56 * 56
         """Area that smaller pictures are brought up to."""
         max_pixels: int = 28 * 28 * 6177
@@ -147,15 +144,14 @@ class RotaryViT(Encoder):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            self.check_positive("merge_size", "out_size", "min_pixels")
             if self.hidden_size % (4 * self.num_heads):
                 raise ConfigError(
                     f"heads must be multiples of 4 wide, got {self.num_heads} for hidden_size {self.hidden_size}"
                 )
-            least = min(self.patch_size, self.merge_size, self.num_layers, self.out_size, self.min_pixels)
-            if least < 1 or self.max_pixels < max(self.min_pixels, self.factor**2):
+            if self.max_pixels < max(self.min_pixels, self.factor**2):
                 raise ConfigError(
-                    "patch_size, merge_size, num_layers, out_size and min_pixels must be at least 1 and max_pixels at "
-                    f"least min_pixels and a square of {self.factor} pixels, got {self}"
+                    f"max_pixels must be at least min_pixels and a square of {self.factor} pixels, got {self}"
                 )
 
         @property

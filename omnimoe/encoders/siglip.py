@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from omnimoe.config import ConfigError
 from omnimoe.encoders.base import Encoder, EncoderError, Features, register_encoder
 from omnimoe.encoders.raw import whole_pictures
+from omnimoe.encoders.tower import TowerConfig
 
 
 def fit_size(width: int, height: int, *, patch_size: int, shortest: int, longest: int) -> tuple[int, int]:
@@ -51,37 +51,19 @@ class Siglip(Encoder):
     kind = "image"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Encoder.Config):
+    class Config(TowerConfig):
         """A SigLIP tower; the defaults are So400m's with patches of 14."""
 
-        hidden_size: int = 1152
-        """Width C."""
-        intermediate_size: int = 4304
-        """Width of the feed-forward networks."""
-        num_layers: int = 27
-        """Layers."""
-        num_heads: int = 16
-        """Heads."""
-        patch_size: int = 14
-        """Side of a patch in pixels."""
         max_side: int = 70
         """Patches along a side of the largest picture: positions are learned for its square."""
         shortest: int = 224
         """Pictures are brought to at least this many pixels on the shorter side."""
         eps: float = 1e-6
         """Added to the variance in the norms."""
-        activation: str = "gelu_pytorch_tanh"
-        """Of the feed-forward networks, as transformers names it."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.hidden_size % self.num_heads:
-                raise ConfigError(f"num_heads {self.num_heads} must divide hidden_size {self.hidden_size}")
-            if min(self.patch_size, self.max_side, self.num_layers) < 1:
-                raise ConfigError(
-                    f"patch_size, max_side and num_layers must be at least 1, got {self.patch_size}, {self.max_side} "
-                    f"and {self.num_layers}"
-                )
+            self.check_positive("max_side")
 
     config: Siglip.Config
 

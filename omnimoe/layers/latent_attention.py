@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnimoe.config import ConfigError
 from omnimoe.layers.attention import BaseAttention, register_attention, scaled_dot_product
 from omnimoe.layers.bank import TowerMap, plain, resolve_towers
 from omnimoe.layers.linear import BankLinear
@@ -62,10 +61,7 @@ class LatentAttention(BaseAttention):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            for name in ("num_heads", "query_rank", "latent_rank", "plain_dim", "rope_dim", "value_dim"):
-                value = getattr(self, name)
-                if value is not None and value < 1:
-                    raise ConfigError(f"{name} must be at least 1, got {value}")
+            self.check_positive("num_heads", "query_rank", "latent_rank", "plain_dim", "rope_dim", "value_dim")
 
         @property
         def needs_key_order(self) -> bool:

@@ -161,9 +161,7 @@ class VqAutoencoder(nn.Module, Configurable):
         def __post_init__(self) -> None:
             super().__post_init__()
             sizes = ("image_size", "in_channels", "num_blocks", "latent_channels", "code_channels", "num_codes")
-            for name in sizes:
-                if getattr(self, name) < 1:
-                    raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            self.check_positive(*sizes)
             for name, value, most in (
                 ("num_blocks", self.num_blocks, _MOST_BLOCKS),
                 ("the number of multipliers", len(self.multipliers), _MOST_BLOCKS),

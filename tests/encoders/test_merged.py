@@ -84,5 +84,5 @@ def test_what_does_not_fit_is_refused(encoder):
         encoder.config.replace(num_heads=5)
     with pytest.raises(ConfigError, match="those of a square grid, got 15"):
         encoder.config.replace(num_places=15)
-    with pytest.raises(ConfigError, match="must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="patch_size must be at least 1, got 0"):
         encoder.config.replace(patch_size=0)

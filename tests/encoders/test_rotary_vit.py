@@ -110,7 +110,9 @@ def test_what_is_no_picture_is_refused(tower):
         tower({"patches": torch.zeros(1, 48, 588), "grids": torch.tensor([[1, 8, 8]])})
 
 
-@pytest.mark.parametrize("wrong", [{"num_heads": 3}, {"num_layers": 0}, {"max_pixels": 100}, {"min_pixels": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_heads": 640}, {"num_layers": 0}, {"num_heads": 0}, {"max_pixels": 100}, {"min_pixels": 0}]
+)
 def test_a_tower_that_cannot_be_is_refused(wrong):
     with pytest.raises(ConfigError, match="must be"):
         RotaryViT.Config(**wrong)
