@@ -15,9 +15,29 @@ from omnimoe.experts import Experts, FeedForward
 from omnimoe.layers import Attention, AttentionMask, BaseAttention, Norm, Rope, RowLayout
 from omnimoe.layers.uneven import build_norm
 from omnimoe.routers import DepthRouter, Routing
-from omnimoe.routers.depth import lengthened, shortened
+from omnimoe.routers.depth import lengthened, shortened, thinned
 
 PLACEMENTS = ("pre", "post")
+
+
+class LayerScale(nn.Module):
+    """A learned factor for every column of what a branch adds.
+
+    Args:
+        hidden_size: D.
+        start: of all factors.
+
+    Source: https://arxiv.org/abs/2103.17239.
+    """
+
+    def __init__(self, hidden_size: int, start: float) -> None:
+        super().__init__()
+        self.initial = {"weight": start}
+        self.weight = nn.Parameter(torch.full((hidden_size,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, D)`` to the same."""
+        return x * self.weight.to(x.dtype)
 
 
 class Block(nn.Module, Configurable):
@@ -37,8 +57,12 @@ class Block(nn.Module, Configurable):
         """What works on rows one by one."""
         norm: Norm.Config = field(default_factory=Norm.Config)
         """Both norms of the layer."""
+        mlp_norm: Norm.Config | None = None
+        """That of the experts, where it is another."""
         norm_placement: str = "pre"
         """``"pre"`` or ``"post"``."""
+        layer_scale: float = 0.0
+        """Start of a learned factor for every column of what each branch adds; 0 for none."""
         depth: DepthRouter.Config | None = None
         """Which rows the layer works on; None for all."""
 
@@ -50,7 +74,9 @@ class Block(nn.Module, Configurable):
         @property
         def needs_key_order(self) -> bool:
             """Whether anything in the layer has copies by key."""
-            return self.attention.needs_key_order or self.experts.needs_key_order or self.norm.towers != "shared"
+            norms = (self.norm, self.mlp_norm or self.norm)
+            parts = self.attention.needs_key_order or self.experts.needs_key_order
+            return parts or any(norm.towers != "shared" for norm in norms)
 
         @property
         def is_causal(self) -> bool:
@@ -60,7 +86,9 @@ class Block(nn.Module, Configurable):
         @property
         def has_causal_form(self) -> bool:
             """Whether that can be asked for, as generation does."""
-            return self.depth is None and self.experts.has_causal_form
+            # a cache that marks the rows a layer left out is read by attention over keys and values alone
+            chosen = self.depth is None or (self.depth.has_causal_form and issubclass(self.attention.target, Attention))
+            return chosen and self.experts.has_causal_form
 
     def __init__(
         self,
@@ -79,7 +107,11 @@ class Block(nn.Module, Configurable):
         self.self_attn = config.attention.build(**shared, layer_idx=layer_idx)
         self.mlp = config.experts.build(**shared, layer_idx=layer_idx)
         self.attention_norm = build_norm(config.norm, **shared)
-        self.mlp_norm = None if config.experts.is_absent else build_norm(config.norm, **shared)
+        self.mlp_norm = None if config.experts.is_absent else build_norm(config.mlp_norm or config.norm, **shared)
+        self.attention_scale = self.mlp_scale = None
+        if config.layer_scale:
+            self.attention_scale = LayerScale(hidden_size, config.layer_scale)
+            self.mlp_scale = None if config.experts.is_absent else LayerScale(hidden_size, config.layer_scale)
         self.depth = None if config.depth is None else config.depth.build(hidden_size=hidden_size)
 
     def forward(
@@ -98,18 +130,20 @@ class Block(nn.Module, Configurable):
         """
         if self.depth is None:
             return self._work(x, rows, mask, cache)
+        losses = {}
         if cache is not None or rows.routes_causally:
-            raise ValueError(
-                "a layer of a mixture of depths keeps rows by looking at later ones, which a cache does not allow; "
-                "pass use_cache=False"
-            )
-        with rows.choosing():
-            index, weights = self.depth(x, rows)
+            index, weights = self.depth.alone(x)
+            placed = thinned(rows, mask, index, cache)
+        else:
+            with rows.choosing():
+                index, weights = self.depth(x, rows)
+            losses = self.depth.losses(x, index)
+            placed = *shortened(rows, mask, index), None
         kept = x[index]
-        worked, routing, attention = self._work(kept, *shortened(rows, mask, index), None)
+        worked, routing, attention = self._work(kept, *placed)
         x = x.index_add(0, index, (worked - kept) * weights.unsqueeze(1))
         towers = torch.tensor(getattr(self.mlp, "towers", (0,) * len(rows.offsets)), device=x.device)
-        return x, lengthened(routing, index, weights, towers, rows), attention
+        return x, lengthened(routing, index, weights, towers, rows, losses), attention
 
     def _work(
         self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any
@@ -117,11 +151,13 @@ class Block(nn.Module, Configurable):
         is_pre = self.norm_placement == "pre"
         mixed = self.self_attn(self.attention_norm(x, rows) if is_pre else x, rows, mask, cache)
         mixed, weights = mixed if isinstance(mixed, tuple) else (mixed, None)
-        x = x + (mixed if is_pre else self.attention_norm(mixed, rows))
+        mixed = mixed if is_pre else self.attention_norm(mixed, rows)
+        x = x + (mixed if self.attention_scale is None else self.attention_scale(mixed))
         if self.mlp_norm is None:
             return x, None, weights
         worked, routing = self.mlp(self.mlp_norm(x, rows) if is_pre else x, rows)
-        return x + (worked if is_pre else self.mlp_norm(worked, rows)), routing, weights
+        worked = worked if is_pre else self.mlp_norm(worked, rows)
+        return x + (worked if self.mlp_scale is None else self.mlp_scale(worked)), routing, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +176,8 @@ class LayerRange(Config):
     """Experts of these layers."""
     norm: Norm.Config | None = None
     """Norms of these layers."""
+    mlp_norm: Norm.Config | None = None
+    """The norm before the experts of these layers, where it is another."""
     norm_placement: str | None = None
     """Placement in these layers."""
     depth: DepthRouter.Config | None = None
@@ -155,7 +193,7 @@ class LayerRange(Config):
 
     def change(self, block: Block.Config) -> Block.Config:
         """The block of a layer in the range."""
-        names = ("attention", "experts", "norm", "norm_placement", "depth")
+        names = ("attention", "experts", "norm", "mlp_norm", "norm_placement", "depth")
         return block.replace(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
 
 

@@ -40,7 +40,8 @@ class Encodes(PreTrainedModel):
             layer: number of the hidden states: 0 for what enters the first layer, -1 for what leaves the last, after
                 the norm.
             pool: ``"mean"`` of the positions that are no padding or the ``"last"`` of them; all of them where None.
-            key: the key of the inputs, in a model whose copies are picked by other keys than the modality.
+            key: the key of the inputs, in a model whose copies are picked by other keys than the modality; where its
+                config has a key rule, None leaves them to that.
             attention_mask: ``(B, T)``, 0 for padding.
             inputs: other arguments of ``forward``: ``position_ids``, ``block_ids``.
 
@@ -66,7 +67,7 @@ class Encodes(PreTrainedModel):
         else:
             given = self._rows(modality, x, attention_mask)
         shape = next(iter(given.values())).shape[:2]
-        if config.keys or key is not None:
+        if key is not None or (config.keys and not config.key_rule):
             if key not in config.keys:
                 known = f"are picked by {', '.join(config.keys)}" if config.keys else "are those of its modalities"
                 raise InputError(f"key {key!r} is none of this model, whose copies {known}")

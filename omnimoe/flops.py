@@ -105,7 +105,7 @@ def flops(
             table["attention_projections"][name] += 2 * kept * _projection_weights(block.attention, width)
             table["attention_scores"][name] += kept * _score_flops(block.attention, width, length)
             table["experts"][name] += 2 * kept * matrices
-            table["router"][name] += 2 * kept * router + 2 * rows * width * (block.depth is not None)
+            table["router"][name] += 2 * kept * router + 2 * rows * _depth_weights(block, width)
         table["head"][name] = 2 * rows * config.hidden_size * outputs
         table["adapters"][name] = 2 * work.features.get(name, 0) * config.modalities[modality_id].active_params(width)
     padding = work.positions - sum(work.rows.values())
@@ -154,9 +154,10 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
     count += width * (config.final_norm.form == "layer")
     for block in config.blocks:
         norms = 1 if block.experts.is_absent else 2
-        met = norms * width + _projection_weights(block.attention, width) + _attention_vectors(block.attention, width)
+        met = norms * width * (1 + bool(block.layer_scale)) + _projection_weights(block.attention, width)
+        met += _attention_vectors(block.attention, width)
         met += sum(_expert_weights(block.experts, width, modality_id)) + 2 * width * (block.norm.form == "layer")
-        count += _share(block) * met + width * (block.depth is not None)
+        count += _share(block) * met + _depth_weights(block, width)
     return round(count)
 
 
@@ -166,6 +167,9 @@ def total_params(config: OmniMoeConfig) -> int:
     shared["widths"] = config.widths
     with torch.device("meta"):
         parts: list[nn.Module] = [Backbone(config.blocks, **shared), build_norm(config.final_norm, **shared)]
+        if config.position_bias is not None:
+            sizes = {"num_heads": config.num_attention_heads, "num_layers": config.num_layers}
+            parts.append(config.position_bias.build(**sizes, num_modalities=len(config.modalities)))
         continuous = (held for held in config.modalities if not held.is_discrete)
         parts += [held.build(hidden_size=config.width_of(held.name)) for held in continuous]
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
@@ -174,9 +178,13 @@ def total_params(config: OmniMoeConfig) -> int:
 
 
 def _beside(config: OmniMoeConfig, places: int, maps: int) -> int:
-    """Weights of learned positions, of the bias of the head, and of the maps that align modalities."""
-    aligned = maps * config.aligned_size * config.hidden_size + bool(config.aligned_size)
-    return places * config.hidden_size + config.head_bias * config.vocab_size + aligned
+    """Weights of learned positions and rows of modalities, of what stands about the table and before the head, of its
+    bias, and of the maps and heads of whole sequences."""
+    width, labels = config.hidden_size, config.pooled_labels
+    aligned = maps * config.aligned_size * (width + config.aligned_bias) + bool(config.aligned_size)
+    rows = places + maps * config.modality_rows + 4 * bool(config.embedding_norm_eps)
+    layers = bool(config.head_norm_eps) * (width + 3) * width + bool(labels) * (width + 1) * (width + labels)
+    return rows * width + config.head_bias * config.vocab_size + aligned + layers
 
 
 @dataclass(frozen=True)
@@ -228,6 +236,11 @@ def _share(block: Block.Config) -> float:
     return 1.0 if block.depth is None else block.depth.capacity
 
 
+def _depth_weights(block: Block.Config, hidden_size: int) -> int:
+    """Weights of what chooses the rows of a layer."""
+    return 0 if block.depth is None else block.depth.router_params(hidden_size)
+
+
 def _projection_weights(config: Config, hidden_size: int) -> float:
     if isinstance(config, Attention.Config):
         heads, kv_heads = _heads(config, hidden_size)
@@ -246,7 +259,7 @@ def _attention_vectors(config: Config, hidden_size: int) -> int:
     if not isinstance(config, Attention.Config) or hasattr(config, "vector_params"):
         return config.vector_params(hidden_size) if hasattr(config, "vector_params") else 0
     heads, kv_heads = _heads(config, hidden_size)
-    count = (heads + 2 * kv_heads) * config.bias + hidden_size * config.output_bias
+    count = (heads + (1 + config.key_bias) * kv_heads) * config.bias + hidden_size * config.output_bias
     if config.qk_norm == "rms":
         count += 2 * heads // config.num_heads
     elif config.qk_norm == "rms_joint":

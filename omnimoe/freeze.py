@@ -165,12 +165,15 @@ def _frozen_copies(model: OmniMoeForCausalLM, names: tuple[str, ...]) -> dict[st
     stay = tuple(i for i, name in enumerate(config.modality_names) if name in names)
     spans = list(pairwise(accumulate(config.learned_positions, initial=0)))
     places = tuple(row for i in stay if spans for row in range(*spans[i]))
-    by_modality = {"aligned.weight": stay, "model.places.weight": places}
+    by_modality = {"aligned.weight": stay, "aligned.bias": stay, "model.kinds.weight": stay}
+    by_modality |= {"model.places.weight": places}
     for name, parameter in model.named_parameters():
         if name in _TABLES:
             found[name] = rows
         elif name in by_modality:
             found[name] = by_modality[name]
+        elif name.startswith("model.position_bias.tables."):
+            found[name] = tuple(range(_copies(parameter))) if int(name.split(".")[3]) in stay else ()
         elif name.startswith("model.modalities."):
             found[name] = tuple(range(_copies(parameter))) if name.split(".")[2] in names else ()
         elif name not in found:

@@ -25,7 +25,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from omnimoe.aligned import Aligned, Aligns
+from omnimoe.aligned import Aligned, Aligns, Pooled
 from omnimoe.attend import attention_function, check_attention, xformers_attention
 from omnimoe.backbone import Backbone, Block
 from omnimoe.blocks import block_ids_of, block_positions, span_counts
@@ -46,8 +46,8 @@ from omnimoe.inputs import (
     rotary_positions,
     valid_positions,
 )
-from omnimoe.layers import Attention, AttentionMask, BaseAttention, Head, RowLayout, SineGrid
-from omnimoe.layers.embedding import LearnedPositions, ScaledEmbedding
+from omnimoe.layers import KEY_RULES, Attention, AttentionMask, BaseAttention, Head, RowLayout, SineGrid
+from omnimoe.layers.embedding import HeadLayer, LearnedPositions, NormedEmbedding, ScaledEmbedding
 from omnimoe.layers.masks import uncached_facts
 from omnimoe.layers.uneven import build_norm
 from omnimoe.model_config import OmniMoeConfig
@@ -130,16 +130,20 @@ class OmniMoeModel(OmniMoePreTrainedModel):
 
     def __init__(self, config: OmniMoeConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = (
-            nn.Embedding(config.vocab_size, config.hidden_size)
-            if config.embedding_scale == 1.0
-            else ScaledEmbedding(config.vocab_size, config.hidden_size, config.embedding_scale)
-        )
+        self.embed_tokens = embedding_of(config)
         self.places = (
             LearnedPositions(config.learned_positions, config.hidden_size, config.position_offset)
             if any(config.learned_positions)
             else None
         )
+        self.kinds = nn.Embedding(len(config.modalities), config.hidden_size) if config.modality_rows else None
+        self.position_bias = None
+        if config.position_bias is not None:
+            self.position_bias = config.position_bias.build(
+                num_heads=config.num_attention_heads,
+                num_layers=config.num_layers,
+                num_modalities=len(config.modalities),
+            )
         built = [held for held in config.modalities if held.has_weights]
         self.modalities = nn.ModuleDict(
             {held.name: held.build(hidden_size=config.width_of(held.name)) for held in built}
@@ -288,6 +292,15 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             modality_ids = empty if input_ids is None else self.modality_ids_of(input_ids)
         if key_ids is not None and config.widths:
             raise InputError("towers of this model differ in width, so a row meets that of its modality; drop key_ids")
+        is_cached = past_key_values is not None
+        valid = valid_positions(attention_mask, segment_ids, batch_size, past, length, is_cached=is_cached)
+        if key_ids is None and config.key_rule:
+            if not isinstance(past, int) or past:
+                raise InputError(
+                    f"the key rule {config.key_rule!r} looks at whole sequences, of which a cache keeps no keys; pass "
+                    "key_ids"
+                )
+            key_ids = KEY_RULES.get(config.key_rule)(modality_ids.long(), len(config.modalities), valid, segment_ids)
         if key_ids is None:
             if len(config.keys) > 1:
                 raise InputError(f"copies are picked by the keys {config.keys}; pass key_ids")
@@ -296,8 +309,6 @@ class OmniMoeModel(OmniMoePreTrainedModel):
                 ends = self._from_table("key_of_markers", input_ids)
                 key_ids = torch.where(ends < 0, key_ids, ends)
         modality_ids, key_ids = modality_ids.long(), key_ids.long()
-        is_cached = past_key_values is not None
-        valid = valid_positions(attention_mask, segment_ids, batch_size, past, length, is_cached=is_cached)
         rows = RowLayout.build(
             key_ids,
             num_keys=config.num_keys,
@@ -336,8 +347,14 @@ class OmniMoeModel(OmniMoePreTrainedModel):
                 )
             position_ids = span_counts(modality_ids, valid, segment_ids)
         positions = rotary_positions(position_ids, segment_ids, batch_size, past, length, device)
+        if self.position_bias is not None:
+            if not isinstance(past, int) or past:
+                raise InputError("learned position biases compare whole sequences; pass use_cache=False")
+            mask = replace(mask, bias=self.position_bias(modality_ids, positions[..., 0].long(), valid))
 
         x, later = self._embed(input_ids, inputs_embeds, features, timesteps, rows)
+        if self.kinds is not None:
+            x = x + self.kinds(rows.modality_ids).to(x.dtype)
         if self.places is not None:
             x = self.places(x, rows, rows.to_rows(positions)[:, 0])
         kept = selected(output_hidden_states, config.num_layers + 1)
@@ -483,6 +500,14 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         )
 
 
+def embedding_of(config: OmniMoeConfig) -> nn.Embedding:
+    """The table that ids look up."""
+    shape = config.vocab_size, config.hidden_size
+    if config.embedding_norm_eps:
+        return NormedEmbedding(*shape, config.embedding_norm_eps)
+    return nn.Embedding(*shape) if config.embedding_scale == 1.0 else ScaledEmbedding(*shape, config.embedding_scale)
+
+
 def entered(x: Tensor, later: Later, layer: int) -> Tensor:
     """Rows ``(N, D)`` as they enter a layer, with what is added to some of them there."""
     for index, added in later.get(layer, ()):
@@ -502,7 +527,9 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, Aligns, GenerationMi
         self.model = OmniMoeModel(config)
         self._is_stateful = config.layer_types is not None  # from a state transformers cannot take tokens back
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        self.head_layer = HeadLayer(config.hidden_size, config.head_norm_eps) if config.head_norm_eps else None
         self.aligned = Aligned(config) if config.aligned_size else None
+        self.pooled = Pooled(config.hidden_size, config.pooled_labels) if config.pooled_labels else None
         self.post_init()
 
     def forward(
@@ -586,7 +613,8 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, Aligns, GenerationMi
         )
         hidden, rows = out.last_hidden_state, out.rows
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
+        seen_by_head = hidden if isinstance(kept, int) else hidden[:, kept]
+        logits = self.lm_head(seen_by_head if self.head_layer is None else self.head_layer(seen_by_head))
         predictions = {}
         for name, given in (features or {}).items():
             if name not in self.config.input_only:
@@ -618,7 +646,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, Aligns, GenerationMi
             # a head that is not scored takes part too: its gradients are zero, not missing
             unscored = [rows for name, rows in predictions.items() if name not in (targets or {})]
             unscored += [] if has_labels else [logits[..., :1]]
-            unscored += [] if self.aligned is None else list(self.aligned.parameters())
+            unscored += [held for part in (self.aligned, self.pooled) if part is not None for held in part.parameters()]
             loss = loss + sum(0.0 * rows.float().sum() for rows in unscored)
         if loss is not None and aux_loss is not None:
             loss = loss + aux_loss

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from omnimoe.backbone import Block, LayerRange
 from omnimoe.config import Config, ConfigError, check_types
 from omnimoe.experts import Experts, FeedForward
-from omnimoe.layers import MASK_RULES, Attention, BaseAttention, Norm
+from omnimoe.layers import MASK_RULES, Attention, BaseAttention, Norm, PositionBias
+from omnimoe.layers.keys import keys_of_rule
 from omnimoe.layers.masks import is_causal_rule
 from omnimoe.modalities import Modality, TokenRange, Tokens
 
@@ -22,6 +23,8 @@ _PARTS: dict[str, type[Config]] = {
     "attention": BaseAttention.Config,
     "experts": Experts.Config,
     "norm": Norm.Config,
+    "mlp_norm": Norm.Config,
+    "position_bias": PositionBias.Config,
     "final_norm": Norm.Config,
 }
 _LISTS: dict[str, type[Config]] = {"modalities": Modality.Config, "layers": LayerRange}
@@ -78,8 +81,12 @@ class OmniMoeConfig(PreTrainedConfig):
     """Experts of every layer."""
     norm: Norm.Config = field(default_factory=Norm.Config)
     """Norms of every layer."""
+    mlp_norm: Norm.Config | None = None
+    """The norm before the experts of every layer, where it is another than ``norm``."""
     norm_placement: str = "pre"
     """``"pre"`` or ``"post"`` ("swin")."""
+    layer_scale: float = 0.0
+    """Start of a learned factor for every column of what each branch adds; 0 for none."""
     final_norm: Norm.Config = field(default_factory=Norm.Config)
     """The norm before the heads."""
     layers: tuple[LayerRange, ...] = ()
@@ -87,6 +94,9 @@ class OmniMoeConfig(PreTrainedConfig):
     keys: tuple[str, ...] = ()
     """Names of the keys that pick copies, where they are not the modalities: ``("und", "gen")``. The caller then passes
     ``key_ids``."""
+    key_rule: str = ""
+    """Name of the rule that gives ``key_ids`` where the caller does not: ``"joint"`` for the modality where a sequence
+    has one, and that plus the number of modalities where it has several (VLMo). Empty where they must be passed."""
     mask: str = "causal"
     """Name of the mask rule; ``"bidirectional"`` makes an encoder."""
     bidirectional_modalities: tuple[str, ...] = ()
@@ -108,6 +118,13 @@ class OmniMoeConfig(PreTrainedConfig):
     no modality has one."""
     position_offset: int = 0
     """Row of those tables that position 0 meets: 2 in what was trained with fairseq."""
+    position_bias: PositionBias.Config | None = None
+    """Scores that attention adds by where two tokens stand, which ``positions`` counts."""
+    modality_rows: bool = False
+    """A learned row for each modality, added to what enters."""
+    embedding_norm_eps: float = 0.0
+    """Added to the variance in a norm of what comes out of the embedding table, behind a learned row added to it, as in
+    BERT; 0 for neither."""
     markers: str = "text"
     """Group of boundary tokens: ``"text"`` leaves them to the modality whose range holds them, ``"own"`` gives a span's
     begin and end token to the span's modality, ``"key"`` leaves them where they are and lets them meet the copies and
@@ -116,9 +133,16 @@ class OmniMoeConfig(PreTrainedConfig):
     """Rows of the embedding table; 0 takes what the modalities need."""
     head_bias: bool = False
     """A bias on the head over the vocabulary."""
+    head_norm_eps: float = 0.0
+    """Added to the variance in the norm of a layer before that head, as in BERT; 0 for no such layer."""
     aligned_size: int = 0
     """Width of the vectors by which inputs of several modalities are compared, one map a modality from the first row of
     each; 0 for no such maps."""
+    aligned_bias: bool = False
+    """Biases on those maps."""
+    pooled_labels: int = 0
+    """Labels of a head over the first row of a sequence, behind a layer of its own: 2 for whether a picture and a text
+    go together; 0 for no such head."""
     tie_word_embeddings: bool = False
     """One matrix for embedding and head."""
     initializer_range: float = 0.02
@@ -198,6 +222,19 @@ class OmniMoeConfig(PreTrainedConfig):
             raise ConfigError(f"positions must be 'time', 'blocks', 'grids' or 'spans', got {self.positions!r}")
         if self.learned_positions:
             self._check_learned()
+        if self.position_bias is not None:
+            self._check_biases()
+        if self.key_rule and keys_of_rule(self.key_rule, len(names)) != len(self.keys or names):
+            raise ConfigError(
+                f"the key rule {self.key_rule!r} needs {keys_of_rule(self.key_rule, len(names))} keys for the "
+                f"modalities {names}, got {self.keys or 'none'}"
+            )
+        for name in ("layer_scale", "embedding_norm_eps", "head_norm_eps", "pooled_labels"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be a number from 0, got {getattr(self, name)}")
+        wide = [name for name in ("layer_scale", "modality_rows", "pooled_labels") if getattr(self, name)]
+        if self.widths and wide:
+            raise ConfigError(f"{wide[0]} is as wide as hidden_size; leave widths {self.widths} empty")
         if self.aligned_size < 0 or (self.aligned_size and self.widths):
             raise ConfigError(
                 f"aligned_size {self.aligned_size} must be 0 or more, and 0 where towers differ in width, {self.widths}"
@@ -225,6 +262,20 @@ class OmniMoeConfig(PreTrainedConfig):
             raise ConfigError(
                 f"markers 'key' takes modalities for keys, and the keys are {self.keys}; drop one of them"
             )
+
+    def _check_biases(self) -> None:
+        for layer, block in enumerate(self.blocks):
+            heads = getattr(block.attention, "num_heads", None)
+            if not isinstance(block.attention, Attention.Config) or heads != self.num_attention_heads:
+                raise ConfigError(
+                    f"position_bias gives scores to {self.num_attention_heads} heads of Attention in every layer, and "
+                    f"layer {layer} has {heads} of {type(block.attention).__qualname__}"
+                )
+            if block.attention.num_kv_heads not in (None, heads) or block.depth is not None:
+                raise ConfigError(
+                    f"layer {layer} shares keys among queries or leaves out rows; with position_bias leave "
+                    "num_kv_heads and depth None"
+                )
 
     def _check_learned(self) -> None:
         if self.widths:
@@ -348,7 +399,12 @@ class OmniMoeConfig(PreTrainedConfig):
     def blocks(self) -> list[Block.Config]:
         """The config of each layer."""
         base = Block.Config(
-            attention=self.attention, experts=self.experts, norm=self.norm, norm_placement=self.norm_placement
+            attention=self.attention,
+            experts=self.experts,
+            norm=self.norm,
+            mlp_norm=self.mlp_norm,
+            norm_placement=self.norm_placement,
+            layer_scale=self.layer_scale,
         )
         blocks = [base] * self.num_layers
         for changed in self.layers:
@@ -408,9 +464,9 @@ class OmniMoeConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str] | None:
         """How tensor parallelism splits the model: the plans of its attention and experts; None where nothing has one.
 
-        Towers of different widths have none. See docs/scaling.md.
+        Towers of different widths have none, nor do learned position biases. See docs/scaling.md.
         """
-        return None if self.widths else self._plan("tp_plan")
+        return None if self.widths or self.position_bias is not None else self._plan("tp_plan")
 
     @property
     def base_model_ep_plan(self) -> dict[str, str] | None:
@@ -497,7 +553,7 @@ class OmniMoeConfig(PreTrainedConfig):
         """Plain values, parts as ``{"type": name, ...}``."""
         plain = super().to_dict()
         for name in _PARTS:
-            plain[name] = getattr(self, name).to_dict()
+            plain[name] = None if getattr(self, name) is None else getattr(self, name).to_dict()
         for name in _LISTS:
             plain[name] = [item.to_dict() for item in getattr(self, name)]
         return plain

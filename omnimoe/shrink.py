@@ -8,7 +8,7 @@ from omnimoe.encoders.merged import Cosmos3Edge, Merged, Qwen3VL
 from omnimoe.encoders.patch_stem import PatchStem
 from omnimoe.encoders.rotary_vit import RotaryViT
 from omnimoe.encoders.siglip import Siglip
-from omnimoe.layers import LatentAttention
+from omnimoe.layers import LatentAttention, SpanTables
 from omnimoe.modalities import CodedPictures, Connected, Deep, GridPatches
 from omnimoe.model import OmniMoeConfig
 
@@ -105,8 +105,13 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
     # a token of a large vocabulary would lie outside of the small one
     specials = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     kept = {name: token if isinstance(token, int) and token < 64 else moved(token) for name, token in specials.items()}
+    bias = config.position_bias
+    if isinstance(bias, SpanTables.Config):
+        bias = bias.replace(sides=tuple(min(side, 2) for side in bias.sides))
     return config.replace(
         **kept,
+        position_bias=bias,
+        aligned_size=config.aligned_size and hidden_size,
         hidden_size=hidden_size,
         widths=widths,
         num_layers=num_layers,

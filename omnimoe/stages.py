@@ -148,7 +148,7 @@ def pipeline_stage(model: OmniMoeForCausalLM, index: int, count: int) -> Stage:
     if index < count - 1:
         for name in names[middle + 1 :]:
             _replace(base, name, _Through())
-        model.lm_head = model.aligned = None  # type: ignore[assignment]
+        model.lm_head = model.head_layer = model.aligned = model.pooled = None  # type: ignore[assignment]
     return Stage(model, index, count)
 
 

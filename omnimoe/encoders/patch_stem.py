@@ -40,6 +40,8 @@ class PatchStem(Encoder):
         """Side of a patch in pixels."""
         in_channels: int = 3
         """Channels of a pixel."""
+        has_mask: bool = True
+        """A learned row for patches that are hidden."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -63,7 +65,7 @@ class PatchStem(Encoder):
         self.num_tokens = config.num_rows
         self.proj = nn.Linear(config.in_channels * config.patch_size**2, config.hidden_size)
         self.cls_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.mask_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.mask_token = nn.Parameter(torch.zeros(config.hidden_size)) if config.has_mask else None
         nn.init.normal_(self.cls_token, std=0.02)
 
     def prepare(self, raws: Sequence[Any], **options: Any) -> dict[str, Tensor]:
@@ -108,10 +110,12 @@ class PatchStem(Encoder):
         """
         rows = self.proj(inputs["patches"].to(self.device, self.dtype))
         masked = inputs.get("masked")
-        if masked is None:
+        if masked is not None and self.mask_token is None:
+            raise EncoderError("this map of patches has no row for hidden ones; drop masked, or set has_mask=True")
+        if masked is None and self.mask_token is not None:
             # a mask that hides nothing takes part too: its gradient is zero, not missing
             rows = rows + 0 * self.mask_token
-        else:
+        elif masked is not None and self.mask_token is not None:
             rows = torch.where(masked.to(self.device).bool().unsqueeze(2), self.mask_token, rows)
         whole = self.cls_token.expand(len(rows), 1, -1)
         return Features(rows=torch.cat((whole, rows), dim=1), pooled=whole.squeeze(1))

@@ -30,6 +30,8 @@ class FeedForward(Experts):
         """A name of ``omnimoe.ops.ACTIVATIONS``."""
         gated: bool = True
         """Multiply by the activated gate."""
+        bias: bool = False
+        """A bias after each product."""
         towers: TowerMap = "shared"
         """The copy each key's rows meet."""
 
@@ -44,7 +46,7 @@ class FeedForward(Experts):
 
         @property
         def tp_plan(self) -> dict[str, str]:
-            return {} if self.intermediate_sizes else {"experts": "bank_mlp"}
+            return {} if self.intermediate_sizes or self.bias else {"experts": "bank_mlp"}
 
         def active_params(self, hidden_size: int, modality: int) -> float:
             width = self.intermediate_size
@@ -77,6 +79,7 @@ class FeedForward(Experts):
             hidden_size,
             activation=config.activation,
             gated=config.gated,
+            bias=config.bias,
         )
 
     def forward(self, x: Tensor, rows: RowLayout) -> tuple[Tensor, Routing | None]:

@@ -32,6 +32,8 @@ class SubNormFeedForward(Experts):
         """Multiply by the activated gate."""
         bias: bool = True
         """Biases on all products."""
+        input_bias: bool = True
+        """Of them also that before the norm."""
         inner_norm_eps: float = 1e-5
         """Added to the variance in the inner norm."""
         towers: TowerMap = "shared"
@@ -55,7 +57,9 @@ class SubNormFeedForward(Experts):
         self.towers = resolve_towers(config.towers, num_modalities)
         self.activation, self.gated = config.activation, config.gated
         inner = config.intermediate_size
-        self.gate_up_proj = BankLinear(self.towers, hidden_size, (2 if self.gated else 1) * inner, config.bias)
+        self.gate_up_proj = BankLinear(
+            self.towers, hidden_size, (2 if self.gated else 1) * inner, config.bias and config.input_bias
+        )
         self.down_proj = NormedLinear(self.towers, inner, hidden_size, config.bias, config.inner_norm_eps)
 
     def forward(self, x: Tensor, rows: RowLayout) -> tuple[Tensor, Routing | None]:

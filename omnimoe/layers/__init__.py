@@ -2,11 +2,13 @@
 
 from omnimoe.layers.attention import ATTENTIONS, Attention, BaseAttention, register_attention
 from omnimoe.layers.bank import Bank, TowerMap, num_copies, resolve_towers
+from omnimoe.layers.keys import KEY_RULES, register_key_rule
 from omnimoe.layers.latent_attention import LatentAttention
 from omnimoe.layers.linear import BankLinear, Head
 from omnimoe.layers.masks import MASK_RULES, AttentionMask, register_mask_rule
 from omnimoe.layers.mlp import BankMLP
 from omnimoe.layers.norm import BankHeadLayerNorm, BankLayerNorm, BankRMSNorm, Norm
+from omnimoe.layers.position_bias import POSITION_BIASES, PositionBias, SpanTables, register_position_bias
 from omnimoe.layers.reader_attention import ReaderAttention
 from omnimoe.layers.rope import Rope
 from omnimoe.layers.rope_scaling import ROPE_SCALINGS, RopeScaling, register_rope_scaling
@@ -18,7 +20,9 @@ from omnimoe.layers.sub_norm import NormedLinear, SubNormAttention
 
 __all__ = [
     "ATTENTIONS",
+    "KEY_RULES",
     "MASK_RULES",
+    "POSITION_BIASES",
     "ROPE_SCALINGS",
     "Attention",
     "AttentionMask",
@@ -33,18 +37,22 @@ __all__ = [
     "LatentAttention",
     "Norm",
     "NormedLinear",
+    "PositionBias",
     "ReaderAttention",
     "Rope",
     "RopeScaling",
     "RowLayout",
     "SineGrid",
     "SinkAttention",
+    "SpanTables",
     "StateSpace",
     "SubNormAttention",
     "TowerMap",
     "num_copies",
     "register_attention",
+    "register_key_rule",
     "register_mask_rule",
+    "register_position_bias",
     "register_rope_scaling",
     "resolve_towers",
 ]

@@ -18,6 +18,7 @@ from omnimoe.config import ConfigError, Configurable, register
 from omnimoe.layers.bank import TowerMap, resolve_towers
 from omnimoe.layers.masks import AttentionMask
 from omnimoe.layers.norm import BankHeadLayerNorm, BankJointRMSNorm, BankRMSNorm
+from omnimoe.layers.position_bias import BiasedMask
 from omnimoe.layers.rope import Rope, rope
 from omnimoe.layers.rows import RowLayout
 from omnimoe.layers.uneven import Width, copy_widths, linear_bank
@@ -100,6 +101,8 @@ class Attention(BaseAttention):
         """Width of a head; hidden_size / num_heads where None."""
         bias: bool = False
         """Biases on q, k and v."""
+        key_bias: bool = True
+        """Of them also the one on k, which changes no weight of attention."""
         output_bias: bool = False
         """A bias on o."""
         qk_norm: str = "none"
@@ -171,7 +174,7 @@ class Attention(BaseAttention):
 
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = linear_bank(towers("q_proj"), width("q_proj"), heads, config.bias)
-        self.k_proj = linear_bank(towers("k_proj"), width("k_proj"), kv_heads, config.bias)
+        self.k_proj = linear_bank(towers("k_proj"), width("k_proj"), kv_heads, config.bias and config.key_bias)
         self.v_proj = linear_bank(towers("v_proj"), width("v_proj"), kv_heads, config.bias)
         self.o_proj = linear_bank(towers("o_proj"), heads, width("o_proj"), config.output_bias)
         self.q_norm = self.k_norm = None
@@ -219,6 +222,8 @@ class Attention(BaseAttention):
         return x.view(len(x), x.shape[1] // self.head_dim, self.head_dim)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor | None]:
+        if mask.bias is not None:
+            mask = BiasedMask.add(mask, mask.bias.of(self.layer_idx).to(query.dtype))
         if mask.attend is not None:
             return mask.attend(self, query, key, value, mask)
         return scaled_dot_product(self, query, key, value, mask)

@@ -1,4 +1,4 @@
-"""Embedding tables: of models that scale what comes out of it, and of learned positions."""
+"""Embedding tables: of models that scale or normalise what comes out of it, and of learned positions."""
 
 from __future__ import annotations
 
@@ -25,6 +25,50 @@ class ScaledEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """``(...)`` ids to ``(..., D)``."""
         return super().forward(input) * torch.tensor(self.scale, dtype=self.weight.dtype)
+
+
+class NormedEmbedding(nn.Embedding):
+    """A table whose rows get a learned row added and are normalised on the way in, as BERT's words are.
+
+    Args:
+        num_embeddings: V.
+        embedding_dim: D.
+        eps: added to the variance.
+
+    Source: https://arxiv.org/abs/1810.04805. A sentence there is of one of two types; here all are of the first.
+    """
+
+    initial = {"types": "normal"}
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, eps: float) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.types = nn.Parameter(torch.empty(2, embedding_dim))
+        nn.init.normal_(self.types, std=0.02)
+        self.norm = nn.LayerNorm(embedding_dim, eps=eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(...)`` ids to ``(..., D)``."""
+        return self.norm(super().forward(input) + self.types[0])
+
+
+class HeadLayer(nn.Module):
+    """What stands before a head over a vocabulary: a layer with its norm, as BERT has it.
+
+    Args:
+        hidden_size: D.
+        eps: added to the variance.
+
+    Source: https://arxiv.org/abs/1810.04805.
+    """
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., D)`` to the same."""
+        return self.norm(F.gelu(self.dense(x)))
 
 
 class LearnedPositions(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -182,6 +182,7 @@ class AttentionMask:
         segment_ids: ``(B, K)`` int64, the document of each position in a packed row; None without packing.
         key_ids: ``(B, Q)`` int64.
         block_ids: ``(B, Q)`` int64, -1 for none; None without blocks.
+        bias: gives what the layers add to their scores, by :class:`~omnimoe.layers.PositionBias`; None for nothing.
         attend: computes the attention; a function with the signature of transformers' attention interface.
             None takes PyTorch's scaled dot product.
     """
@@ -195,6 +196,7 @@ class AttentionMask:
     segment_ids: Tensor | None = None
     key_ids: Tensor
     block_ids: Tensor | None = None
+    bias: Any = None
     attend: Callable | None = None
     _cached: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 

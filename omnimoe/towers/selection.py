@@ -56,6 +56,7 @@ class Selection:
             attention=cut(whole.attention),
             experts=cut(whole.experts),
             norm=cut(whole.norm),
+            mlp_norm=cut(whole.mlp_norm),
             final_norm=cut(whole.final_norm),
             layers=tuple(cut(held) for held in whole.layers),
         )
@@ -135,6 +136,10 @@ def select(config: OmniMoeConfig, towers: Iterable[str] | None, without: Iterabl
         return None
     if config.widths:
         raise ConfigError("a model whose towers differ in width is not cut; load it whole")
+    if config.position_bias is not None or config.key_rule:
+        raise ConfigError(
+            "a position bias or a key rule looks at all modalities, and such a model is not cut; load it whole"
+        )
     return Selection(whole=config, keys=kept_keys, modalities=kept)
 
 

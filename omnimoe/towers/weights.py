@@ -145,7 +145,8 @@ def _indices(whole: OmniMoeForCausalLM, selection: Selection) -> dict[str, Index
     found |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"), rows)
     spans = list(pairwise(accumulate(whole.config.learned_positions, initial=0)))
     places = tuple(row for number in selection.modalities if spans for row in range(*spans[number]))
-    return found | {"model.places.weight": places, "aligned.weight": selection.modalities}
+    by_modality = dict.fromkeys(("aligned.weight", "aligned.bias", "model.kinds.weight"), selection.modalities)
+    return found | by_modality | {"model.places.weight": places}
 
 
 def _renamed(whole: OmniMoeForCausalLM, keys: tuple[int, ...]) -> dict[str, str]:

@@ -96,6 +96,7 @@ def target_config(
         "attention": attention(seed.attention),
         "experts": work(seed.experts),
         "norm": norm(seed.norm),
+        "mlp_norm": norm(seed.mlp_norm),
         "final_norm": norm(seed.final_norm, "final_norm"),
         "layers": (*(_changed(held, attention, work, norm) for held in seed.layers), *layers),
         **vocabulary.special,
@@ -232,4 +233,5 @@ def multiplied(router: Router.Config, times: int) -> Router.Config:
 def _changed(
     held: LayerRange, attention: Callable[[Any], Any], work: Callable[[Any], Any], norm: Callable[[Any], Any]
 ) -> LayerRange:
-    return held.replace(attention=attention(held.attention), experts=work(held.experts), norm=norm(held.norm))
+    norms = {"norm": norm(held.norm), "mlp_norm": norm(held.mlp_norm)}
+    return held.replace(attention=attention(held.attention), experts=work(held.experts), **norms)
