@@ -13,6 +13,7 @@ from typing import Any
 
 from omnimoe import OmniMoeConfig, register_model
 from omnimoe.zoo.card import Card
+from omnimoe.zoo.ernie4_5 import SHARED, SIZE_21B, SIZE_300B, THETA
 from omnimoe.zoo.ernie4_5_vl.convert import ERNIE4_5_VL, NESTED, SECTIONS
 
 CARD = Card(
@@ -35,50 +36,37 @@ VISION: dict[str, Any] = {
 """The vision tower of all sizes."""
 
 
-def ernie4_5_vl(**sizes: Any) -> OmniMoeConfig:
-    """The published config at a size."""
-    tied = sizes.get("tie_word_embeddings", True)
-    text = {
-        "vocab_size": 103_424,
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0, "mrope_section": SECTIONS},
-        **sizes,
+def ernie4_5_vl(text: dict[str, Any], width: int) -> OmniMoeConfig:
+    """The published config over a text model whose layers get as many experts for pictures.
+
+    Args:
+        text: sizes of the text model.
+        width: of the networks of the experts for pictures.
+    """
+    sizes = dict(text)
+    first, count = sizes.pop("moe_layer_start_index", 1), sizes["num_hidden_layers"]
+    sizes |= {
+        "moe_intermediate_size": [text["moe_intermediate_size"], width],
+        "mlp_layer_types": ["dense"] * first + ["sparse"] * (count - first),
+        "rope_parameters": {"rope_type": "default", "rope_theta": THETA, "mrope_section": SECTIONS},
     }
     return ERNIE4_5_VL.config_of(
-        {"model_type": NESTED, "text_config": text, "vision_config": VISION, "tie_word_embeddings": tied}
+        {
+            "model_type": NESTED,
+            "text_config": {**SHARED, **sizes},
+            "vision_config": VISION,
+            "tie_word_embeddings": text["tie_word_embeddings"],
+        }
     )
 
 
 @register_model("ernie4_5_vl_28b_a3b")
 def ernie4_5_vl_28b_a3b() -> OmniMoeConfig:
     """ERNIE-4.5-VL, 28B: 64 experts for words and 64 narrow ones for pictures, 6 a token, and two shared ones."""
-    return ernie4_5_vl(
-        hidden_size=2560,
-        intermediate_size=12_288,
-        num_hidden_layers=28,
-        num_attention_heads=20,
-        num_key_value_heads=4,
-        moe_intermediate_size=[1536, 512],
-        moe_num_experts=64,
-        moe_k=6,
-        moe_num_shared_experts=2,
-    )
+    return ernie4_5_vl(SIZE_21B, width=512)
 
 
 @register_model("ernie4_5_vl_424b_a47b")
 def ernie4_5_vl_424b_a47b() -> OmniMoeConfig:
     """ERNIE-4.5-VL, 424B: 64 experts for words and 64 for pictures, 8 a token, no shared ones."""
-    return ernie4_5_vl(
-        hidden_size=8192,
-        intermediate_size=28_672,
-        num_hidden_layers=54,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        moe_intermediate_size=[3584, 1536],
-        moe_num_experts=64,
-        moe_k=8,
-        moe_num_shared_experts=0,
-        mlp_layer_types=["dense"] * 3 + ["sparse"] * 51,
-        tie_word_embeddings=False,
-    )
+    return ernie4_5_vl(SIZE_300B, width=1536)
