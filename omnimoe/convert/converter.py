@@ -53,11 +53,12 @@ class Converter:
             as zeros, so that whoever wants every name finds it.
         described_by: whether ``config.json`` describes a checkpoint of the family, where it has no ``model_type``.
         optional: patterns of published names by the name of the group they form, which a file may lack as a whole and
-            not in part; what they give then keeps its start, and the group is left out where weights are written back.
+            not in part; what they give then keeps its start, and the group is left out where weights are written back,
+            unless it was trained meanwhile.
         stand_ins: what is read in place of a JSON file that a copy may lack.
         fresh: names of ours that no published tensor gives.
         kept: patterns of whole published names that have no place in our model, each with the safetensors file in
-            which they go along where a folder is converted.
+            which they go along where a folder is converted; they are put back where it is written back.
         beside: further files, patterns of files, and folders of files, that go along as they are where a folder is
             converted.
         notice: what the licence of the weights restricts, logged when they are loaded; where empty, a licence in the

@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from omnimoe.checkpoint import CheckpointError, read_json
 from omnimoe.checkpoint.folder import PICKLES, inside
+from omnimoe.convert.absent import is_changed
 from omnimoe.convert.converter import CONFIG, CONVERTERS, Converter
 from omnimoe.convert.files import Held, Weights, main_dtype, write_weights
 from omnimoe.convert.published import ROWS, Published
@@ -173,6 +174,9 @@ def _export(
     by_published = plan.by_published()
     tensors = {name: (weights.dtypes[by_published[name][0].ours], shape) for name, shape in plan.published.items()}
     for group in converter.absent_groups(config):
+        if is_changed(weights, plan, converter, config, group):
+            logger.warning("%s is written with the %s, read without it and changed since", destination, group)
+            continue
         left_out = converter.group(group, list(tensors))
         logger.warning("%s is written without the %s, as it was read", destination, group)
         tensors = {name: held for name, held in tensors.items() if name not in left_out}
@@ -187,7 +191,19 @@ def _export(
     for name, shape in converter.filled(config).items():
         tensors[name], by_published[name] = (main_dtype(weights.dtypes, weights.shapes), shape), []
 
+    kept = _read_kept(beside, converter)
+    tensors |= {name: (held.dtype, tuple(held.shape)) for name, held in kept.items()}
+    if lost := [name for name in config.published.get("kept", ()) if name not in kept]:
+        logger.warning(
+            "%s is written without %d tensors that its file held beside the model, %s for one: a loaded model does not "
+            "take them along, a converted folder does",
+            *(destination, len(lost), lost[0]),
+        )
+
     def parts(name: str) -> Iterator[Tensor]:
+        if name in kept:
+            yield kept[name]
+            return
         pieces = by_published[name]
         if not pieces:
             kind, shape = tensors[name]
@@ -211,7 +227,7 @@ def _export(
             read = _reader(prefix, parts)
             write_weights(fresh, stored, read, file=file, max_shard_size=max_shard_size)
         if beside is not None:
-            _copy_beside(beside, fresh, converter)
+            _copy_beside(beside, fresh, converter, without=frozenset(converter.kept.values()))
 
 
 def _reader(prefix: str, parts: Callable[[str], Iterator[Tensor]]) -> Callable[[str], Iterator[Tensor]]:
@@ -269,14 +285,28 @@ def _write_kept(held: Published, destination: Path) -> None:
         write_weights(destination, tensors, lambda name: [held.weights.read(name)], file=file, max_shard_size="1TB")
 
 
+def _read_kept(folder: Path | None, converter: Converter) -> dict[str, Tensor]:
+    """What :func:`_write_kept` wrote into a folder, if there is one."""
+    found: dict[str, Tensor] = {}
+    for file in dict.fromkeys(converter.kept.values()):
+        if folder is not None and (folder / file).is_file():
+            with Weights(folder, {"": file}) as held:
+                found |= {name: held.read(name) for name in held.shapes if converter.file_to_keep(name) == file}
+    return found
+
+
 def _beside(folder: Path, converter: Converter) -> list[Path]:
     """What goes along, of what a folder has."""
     names = dict.fromkeys((*BESIDE, *converter.kept.values(), *converter.beside))
     return [path for name in names for path in sorted(folder.glob(name))]
 
 
-def _copy_beside(folder: Path, destination: Path, converter: Converter) -> None:
+def _copy_beside(
+    folder: Path, destination: Path, converter: Converter, *, without: Collection[str] = frozenset()
+) -> None:
     for held in _beside(folder, converter):
+        if held.name in without:
+            continue
         files = sorted(held.iterdir()) if held.is_dir() else [held]
         for path in files:
             if path.is_file() and path.suffix not in PICKLES:

@@ -23,8 +23,9 @@ from omnimoe.checkpoint.fit import bytes_of, check_dtypes
 from omnimoe.checkpoint.folder import check_generation
 from omnimoe.checkpoint.header import Entry
 from omnimoe.checkpoint.memory import check_memory
+from omnimoe.convert.absent import remember_start
 from omnimoe.convert.converter import Converter
-from omnimoe.convert.files import NAMES, Weights, main_dtype
+from omnimoe.convert.files import NAMES, Held, Weights, main_dtype
 from omnimoe.convert.licence import facts_of, license_facts, tell
 from omnimoe.convert.rules import Piece, Plan, Shape
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
@@ -121,6 +122,8 @@ class Published:
         for why in sorted(set(ignored.values())):
             count = sum(held == why for held in ignored.values())
             logger.info("%d tensors of %s have no place here: %s", count, self.folder, why)
+        if kept := sorted(name for name in ignored if self.converter.file_to_keep(name) is not None):
+            self.config.published["kept"] = kept
         for name, of in repeated.items():
             self._check_twin(name, of)
         if repeated:
@@ -199,6 +202,7 @@ class Published:
                 for piece in self.plan.pieces:
                     if piece.published not in self.skipped:
                         piece.place(held[piece.ours]).copy_(self.read(piece))
+            remember_start(Held(held), self.plan, self.converter, model.config)
         if (self.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
         return model.eval()

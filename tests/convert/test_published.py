@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from omnimoe.convert.files import NAMES
 from tests.checkpoint.files import contents
 from tests.convert.twins import FILES, TWINS, random_tensors, write_twins
 from tests.zoo.seeds.tiny import publish, published_model
+
+O_PROJ = "model.backbone.layers.1.self_attn.o_proj.weight"
 
 
 @pytest.fixture
@@ -94,12 +97,35 @@ def test_a_tower_that_a_file_may_lack_stays_fresh(twins, tmp_path, caplog):
         found = load_file(tmp_path / f"back{number}" / "ema.safetensors")
         assert found.keys() == theirs.keys()
         assert all(torch.equal(tensor, found[name]) for name, tensor in theirs.items())
-    model.config.published["absent"] = []  # it was trained meanwhile
-    convert_checkpoint(model, tmp_path / "whole", to="published")
-    assert load_file(tmp_path / "whole" / "ema.safetensors").keys() == random_tensors().keys()
     model.config.published["absent"] = ["head"]
     with pytest.raises(CheckpointError, match="'head' is absent, but twins has no such group"):
         convert_checkpoint(model, tmp_path / "none", to="published")
+
+
+def test_a_tower_that_a_file_lacked_is_written_once_it_was_trained(twins, tmp_path, caplog):
+    theirs = {name: tensor for name, tensor in random_tensors().items() if "_gen." not in name}
+    model = from_pretrained(write_twins(tmp_path / "theirs", theirs))
+    for dtype in (torch.float32, torch.bfloat16):
+        convert_checkpoint(model.to(dtype), tmp_path / "same", to="published", overwrite=True)
+        assert load_file(tmp_path / "same" / "ema.safetensors").keys() == theirs.keys()
+    model = from_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        model.state_dict()[O_PROJ][1, 0, 0] += 1
+    model.save_pretrained(tmp_path / "ours")
+    for number, source in enumerate((model, tmp_path / "ours")):
+        caplog.clear()
+        convert_checkpoint(source, tmp_path / f"back{number}", to="published")
+        assert "is written with the tower that draws, read without it and changed since" in caplog.text
+        found = load_file(tmp_path / f"back{number}" / "ema.safetensors")
+        assert found.keys() == random_tensors().keys()
+        assert torch.equal(found["blocks.1.out_gen.weight"], model.state_dict()[O_PROJ][1])
+    shutil.copyfile(tmp_path / "theirs" / "picture.safetensors", tmp_path / "back1" / "picture.safetensors")
+    again = from_pretrained(tmp_path / "back1")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    del model.config.published["start"]  # as models that were saved before have none
+    model.config.published["absent"] = []
+    convert_checkpoint(model, tmp_path / "whole", to="published")
+    assert load_file(tmp_path / "whole" / "ema.safetensors").keys() == random_tensors().keys()
 
 
 @pytest.mark.parametrize("kept", [1, 11])

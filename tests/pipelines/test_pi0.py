@@ -19,7 +19,7 @@ from omnimoe.convert.folders import check_destination
 from omnimoe.pipelines import find_pipeline
 from omnimoe.pipelines.pi0 import Pi0, Scale, on_square, read_scales, training_times
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
-from omnimoe.zoo.pi0.convert import ACTION, OWN_NORMALIZER, PI0, SEEN, STATE
+from omnimoe.zoo.pi0.convert import ACTION, OWN_NORMALIZER, PI0, SEEN, STATE, unread
 from tests.zoo.pi0.peer import TINY, equal_weights, make_peer, published, save_published
 
 PLAIN = published(**TINY)
@@ -141,7 +141,7 @@ STATISTICS = {
 """As earlier files of lerobot hold them among their weights; what no data set gave is infinite."""
 
 
-def test_scales_among_the_weights(peer, tmp_path):
+def test_scales_among_the_weights(peer, tmp_path, caplog):
     published_folder = tmp_path / "published"
     published_folder.mkdir()
     (published_folder / "config.json").write_text(json.dumps(PLAIN))
@@ -154,6 +154,14 @@ def test_scales_among_the_weights(peer, tmp_path):
         assert loaded.state.mean.tolist() == [1, 2, 3]
         assert loaded.state.std.tolist() == [0.5, 1, 2]
         assert (loaded.action.mean.tolist(), loaded.action.std.tolist()) == ([4, 5], [2, 3])
+    theirs, back = (load_file(place / "model.safetensors") for place in (published_folder, tmp_path / "back"))
+    assert all(
+        torch.equal(back[name], held) for name, held in theirs.items() if name not in unread(loaded.model.config)
+    )
+    assert not (tmp_path / "back" / OWN_NORMALIZER).exists()
+    assert "beside the model" not in caplog.text
+    convert_checkpoint(loaded.model, tmp_path / "alone", to="published")
+    assert "without 6 tensors that its file held beside the model, normalize_inputs.buffer_ob" in caplog.text
 
 
 def test_scales_that_no_data_set_gave(tmp_path):
