@@ -12,7 +12,8 @@ from omnimoe.checkpoint.header import Entry
 from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
 
 _TRIED = 8
-"""Models that are built, on the meta device, after a first choice by width, depth and vocabulary."""
+"""Models that are built, on the meta device, after a first choice by width, depth and vocabulary; more where those are
+the same."""
 
 
 def closest_models(entries: Mapping[str, Entry], count: int = 3) -> list[tuple[str, int]]:
@@ -41,7 +42,9 @@ def closest_models(entries: Mapping[str, Entry], count: int = 3) -> list[tuple[s
         return sum(abs(math.log(max(1, one) / max(1, other))) for one, other in zip(sizes, seen, strict=False))
 
     held = {(name, entry.shape) for name, entry in entries.items()}
-    tried = sorted(MODELS.names(), key=distance)[:_TRIED]
+    distances = {name: distance(name) for name in MODELS.names()}
+    limit = sorted(distances.values())[:_TRIED][-1]
+    tried = [name for name in sorted(distances, key=distances.__getitem__) if distances[name] <= limit]
     fits = {name: len(held & _shapes(MODELS.get(name)())) for name in tried}
     best = sorted((name for name in tried if fits[name]), key=lambda name: -fits[name])
     return [(name, fits[name]) for name in best[:count]]

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from omnimoe.adapters import check_fit, find_adapters
 from omnimoe.bars import bars_where_seen
 from omnimoe.checkpoint import CheckpointError, check_weights, complaint
-from omnimoe.checkpoint.errors import MisfitError
+from omnimoe.checkpoint.errors import MisfitError, draws_undone
 from omnimoe.checkpoint.fetch import check_name
 from omnimoe.checkpoint.finite import check_choice
 from omnimoe.checkpoint.finite import check_finite as look_for_nan
@@ -57,6 +57,7 @@ class GuardedFiles(PreTrainedModel):
     """Heads that start fresh on the weights of a model that has others: modules beside the base."""
 
     @classmethod
+    @draws_undone()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | PathLike[str] | None,

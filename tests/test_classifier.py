@@ -19,8 +19,8 @@ from omnimoe import (
 )
 from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.inputs import InputError
-from tests.checkpoint.files import refused
 from tests.declarations import DECLARATIONS, build, ids_like
+from tests.refusals import refused
 
 NAMES = ["dense_tied", "mot", "moe", "moma", "encoder", "transfusion"]
 

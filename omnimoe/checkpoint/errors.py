@@ -1,11 +1,14 @@
-"""What every check of a checkpoint raises, and the reading of its JSON files."""
+"""What every check of a checkpoint raises, what it leaves as it was, and the reading of its JSON files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 JSON_LIMIT = 32 << 20
 """Bytes of the largest JSON that is read; an index of 100,000 weights takes a third of it."""
@@ -17,6 +20,17 @@ class CheckpointError(ValueError):
 
 class MisfitError(CheckpointError):
     """Weights that are sound and do not fit the config, by name, shape or dtype."""
+
+
+@contextmanager
+def draws_undone() -> Iterator[None]:
+    """Puts random numbers back where something is raised: weights that are missing may have been drawn by then."""
+    before = torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(before)
+        raise
 
 
 def read_json(path: Path, error: Callable[[str], Exception]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from omnimoe.model import OmniMoeForCausalLM
-from tests.checkpoint.files import small
+from tests.checkpoint.files import load, small
 from tests.declarations import build
+from tests.refusals import tables
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +28,9 @@ def originals(model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("originals")
     model.save_pretrained(folder / "one")
     model.save_pretrained(folder / "shards", max_shard_size="12KB")
+    # what a first load imports is imported here, and not in each child again
+    load(folder / "one")
+    tables()
     return folder
 
 

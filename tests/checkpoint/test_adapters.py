@@ -12,8 +12,9 @@ from omnimoe import CheckpointError, from_pretrained
 from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.publish import MANIFEST, read_manifest
-from tests.checkpoint.files import WEIGHTS, edit, edit_json, load, refused, same_weights
+from tests.checkpoint.files import WEIGHTS, edit, edit_json, load, same_weights
 from tests.declarations import ids_like
+from tests.refusals import refused
 
 peft = pytest.importorskip("peft")
 ADAPTERS = "adapter_model.safetensors"

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from omnimoe import from_pretrained
 from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.publish import MANIFEST
-from tests.checkpoint.files import INDEX, WEIGHTS, contents, load, refused, same_weights
+from tests.checkpoint.files import INDEX, WEIGHTS, contents, load, same_weights
+from tests.refusals import refused
 
 
 def flip(path, place: int = -3) -> None:

@@ -17,8 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from omnimoe import from_pretrained
 from omnimoe.model import OmniMoeForCausalLM
-from tests.checkpoint.files import INDEX, WEIGHTS, load, refused, same_weights
+from tests.checkpoint.files import INDEX, WEIGHTS, load, same_weights
 from tests.checkpoint.test_mutations import mutated, outcomes
+from tests.children import capped
+from tests.refusals import refused, unchanged
+
+MEMORY = 512 << 20
+"""Bytes that a child may take which reads or refuses a pickle."""
 
 
 class Trap:
@@ -47,6 +52,7 @@ def canary(tmp_path):
 @pytest.mark.hazard(3)
 @pytest.mark.parametrize("by", [load, from_pretrained, AutoModelForCausalLM.from_pretrained])
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
+@capped(MEMORY)
 def test_a_pickle_is_not_opened(saved, canary, name, by):
     (saved / WEIGHTS).unlink()
     (saved / name).write_bytes(trapped(canary))
@@ -55,6 +61,7 @@ def test_a_pickle_is_not_opened(saved, canary, name, by):
 
 
 @pytest.mark.hazard(3)
+@capped(MEMORY)
 def test_asking_for_it_takes_two_words(saved, canary):
     (saved / "pytorch_model.bin").write_bytes(trapped(canary))
     with refused(saved, "pass allow_pickle=True too"):
@@ -62,6 +69,7 @@ def test_asking_for_it_takes_two_words(saved, canary):
 
 
 @pytest.mark.hazard(3)
+@capped(MEMORY)
 def test_a_pickle_that_is_allowed_still_runs_no_code(saved, canary):
     (saved / WEIGHTS).unlink()
     (saved / "pytorch_model.bin").write_bytes(trapped(canary))
@@ -90,6 +98,7 @@ def with_head(head: torch.Tensor):
         (slice(None, 2000), "cannot be read as a pickle of weights"),
     ],
 )
+@capped(MEMORY)
 def test_a_pickle_that_is_allowed_is_held_to_what_safetensors_are(saved, model, change, fragment):
     (saved / WEIGHTS).unlink()
     path = saved / "pytorch_model.bin"
@@ -102,6 +111,7 @@ def test_a_pickle_that_is_allowed_is_held_to_what_safetensors_are(saved, model, 
 
 
 @pytest.mark.hazard(3)
+@capped(MEMORY)
 def test_pickles_in_shards(saved, model):
     (saved / WEIGHTS).unlink()
     weights = model.state_dict()
@@ -147,20 +157,27 @@ def test_changed_bytes_of_a_pickle(saved, model, canary):
 
 
 @pytest.mark.hazard(3)
+@capped(MEMORY)
 def test_a_pickle_that_is_allowed_and_harmless(saved, model):
     (saved / WEIGHTS).unlink()
     torch.save(model.state_dict(), saved / "pytorch_model.bin")
-    assert same_weights(load(saved, allow_pickle=True), model)
+    with unchanged(saved):
+        loaded = load(saved, allow_pickle=True)
+    assert same_weights(loaded, model)
 
 
 @pytest.mark.hazard(3)
+@capped(MEMORY)
 def test_safetensors_win_over_a_pickle(saved, model, canary):
     (saved / "pytorch_model.bin").write_bytes(trapped(canary))
-    assert same_weights(load(saved, allow_pickle=True), model)
+    with unchanged(saved):
+        loaded = load(saved, allow_pickle=True)
+    assert same_weights(loaded, model)
 
 
 @pytest.mark.hazard(3)
 @pytest.mark.parametrize("shard", ["../pytorch_model.bin", "/pytorch_model.bin", "model.sh"])
+@capped(MEMORY)
 def test_the_index_of_pickles_stays_in_its_folder(saved, canary, shard):
     (saved / WEIGHTS).unlink()
     (saved.parent / "pytorch_model.bin").write_bytes(trapped(canary))
@@ -193,6 +210,7 @@ def tarred(canary: Path) -> bytes:
     ],
     ids=["zip", "pickle_2", "pickle_4", "gzip", "tar"],
 )
+@capped(MEMORY)
 def test_a_pickle_by_another_name_is_told(saved, sharded, canary, content, fragment, kind):
     folder, name = saved, WEIGHTS
     if kind == "shard":
@@ -222,6 +240,7 @@ def test_what_else_is_fetched_in_place_of_weights(saved, content, fragment):
 @pytest.mark.hazard(28)
 @pytest.mark.parametrize("by", [load, from_pretrained, AutoModelForCausalLM.from_pretrained])
 @pytest.mark.parametrize("is_alone", [True, False])
+@capped(MEMORY)
 def test_a_distributed_checkpoint_is_refused(saved, canary, by, is_alone):
     """Its .metadata is a pickle that PyTorch opens with the power to run code."""
     if is_alone:
@@ -233,6 +252,7 @@ def test_a_distributed_checkpoint_is_refused(saved, canary, by, is_alone):
 
 
 @pytest.mark.hazard(28)
+@capped(MEMORY)
 def test_a_real_distributed_checkpoint(model, tmp_path):
     from torch.distributed import checkpoint as dcp
 

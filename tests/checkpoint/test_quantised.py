@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from omnimoe import from_pretrained
-from omnimoe.checkpoint.errors import CheckpointError, MisfitError
+from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.model import OmniMoeModel
 from omnimoe.quantize import QuantizationError, is_quantized, matrices, torchao_config
-from tests.checkpoint.files import WEIGHTS, contents, edit_json, load, refused
+from tests.checkpoint.files import WEIGHTS, edit_json, load
+from tests.refusals import refused
 
 torchao = pytest.importorskip("torchao.quantization")
 
@@ -115,10 +116,8 @@ def test_other_kinds_and_parts(model, tmp_path):
 def test_a_quantisation_that_reaches_nothing(saved, by):
     """Plain weights and a word in their config that promises otherwise."""
     edit_json(saved / "config.json", quantization_config={"quant_method": "fp8"})
-    before = contents(saved)
-    with pytest.raises(QuantizationError, match="leaves 100% of the weights of the layers as they are"):
+    with refused(saved, "leaves 100% of the weights of the layers as they are", QuantizationError):
         by(saved)
-    assert contents(saved) == before
 
 
 @pytest.mark.hazard(8)
@@ -126,10 +125,8 @@ def test_an_unexpected_weight_beside_a_quantisation_of_others(saved):
     edit_json(saved / "config.json", quantization_config={"quant_method": "fp8"})
     weights = load_file(saved / WEIGHTS)
     save_file(weights | {"extra": torch.ones(1)}, saved / WEIGHTS, metadata={"format": "pt"})
-    before = contents(saved)
-    with pytest.raises(MisfitError, match="1 unexpected:\n  extra"):
+    with refused(saved, "1 unexpected:\n  extra", MisfitError):
         load(saved, allow_partial=True)
-    assert contents(saved) == before
 
 
 @pytest.mark.hazard(12)
@@ -153,16 +150,12 @@ def test_a_quantisation_that_means_nothing(saved, quantisation, fragment):
 
 
 def test_the_base_alone_which_transformers_cannot_put_together(quantised):
-    before = contents(quantised)
-    with pytest.raises(CheckpointError, match="load them with the class that they were saved from"):
+    with refused(quantised, "load them with the class that they were saved from"):
         OmniMoeModel.from_pretrained(quantised)
-    assert contents(quantised) == before
 
 
 @pytest.mark.hazard(12)
 def test_what_torchao_wrote_about_the_weights_is_gone(quantised):
     save_file(load_file(quantised / WEIGHTS), quantised / WEIGHTS, metadata={"format": "pt"})
-    before = contents(quantised)
-    with pytest.raises(CheckpointError, match="quantised weights in .* cannot be put together"):
+    with refused(quantised, f"the quantised weights in {quantised} cannot be put together"):
         load(quantised)
-    assert contents(quantised) == before

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from omnimoe import from_pretrained
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
-from tests.checkpoint.files import edit_json, load, refused, same_weights
+from tests.checkpoint.files import edit_json, load, same_weights
+from tests.refusals import refused, unchanged
 
 REFERENCES = {
     "AutoConfig": "canary_module.Canary",
@@ -48,26 +49,33 @@ def trapped(saved, tmp_path) -> Any:
 )
 def test_its_code_is_not_imported(trapped, model, by, trust):
     """Not even where the caller trusts it: the model is ours, so there is nothing to fetch."""
-    loaded = by(trapped, **trust)
+    with unchanged(trapped.parent, model):
+        loaded = by(trapped, **trust)
     assert type(loaded).__module__ == "omnimoe.model"
     assert same_weights(loaded, model) or same_weights(loaded, model.model)
 
 
 @pytest.mark.hazard(29)
 def test_nor_by_the_function(trapped, model):
-    assert same_weights(from_pretrained(trapped), model)
+    with unchanged(trapped.parent):
+        loaded = from_pretrained(trapped)
+    assert same_weights(loaded, model)
 
 
 @pytest.mark.hazard(29)
 @pytest.mark.parametrize("trust", [False, True])
 def test_nor_for_the_config(trapped, trust):
-    assert type(AutoConfig.from_pretrained(trapped, trust_remote_code=trust)) is OmniMoeConfig
+    with unchanged(trapped.parent):
+        config = AutoConfig.from_pretrained(trapped, trust_remote_code=trust)
+    assert type(config) is OmniMoeConfig
 
 
 @pytest.mark.hazard(29)
 def test_nor_from_another_repository(trapped, model):
     edit_json(trapped / "config.json", auto_map={name: f"evil/repo--{value}" for name, value in REFERENCES.items()})
-    assert same_weights(load(trapped, trust_remote_code=True), model)
+    with unchanged(trapped.parent):
+        loaded = load(trapped, trust_remote_code=True)
+    assert same_weights(loaded, model)
 
 
 @pytest.mark.hazard(29)
@@ -83,15 +91,16 @@ def test_a_kernel_of_somebody_is_not_fetched(saved, field, by):
 @pytest.mark.hazard(29)
 def test_a_model_of_another_type_with_code_is_refused(trapped):
     edit_json(trapped / "config.json", model_type="canary")
-    with refused(trapped, "holds a model of type 'canary', not 'omnimoe'"):
+    with refused(trapped.parent, "holds a model of type 'canary', not 'omnimoe'"):
         load(trapped, trust_remote_code=True)
-    with refused(trapped, "holds a model of type 'canary', not 'omnimoe'"):
+    with refused(trapped.parent, "holds a model of type 'canary', not 'omnimoe'"):
         from_pretrained(trapped)
 
 
 @pytest.mark.hazard(29)
 def test_a_saved_model_carries_no_code(model, tmp_path):
-    model.save_pretrained(tmp_path)
+    with unchanged(model):
+        model.save_pretrained(tmp_path)
     assert not list(tmp_path.rglob("*.py"))
     assert "auto_map" not in (tmp_path / "config.json").read_text()
     assert isinstance(load(Path(tmp_path)), OmniMoeForCausalLM)
