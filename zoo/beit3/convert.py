@@ -8,14 +8,13 @@ is read here is their tensors as ``model.safetensors`` beside a ``config.json`` 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from omnimoe import CheckpointError, Connected, Norm, OmniMoeConfig, Tokens
 from omnimoe.connectors import AsIs
-from omnimoe.convert import Chain, Converter, Permute, Reshape, Rule, bank, register_converter, rename
+from omnimoe.convert import Chain, Permute, Reshape, Rule, bank, register_converter, rename
 from omnimoe.convert.converter import CONFIG, JsonFiles
-from omnimoe.convert.files import stored_names
+from omnimoe.convert.heads import HeadedConverter, listed_heads
 from omnimoe.convert.rules import Part
 from omnimoe.encoders.patch_stem import PatchStem
 from omnimoe.experts import SubNormFeedForward
@@ -67,10 +66,7 @@ def beit3_config(files: JsonFiles) -> OmniMoeConfig:
             raise CheckpointError(f"{name} is {plain[name]!r}, and only {value!r} is converted")
     if not plain.get("no_output_layer", True):
         raise CheckpointError("no_output_layer is False, and only a head named mlm_head is converted")
-    kinds = tuple(plain.get("heads", ()))
-    unknown = sorted(set(kinds) - set(HEADS))
-    if unknown:
-        raise CheckpointError(f"heads names {unknown[0]!r}; known: {', '.join(HEADS)}")
+    kinds = listed_heads(plain, HEADS)
     activation = plain.get("activation_fn", "gelu")
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"activation_fn {activation!r} has no counterpart here; known: {', '.join(ACTIVATIONS)}")
@@ -165,23 +161,14 @@ def beit3_rules(config: OmniMoeConfig) -> Iterator[Rule]:
         yield rename("aligned.logit_scale", "logit_scale")
 
 
-class Beit3Converter(Converter):
-    """A converter that asks the names of the weights which heads there are."""
-
-    def read(self, folder: Path) -> OmniMoeConfig:
-        config, names = super().read(folder), set(stored_names(folder))
-        found = [kind for kind, name in HEADS.items() if name in names]
-        plain = config.published["files"][CONFIG]
-        return config if not names or plain.get("heads", []) == found else self.config_of({**plain, "heads": found})
-
-
 BEIT3 = register_converter(
-    Beit3Converter(
+    HeadedConverter(
         name="beit3",
         model_types=("beit3",),
         described_by=is_beit3,
         config=beit3_config,
         rules=beit3_rules,
+        heads=HEADS,
         ignored={
             r"(head|pooler|fc_norm)\..*": "a classifier over the labels of one task, which is trained anew",
             r"mim_head\..*": "a head over the codes of a picture tokenizer that the model does not have",
