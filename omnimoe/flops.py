@@ -357,5 +357,6 @@ def formulas() -> dict[Any, Any]:
             ours.grouped_wgrad: _wgrad_formula,
             ours.experts_mlp: _experts_formula,
             ours.experts_mlp_backward: _experts_backward_formula,
+            ours.attend: _attention_formula,
         }
     return found

@@ -1,6 +1,7 @@
 // The kernels of one instruction set. Compiled once for each; see vector.h.
 #include "kernels.h"
 
+#include "attend.h"
 #include "experts.h"
 #include "norm.h"
 #include "products.h"
@@ -38,6 +39,7 @@ extern const Kernels kernels = {
       by_type(a, a.forward.type, [](auto t, const auto& c) { rms_norm_backward<decltype(t)>(c); });
     },
     [](const Rope& a) { by_type(a, a.type, [](auto t, const auto& c) { rope<decltype(t)>(c); }); },
+    [](const Attend& a) { by_type(a, a.type, [](auto t, const auto& c) { attend<decltype(t)>(c); }); },
 };
 
 }  // namespace omnimoe::cpu::OMNIMOE_ISA

@@ -140,6 +140,27 @@ struct Rope {
   void* out;              // (rows, heads, 2 * half)
 };
 
+// Row t of head h of sequence b lies at data + b * batch_stride + h * head_stride + t * row_stride, its numbers side by
+// side; strides are in elements.
+struct Sequences {
+  const void* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+// out[b, i, h] = sum over j of softmax(scale * query[b, h, i] . key[b, h / group, j]) * value[b, h / group, j], over the
+// keys that the mask shows or, where it is causal, that come no later: the last query is at the last key.
+struct Attend {
+  Type type;
+  Threads threads;
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+  double scale;
+  bool is_causal;
+  Sequences query, key, value;
+  const bool* mask;  // [b, i, j] is true where query i sees key j; or null
+  int64_t mask_batch_stride, mask_row_stride;
+  void* out;  // (batch, queries, heads, value_width)
+};
+
 struct Kernels {
   void (*grouped_mm)(const GroupedMM&);
   void (*grouped_wgrad)(const GroupedWgrad&);
@@ -149,6 +170,7 @@ struct Kernels {
   void (*rms_norm)(const RMSNorm&);
   void (*rms_norm_backward)(const RMSNormBackward&);
   void (*rope)(const Rope&);
+  void (*attend)(const Attend&);
 };
 
 }  // namespace omnimoe::cpu

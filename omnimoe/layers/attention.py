@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnimoe.config import Config as ConfigBase
@@ -22,6 +21,8 @@ from omnimoe.layers.position_bias import BiasedMask
 from omnimoe.layers.rope import Rope, rope
 from omnimoe.layers.rows import RowLayout
 from omnimoe.layers.uneven import Width, copy_widths, linear_bank
+from omnimoe.ops import attend
+from omnimoe.ops.attend.fused import for_each_query
 from omnimoe.registry import Registry
 
 ATTENTIONS: Registry = Registry("attention")
@@ -232,10 +233,10 @@ class Attention(BaseAttention):
 def scaled_dot_product(
     module: Attention, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
 ) -> tuple[Tensor, None]:
-    """PyTorch's fused attention under a mask rule; in plain operations where those are faster.
+    """Fused attention under a mask rule; in plain operations where those are faster.
 
     Args:
-        module: gives the scaling and the number of queries a key serves.
+        module: gives the scaling.
         query: ``(B, H, Q, C)``.
         key: ``(B, H_kv, K, C)``.
         value: ``(B, H_kv, K, C)``.
@@ -246,24 +247,10 @@ def scaled_dot_product(
     """
     if _is_faster_unfused(query, key):
         return eager(module, query, key, value, mask)[0], None
-    batch_size, num_heads, query_length, _ = query.shape
-    if query_length == 1:
-        # queries that share a key stand in its place as one head's, so that no key is copied
-        query = query.reshape(batch_size, key.shape[1], num_heads // key.shape[1], query.shape[3])
-    elif module.num_key_value_groups > 1:
-        key, value = (for_each_query(part, module.num_key_value_groups) for part in (key, value))
     # a branch, since a traced comparison of open sizes is no Boolean for the kernel
     if mask.is_plain_causal and mask.query_length == key.shape[2] and mask.query_length > 1:
-        seen: dict[str, Any] = {"is_causal": True}
-    else:
-        seen = {"attn_mask": None if mask.needs_no_mask else mask.dense()}
-    mixed = F.scaled_dot_product_attention(query, key, value, scale=module.scaling, **seen)
-    return mixed.reshape(batch_size, num_heads, query_length, mixed.shape[-1]).transpose(1, 2), None
-
-
-def for_each_query(part: Tensor, groups: int) -> Tensor:
-    """``(B, H_kv, K, C)`` keys or values to ``(B, H, K, C)``; where all queries share one, it is not copied."""
-    return part.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
+        return attend(query, key, value, scale=module.scaling, is_causal=True), None
+    return attend(query, key, value, None if mask.needs_no_mask else mask.shown(), scale=module.scaling), None
 
 
 def _is_faster_unfused(query: Tensor, key: Tensor) -> bool:

@@ -257,6 +257,15 @@ class AttentionMask:
             self._cached["dense"] = self.allowed(batch, query, key).unsqueeze(1)
         return self._cached["dense"]
 
+    def shown(self) -> Tensor | None:
+        """:meth:`dense`, or None where every query may see every key and the host may know it at no cost."""
+        mask = self.dense()
+        if mask.dtype != torch.bool or mask.device.type != "cpu" or torch.compiler.is_compiling():
+            return mask
+        if "all" not in self._cached:
+            self._cached["all"] = bool(mask.all())
+        return None if self._cached["all"] else mask
+
     def additive(self, dtype: torch.dtype) -> Tensor:
         """``(B, 1, Q, K)`` of zeros, and the lowest number of ``dtype`` where attention is not allowed."""
         if dtype not in self._cached:

@@ -5,6 +5,7 @@ them, and ``reference`` is the plain PyTorch definition that all others must mat
 """
 
 from omnimoe.ops._backends import BACKENDS, BackendError, backend, missing_kernels
+from omnimoe.ops.attend import attend
 from omnimoe.ops.combine import combine
 from omnimoe.ops.experts_mlp import ACTIVATIONS, GATED, experts_mlp
 from omnimoe.ops.grouped_mm import grouped_mm
@@ -22,6 +23,7 @@ __all__ = [
     "GATED",
     "BackendError",
     "RoutePlan",
+    "attend",
     "backend",
     "combine",
     "experts_mlp",

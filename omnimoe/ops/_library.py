@@ -47,6 +47,10 @@ CPU_SCHEMAS = (
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse, Tensor? offsets) -> (Tensor, Tensor)",
     # Pairs (i, i + C/2) of x (N, H, C) turned by the angles of the row; tables (N, C/2) float32, or float64 for it.
     "rope(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+    # softmax(scale * query @ key^T) @ value for query (B, H, Q, C), key (B, G, K, C) and value (B, G, K, D), to
+    # (B, Q, H, D); G divides H. A mask (B or 1, 1, Q, K) is true where a query sees a key; causal, the last query is at
+    # the last key. A query that sees no key gives zeros.
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal) -> Tensor",
 )
 """Of those that only the library for CPUs has kernels for."""
 
@@ -106,6 +110,10 @@ def _rms_norm_backward_shape(grad, x, weight, inverse, offsets):
 
 def _rope_shape(x, cos, sin):
     return x.new_empty(x.shape)
+
+
+def _attend_shape(query, key, value, mask, scale, causal):
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
 def _add_back(ops: Any, grad: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -233,6 +241,37 @@ def _rope_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     return ops.rope(grad, cos, -sin), None, None
 
 
+def _keep_attend(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    query, key, value, mask, ctx.scale, ctx.causal = inputs
+    ctx.save_for_backward(query, key, value, mask)
+
+
+def _attend_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, mask = ctx.saved_tensors
+    wide = torch.promote_types(query.dtype, torch.float32)
+    # (B, G, H / G, ...): queries that share a key beside each other
+    asking, given = (part.to(wide).unflatten(1, (key.shape[1], -1)) for part in (query, grad.transpose(1, 2)))
+    asked, worth = (part.to(wide).unsqueeze(2) for part in (key, value))
+    scores = asking @ asked.transpose(-2, -1) * ctx.scale
+    seen = mask
+    if ctx.causal:
+        square = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        seen = square.tril(scores.shape[-1] - scores.shape[-2])
+    if seen is not None:
+        seen = seen if seen.ndim == 2 else seen.unsqueeze(1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+    shares = scores.softmax(-1).nan_to_num(0.0)  # where a query sees no key
+    by_share = given @ worth.transpose(-2, -1)
+    by_score = shares * (by_share - (by_share * shares).sum(-1, keepdim=True)) * ctx.scale
+    found = (
+        (by_score @ asked).flatten(1, 2),
+        (by_score.transpose(-2, -1) @ asking).sum(2),
+        (shares.transpose(-2, -1) @ given).sum(2),
+    )
+    grads = (part.to(query.dtype) for part in found)
+    return *grads, None, None, None
+
+
 _SHAPES: dict[str, Any] = {
     "grouped_mm": _grouped_mm_shape,
     "grouped_wgrad": _grouped_wgrad_shape,
@@ -244,6 +283,7 @@ _SHAPES: dict[str, Any] = {
     "rms_norm": _rms_norm_shape,
     "rms_norm_backward": _rms_norm_backward_shape,
     "rope": _rope_shape,
+    "attend": _attend_shape,
 }
 _GRADIENTS: dict[str, tuple[Any, Any]] = {
     "grouped_mm": (_keep_grouped_mm, _grouped_mm_backward),
@@ -253,6 +293,7 @@ _GRADIENTS: dict[str, tuple[Any, Any]] = {
     "experts_mlp": (_keep_experts_mlp, _experts_mlp_backward),
     "rms_norm": (_keep_rms_norm, _rms_norm_backward),
     "rope": (_keep_rope, _rope_backward),
+    "attend": (_keep_attend, _attend_backward),
 }
 
 

@@ -123,6 +123,21 @@ SAMPLES = [
     Sample("rms_norm", "plain", lambda t, r, d: (normal(t, 4, dtype=d), scale(1, d), None, 1e-5)),
     Sample("rms_norm", "grouped", lambda t, r, d: (normal(r, 2, 4, dtype=d), scale(GROUPS, d), ends(r), 1e-5)),
     Sample("rms_norm_backward", "grouped", _norm_backward),
+    Sample(
+        "attend",
+        "masked",
+        lambda t, r, d: (
+            normal(2, 4, t, 3, dtype=d), normal(2, 2, r, 3, dtype=d), normal(2, 2, r, 5, dtype=d),
+            torch.arange(t * r).view(1, 1, t, r) % 3 < 2, 0.5, False,
+        ),
+    ),
+    Sample(
+        "attend",
+        "causal",
+        lambda t, r, d: (
+            normal(1, 2, t, 3, dtype=d), *(normal(1, 1, t + 2, 3, dtype=d) for _ in "kv"), None, 0.5, True,
+        ),
+    ),
     Sample("rope", "plain", lambda t, r, d: (normal(t, 2, 6, dtype=d), *scale(2 * t, d, 3).detach().split(t))),
 ]  # fmt: skip
 
@@ -215,6 +230,7 @@ def test_any_dtype_and_shape_of_rows_is_copied():
 
 def test_nothing_is_read_outside_of_the_operands():
     x, order, offsets = torch.randn(4, 3), torch.arange(4), torch.tensor([2, 4], dtype=torch.int32)
+    heads = torch.randn(1, 2, 4, 3), torch.randn(1, 2, 4, 3), torch.randn(1, 2, 4, 3)
     wrong = [
         (OPS.gather_rows, (x, torch.tensor([0, 4]), None), "index 4 is not within the 4 rows"),
         (OPS.gather_rows, (x, torch.tensor([0, -1]), None), "index -1 is not within the 4 rows"),
@@ -226,6 +242,8 @@ def test_nothing_is_read_outside_of_the_operands():
         (OPS.route_plan, (order.int(), 3), "int64"),
         (OPS.grouped_mm, (x, torch.randn(2, 5, 3), offsets, torch.randn(2, 4)), "bias must be"),
         (OPS.grouped_mm, (x, torch.randn(2, 5, 3), offsets, None, order + 1), "is not within the 4 rows"),
+        (OPS.attend, (*heads, torch.ones(1, 1, 4, 3, dtype=torch.bool), 1.0, False), "mask must be"),
+        (OPS.attend, (*heads[:2], heads[2][:, :, :3], None, 1.0, False), "key must be"),
     ]
     for op, arguments, message in wrong:
         with pytest.raises(RuntimeError, match=message):

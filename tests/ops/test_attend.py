@@ -1,0 +1,178 @@
+"""Attention as an op: a plain loop, masks, the end of the keys, and which implementation runs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import omnimoe
+from omnimoe.ops import BackendError, attend, backend
+from omnimoe.ops.attend import IMPLEMENTATIONS, KERNELS_FIRST, cpp, fused, reference
+
+CALLS = {"cpp": cpp.attend, "torch": fused.attend, "reference": reference.attend}
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(params=sorted(CALLS))
+def call(request):
+    """Each implementation."""
+    if request.param == "cpp":
+        request.getfixturevalue("compiled")
+    return CALLS[request.param]
+
+
+def parts(batch, heads, kv_heads, queries, keys, width, value_width, dtype=torch.float64, seed=0):
+    """Queries, keys and values, of which the first two are no contiguous tensors."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def made(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    query = made(batch, queries, heads, width).transpose(1, 2)
+    return query, made(batch, kv_heads, keys + 3, width)[:, :, 3:], made(batch, kv_heads, keys, value_width)
+
+
+def drawn_mask(batch, queries, keys, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.rand(batch, 1, queries, keys, generator=draw) < 0.4
+    mask[..., -1] = True
+    return mask
+
+
+def plainly(query, key, value, mask, scale, is_causal):
+    """A loop over sequences, heads and queries."""
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys = key.shape[1:3]
+    out = torch.zeros(batch, queries, heads, value.shape[3], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            shared = h * kv_heads // heads
+            for q in range(queries):
+                seen = [k for k in range(keys) if not is_causal or k <= q + keys - queries]
+                if mask is not None:
+                    seen = [k for k in seen if mask[b % len(mask), 0, q, k]]
+                scores = [math.exp(scale * float(query[b, h, q] @ key[b, shared, k])) for k in seen]
+                for score, k in zip(scores, seen, strict=True):
+                    out[b, q, h] += score / sum(scores) * value[b, shared, k]
+    return out
+
+
+@pytest.mark.parametrize("kind", ["all", "causal", "mask"])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 5), (4, 4), (3, 7)])
+def test_a_plain_loop(call, kind, queries, keys):
+    query, key, value = parts(2, 4, 2, queries, keys, 3, 5)
+    mask = drawn_mask(2, queries, keys) if kind == "mask" else None
+    found = call(query, key, value, mask, 0.7, kind == "causal")
+    torch.testing.assert_close(found, plainly(query, key, value, mask, 0.7, kind == "causal"))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("kind", ["all", "causal", "mask"])
+@pytest.mark.parametrize("shape", [(1, 8, 4, 50, 130, 64, 64), (2, 3, 3, 33, 33, 16, 24), (1, 2, 1, 30, 1100, 7, 33)])
+def test_the_kernel_at_any_size(dtype, kind, shape):
+    operands = parts(*shape, dtype)
+    mask = drawn_mask(1, shape[3], shape[4]) if kind == "mask" else None
+    if mask is not None:
+        mask[:, :, 0, :600], mask[:, :, 0, -1] = False, True  # a whole block of keys that a query does not see
+    exact = reference.attend(*(part.double() for part in operands), mask, 0.2, kind == "causal")
+    found = cpp.attend(*operands, mask, 0.2, kind == "causal")
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+    assert (found.double() - exact).norm() <= TOLERANCES[dtype] * exact.norm()
+
+
+@pytest.mark.usefixtures("compiled")
+@settings(max_examples=40)
+@given(
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    queries=st.integers(1, 60),
+    past=st.integers(0, 70),
+    width=st.integers(1, 40),
+    is_causal=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_the_kernel_at_drawn_sizes(heads, queries, past, width, is_causal, seed):
+    operands = parts(2, *heads, queries, queries + past, width, width + 1, torch.float32, seed)
+    exact = reference.attend(*(part.double() for part in operands), None, 1.0, is_causal)
+    found = cpp.attend(*operands, None, 1.0, is_causal)
+    assert (found.double() - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_number_of_threads_changes_no_bit():
+    operands, threads = parts(1, 4, 2, 300, 700, 24, 24, torch.float32), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(cpp.attend(*operands, None, 0.3, True))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_large_scores_stay_finite_and_a_query_that_sees_nothing_gives_zeros():
+    query, key, value = parts(1, 2, 2, 40, 50, 8, 8, torch.float32)
+    found = cpp.attend(1000 * query, 1000 * key, value, None, 1.0, False)
+    torch.testing.assert_close(found, reference.attend(1000 * query, 1000 * key, value, None, 1.0, False))
+    mask = torch.ones(1, 1, 40, 50, dtype=torch.bool)
+    mask[:, :, 7] = False
+    assert not cpp.attend(query, key, value, mask, 1.0, False)[:, 7].any()
+    assert torch.equal(cpp.attend(query, key[:, :, :0], value[:, :, :0], None, 1.0, False), torch.zeros(1, 40, 2, 8))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_numbers_may_be_added_to_the_scores(heads):
+    query, key, value = parts(2, 4, 2, 1, 5, 8, 8)
+    added = torch.randn(2, heads, 1, 5, dtype=torch.float64)
+    with torch.no_grad():
+        found = attend(query, key, value, added, scale=0.5)
+    torch.testing.assert_close(found, reference.attend(query, key, value, added, 0.5, False))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_which_implementation_runs():
+    query, key, value = parts(1, 4, 2, 3, 5, 8, 8, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(attend(query, key, value, scale=0.5), cpp.attend(query, key, value, None, 0.5, False))
+    assert torch.equal(attend(query, key, value, scale=0.5), fused.attend(query, key, value, None, 0.5, False))
+    with backend("cpp"), pytest.raises(BackendError, match="adds to the scores"):
+        attend(query, key, value, torch.zeros(1, 1, 3, 5), scale=0.5)
+    with backend("cpp"), pytest.raises(BackendError, match="dtypes differ"):
+        attend(query, key, value.double(), scale=0.5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert attend(query, key, value, scale=0.5).dtype == torch.bfloat16
+    assert [one.backend for one in IMPLEMENTATIONS] == ["torch", "cpp", "reference"]
+    assert [one.backend for one in KERNELS_FIRST] == ["cpp", "torch", "reference"]
+
+
+def test_gradients_of_all_implementations(compiled):
+    operands = parts(1, 4, 2, 3, 5, 4, 4)
+    mask, found = drawn_mask(1, 3, 5), {}
+    for name in CALLS:
+        inputs = [part.detach().clone().requires_grad_() for part in operands]
+        with omnimoe.backend(name):
+            attend(*inputs, mask, scale=0.5).square().sum().backward()
+        found[name] = [part.grad for part in inputs]
+    for name in ("cpp", "torch"):
+        torch.testing.assert_close(found[name], found["reference"])
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    query, key, value = parts(1, 4, 2, 3, 5, 8, 8)
+    wrong = [
+        ((query, key[..., :4], value), {}, "key must be \\(1, H_kv, K, 8\\)"),
+        ((query, key, value[:, :, :4]), {}, "value as long"),
+        ((query[:, :3], key, value), {}, "the 3 heads of query must be a multiple of the 2"),
+        ((query, key, value, torch.ones(1, 1, 3, 4, dtype=torch.bool)), {}, "mask must be \\(B, 1, 3, 5\\)"),
+        ((query, key, value, drawn_mask(1, 3, 5)), {"is_causal": True}, "beside is_causal"),
+    ]
+    for operands, options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            attend(*operands, scale=1.0, **options)
