@@ -108,10 +108,3 @@ def test_code_of_the_page_on_training_runs_from_top_to_bottom(monkeypatch, tmp_p
             exec(compile(block, "docs/training.md", "exec"), names)  # noqa: S102 - our own page
     assert "[0, 2, 4]" in capsys.readouterr().out
     assert (tmp_path / "second" / "checkpoint" / "training.json").is_file()
-
-
-def test_the_pages_link_to_files_that_exist():
-    for page in ("extending.md", "training.md"):
-        text = (FOLDER.parent / "docs" / page).read_text(encoding="utf-8")
-        links = re.findall(r"\]\(([^)#]+)\)", text)
-        assert [link for link in links if "://" not in link and not (FOLDER.parent / "docs" / link).exists()] == []

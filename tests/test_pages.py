@@ -1,0 +1,104 @@
+"""Every page for readers: links lead somewhere, commands are taken, imports work, files that are named are there."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from omnimoe.cli import COMMANDS, _parser
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = (ROOT, ROOT / "docs", *sorted(path for path in (ROOT / "zoo").iterdir() if path.is_dir()))
+PAGES = {str(path.relative_to(ROOT)): path for folder in FOLDERS for path in sorted(folder.glob("*.md"))}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+
+
+def blocks(text: str, kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """What the headings of a page are called in links, as GitHub does it."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(text: str) -> list[str]:
+    """Lines of a page that begin with a command of ours, inside of lines too: behind ``&&``, before ``#``."""
+    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    parts = [part.strip() for line in lines for part in re.split(r"&&|\||;", line.partition(" # ")[0])]
+    return [part for part in parts if part.startswith("omnimoe ")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    lost = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(TEXTS[page])):
+        place, _, anchor = link.partition("#")
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        path = (PAGES[page].parent / place).resolve() if place else PAGES[page]
+        if not path.exists() or (anchor and anchor not in anchors(path.read_text(encoding="utf-8"))):
+            lost.append(link)
+    assert lost == []
+
+
+@functools.cache
+def options(command: str) -> set[str]:
+    """All that a command and those below it take."""
+    whole = _parser(only=command)
+    (choices,) = (held.choices for held in whole._actions if isinstance(held, argparse._SubParsersAction))
+    pending, found = [choices[command]], set()
+    while pending:
+        for action in pending.pop()._actions:
+            found |= set(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                pending += action.choices.values()
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(TEXTS[page])])
+def test_commands_are_taken(page):
+    for line in commands(TEXTS[page]):
+        words = shlex.split(line)[1:]
+        assert _parser(only=words[0]).parse_args(words).command == words[0], line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_text_are_known(page):
+    for line in re.findall(r"`omnimoe ([^`]+)`", prose(TEXTS[page])):
+        command, *words = line.split()
+        assert command in COMMANDS, line
+        flags = {word.strip("[]").partition("=")[0] for word in words if word.strip("[").startswith("--")}
+        assert flags <= options(command), line
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(TEXTS[page], "python")])
+def test_imports_of_the_code_work(page):
+    """Of the code that is not run by a test of its own either: it parses, and what it takes from omnimoe is there."""
+    for block in blocks(TEXTS[page], "python"):
+        for node in ast.walk(ast.parse(block if not block.startswith(" ") else f"if True:\n{block}")):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "omnimoe":
+                module = importlib.import_module(node.module or "")
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == [], node.module
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_are_there(page):
+    named = re.findall(
+        r"`(?:python |pytest )?((?:omnimoe|zoo|tests|docs|benchmarks|examples|csrc)/[^`]*)`", prose(TEXTS[page])
+    )
+    paths = [word.partition("::")[0] for words in named for word in words.split() if "/" in word]
+    plain = [path for path in paths if not re.search(r"[*<>{}\[\]]", path)]
+    assert [path for path in plain if not (ROOT / path).exists()] == []
