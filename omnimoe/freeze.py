@@ -82,7 +82,7 @@ def freeze(model: OmniMoeForCausalLM, names: Iterable[str]) -> Frozen:
         _hold(parameters[name], copies)
     for path, module in model.named_modules():
         if isinstance(module, Router) and _stays(path, module, model, chosen):
-            module.update = _takes_nothing_in  # type: ignore[method-assign]
+            module.update = takes_nothing_in  # type: ignore[method-assign]
     partly = tuple(name for name, parameter in parameters.items() if frozen_rows(parameter) is not None)
     total = sum(parameter.numel() for parameter in parameters.values())
     trained = sum(_trained(parameter) for parameter in parameters.values())
@@ -227,7 +227,7 @@ def _stays(path: str, router: Router, model: OmniMoeForCausalLM, names: tuple[st
     return keys[int(last)] in names if above and last.isdigit() else any(name in keys for name in names)
 
 
-def _takes_nothing_in(routing: Routing) -> None:
+def takes_nothing_in(routing: Routing) -> None:
     """In the place of the update of a router that stays as it is."""
 
 

@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.utils import logging
 
 from omnimoe.layers.masks import generates_under
 from omnimoe.model_config import OmniMoeConfig
+from omnimoe.routers import AuxiliaryRouter, ExpertChoiceRouter
+
+logger = logging.get_logger(__name__)
 
 
 class InputError(ValueError):
@@ -313,9 +317,44 @@ def check_generates(config: OmniMoeConfig) -> None:
         part = getattr(block.experts, "router", block.experts) if block.depth is None else block.depth
         raise InputError(
             f"{part.target.__name__} in layers {', '.join(map(str, stuck))} routes a row by looking at others, later "
-            "ones too, so the model does not generate; give expert choice causal_form='auxiliary' (or 'cutoff') and "
-            "train it, or take a causal router such as TopKRouter, and all rows in every layer"
+            "ones too, so the model does not generate; give expert choice and depth causal_form='auxiliary' and train "
+            f"that, as {AUXILIARY_STAGE} does, or take a causal router such as TopKRouter, and all rows in every layer"
         )
+
+
+AUXILIARY_STAGE = "omnimoe train --from RUN --stage auxiliary --out OUT"
+"""What gives a trained model auxiliary routers."""
+
+
+def check_routers(model: nn.Module) -> None:
+    """Refuses to generate by auxiliary routers that were never trained, and points out cut-offs that never moved.
+
+    Raises:
+        InputError: with their layers and what to do.
+    """
+    untrained, unmoved = set(), set()
+    for path, module in model.named_modules():
+        layer = path.partition(".layers.")[2].partition(".")[0]
+        if isinstance(module, AuxiliaryRouter) and not module.is_trained:
+            untrained.add(layer)
+        elif isinstance(module, ExpertChoiceRouter) and module.config.causal_form == "cutoff":
+            start = module.initial_buffers()["cutoff"]
+            unmoved |= {layer} if torch.equal(module.cutoff.cpu(), start) else set()
+    if untrained:
+        raise InputError(
+            f"auxiliary routers of layers {_numbers(untrained)} were never trained, so what takes a token is unknown, "
+            f"and the model does not generate; train them with {AUXILIARY_STAGE}, or in a loop of your own with "
+            "omnimoe.hold_all_but_auxiliary(model)"
+        )
+    if unmoved:
+        logger.warning_once(
+            f"the running cut-offs of expert choice in layers {_numbers(unmoved)} never moved, so tokens meet other "
+            "experts here than in training; call model.update_routers(out.routings) after each step of training"
+        )
+
+
+def _numbers(layers: set[str]) -> str:
+    return ", ".join(sorted(layers, key=int))
 
 
 def check_prompt(prompt: Tensor, given: dict[str, object]) -> None:

@@ -11,7 +11,7 @@ from transformers import GenerationMixin, LogitsProcessorList, SuppressTokensLog
 
 from omnimoe.blocks import block_ids_of, block_positions, span_counts
 from omnimoe.grids import grid_positions
-from omnimoe.inputs import InputError, check_generates, check_prompt, repeated
+from omnimoe.inputs import InputError, check_generates, check_prompt, check_routers, repeated
 from omnimoe.spans import span_positions, span_processors
 
 
@@ -130,12 +130,24 @@ class Generates(GenerationMixin):
         )
 
     def _validate_generation_mode(self, mode: Any, generation_config: Any, *rest: Any) -> None:
-        """Refuses drafts of the first layers: transformers shortens the config, from which no layers are read."""
+        """Refuses caches by which routers would choose otherwise, and drafts of the first layers: transformers shortens
+        the config, from which no layers are read."""
         layers = generation_config.assistant_early_exit
         if layers is not None:
             raise InputError(
                 f"assistant_early_exit={layers} would draft with the first layers alone, which this model cannot run; "
                 "pass a smaller model as assistant_model="
+            )
+        check_generates(self.config)
+        if not generation_config.use_cache and not all(block.is_causal for block in self.config.blocks):
+            raise InputError(
+                "without a cache the routers of this model look at other tokens; with one they route each by itself, "
+                "which is how it generates; drop use_cache=False"
+            )
+        if generation_config.cache_implementation == "quantized" and any(block.depth for block in self.config.blocks):
+            raise InputError(
+                "layers of a mixture of depths mark tokens in their cache, and a quantized one would round that away; "
+                "drop cache_implementation='quantized'"
             )
         super()._validate_generation_mode(mode, generation_config, *rest)
 
@@ -144,6 +156,7 @@ class Generates(GenerationMixin):
     ) -> tuple[Tensor, str | None, dict[str, Any]]:
         """Checks the prompt, since a wrong one would be stretched or cut at the first step without a word."""
         check_generates(self.config)
+        check_routers(self)
         prompt, name, rest = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         check_prompt(prompt, rest)
         positions = rest.get("position_ids")

@@ -111,6 +111,8 @@ def build(config: OmniMoeConfig, *, seed: int = 0) -> OmniMoeForCausalLM:
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias") or "out_proj" in name:
                 parameter.normal_(std=0.3)
+            elif ".auxiliary.outer" in name:
+                parameter.normal_(std=2.0)  # it starts at zero, which says that it was never trained
     return model.eval()
 
 

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, device) -> int:
+    from omnimoe.auxiliary import add_auxiliary_routers
     from omnimoe.data import Corpus
     from omnimoe.train import Training, TrainSettings, load_settings
     from omnimoe.train.checkpoint import load_checkpoint, restore
@@ -51,7 +52,11 @@ def _train(args: argparse.Namespace, device) -> int:
     seed = None if args.source is None else checkpoint_of(args.source)
     # a seed's data go on where they were, so they are read as they were
     base = load_settings(folder if resume else seed) if resume or seed is not None else TrainSettings()
+    if not resume:
+        base = base.replace(stage="whole", **({"freeze": ""} if getattr(args, "stage", "") == "auxiliary" else {}))
     settings = read_settings(args, base)
+    if settings.stage == "auxiliary" and args.source is None:
+        raise ValueError("--stage auxiliary is for a model that is trained; name it with --from RUN")
     corpus, told = Corpus.load(settings.data), ""
     if args.source is None:
         model, name = _declared(args.model, settings.seed)
@@ -59,6 +64,8 @@ def _train(args: argparse.Namespace, device) -> int:
         model, name = load_checkpoint(folder)[0], args.out.name
     else:
         (model, told), name = grown(args, corpus), args.out.name
+        if settings.stage == "auxiliary":
+            model, told = add_auxiliary_routers(model), f"{told}, and auxiliary routers, which alone are trained"
     training = Training(model.to(device), settings, corpus=corpus, out=args.out, name=name)
     if resume:
         training.resume()
@@ -89,11 +96,12 @@ def _declared(name: str, seed: int):
 
 
 def _report(training, history, out: Path) -> None:
-    last = {modality: losses[-1] for modality, losses in history.held_out.items()}
     print(f"checkpoint  {training.checkpoint_folder}")
     print(f"log         {out / 'log.jsonl'}, and for TensorBoard {out / 'tensorboard'}")
-    if last:
-        print("held out    " + ", ".join(f"{name} {loss:.3f}" for name, loss in last.items()) + " nats a token")
+    for told, found in (("", history.held_out), (", every token routed by itself", history.causal)):
+        if found:
+            losses = ", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items())
+            print(f"held out    {losses} nats a token{told}")
     if training.was_interrupted:
         steps = training.settings.steps
         print(f"stopped at step {training.step} of {steps}; the same command with --resume goes on")

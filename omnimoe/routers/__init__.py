@@ -1,6 +1,7 @@
 """Tier 3: routers say which expert takes which row."""
 
 from omnimoe.routers.attributes import AttributeRouter
+from omnimoe.routers.auxiliary import AuxiliaryRouter
 from omnimoe.routers.base import ROUTERS, Router, Routing, join_routings, register_router
 from omnimoe.routers.by_modality import ByModalityRouter
 from omnimoe.routers.depth import DepthRouter
@@ -24,6 +25,7 @@ __all__ = [
     "ROUTERS",
     "SCORES",
     "AttributeRouter",
+    "AuxiliaryRouter",
     "ByModalityRouter",
     "DepthRouter",
     "ExpertChoiceRouter",

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from omnimoe.config import ConfigError
 from omnimoe.layers import RowLayout
+from omnimoe.routers.auxiliary import AuxiliaryRouter
 from omnimoe.routers.base import Router, Routing, register_router
+from omnimoe.routers.pool import best_of_ranks, share_of
 from omnimoe.routers.scores import SCORES, Scorer, check_score
 
 CAUSAL_FORMS = ("cutoff", "auxiliary", "none")
+CHOICE_POOLS = ("batch", "ranks")
 
 
 @register_router("expert_choice")
@@ -43,6 +44,9 @@ class ExpertChoiceRouter(Router):
         """Experts that a row meets on average."""
         score: str = "sigmoid"
         """``"sigmoid"`` (MoMa), ``"softmax"`` or ``"sqrt_softplus"`` over experts."""
+        pool: str = "batch"
+        """Rows compete in the ``"batch"`` of a process, or in the batches of all ``"ranks"``, which must hold as many
+        positions each."""
         cutoff_momentum: float = 0.99
         """Share of the old cut-off that a training step keeps."""
         causal_form: str = "cutoff"
@@ -57,6 +61,8 @@ class ExpertChoiceRouter(Router):
         def __post_init__(self) -> None:
             super().__post_init__()
             check_score(self.score)
+            if self.pool not in CHOICE_POOLS:
+                raise ConfigError(f"unknown pool {self.pool!r}; known: {', '.join(CHOICE_POOLS)}")
             if self.capacity_factor <= 0:
                 raise ConfigError(f"capacity_factor must be positive, got {self.capacity_factor}")
             if self.causal_form not in CAUSAL_FORMS:
@@ -76,7 +82,7 @@ class ExpertChoiceRouter(Router):
         def router_params(self, hidden_size: int, num_experts: int, modality: int | None = None) -> int:
             own = hidden_size * num_experts
             if self.causal_form == "auxiliary":
-                own += (hidden_size // 2) * (hidden_size + num_experts)
+                own += AuxiliaryRouter.num_params(hidden_size, num_experts)
             return own
 
     config: ExpertChoiceRouter.Config
@@ -103,28 +109,36 @@ class ExpertChoiceRouter(Router):
         scores = SCORES[self.config.score](logits + noise)
         if rows.routes_causally:
             return self._entries(scores, self._alone(x, scores), logits, rows, x.dtype)
-        weights, token_index, taken, cutoff = self._best(scores, rows)
-        experts = torch.arange(self.num_experts, device=x.device).unsqueeze(1).expand_as(token_index)
+        if self.config.pool == "ranks":
+            chosen, cutoff = self._best_of_ranks(scores, rows)
+            routing = self._entries(scores, chosen, logits, rows, x.dtype)
+        else:
+            weights, token_index, taken, cutoff = self._best(scores, rows)
+            experts = torch.arange(self.num_experts, device=x.device).unsqueeze(1).expand_as(token_index)
+            routing = Routing(
+                token_index.reshape(-1),
+                experts.where(taken, -1).reshape(-1),
+                weights.reshape(-1).to(x.dtype),
+                logits,
+            )
         losses = {}
         if self.auxiliary is not None:
-            chosen = torch.zeros_like(scores).index_put((token_index, experts), taken.to(scores.dtype), accumulate=True)
-            losses["auxiliary"] = self.config.auxiliary_coef * _foretold(self.auxiliary(x.detach()), chosen, rows)
-        return Routing(
-            token_index.reshape(-1),
-            experts.where(taken, -1).reshape(-1),
-            weights.reshape(-1).to(x.dtype),
-            logits,
-            losses,
-            cutoff,
-        )
+            places = routing.token_index, routing.expert_ids.clamp_min(0)
+            is_choice = (routing.expert_ids >= 0).to(torch.float32)
+            chosen = torch.zeros_like(scores).index_put(places, is_choice, accumulate=True)
+            losses["auxiliary"] = self.config.auxiliary_coef * self.auxiliary.loss(x, chosen, rows.counted)
+        return dataclasses.replace(routing, losses=losses, cutoff=cutoff)
+
+    def _best_of_ranks(self, scores: Tensor, rows: RowLayout) -> tuple[Tensor, Tensor]:
+        share, room = share_of(self.config.capacity_factor, self.num_experts), rows.batch_size * rows.sequence_length
+        return best_of_ranks(scores, rows.counted, share, room)
 
     def _best(self, scores: Tensor, rows: RowLayout) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Scores and rows ``(E, C)`` of each expert's best, which of them it takes, and the lowest score it took.
 
         All are taken where all rows count; in a traced graph there may be room for more than are taken.
         """
-        # in whole numbers: 0.1 of 80 rows are 8, and a graph with open sizes has no ceiling of fractions
-        share, number = Fraction(self.config.capacity_factor).limit_denominator(10_000) / self.num_experts, len(scores)
+        share, number = share_of(self.config.capacity_factor, self.num_experts), len(scores)
         most = min(number, -(-number * share.numerator // share.denominator))
         if rows.counted is None:
             weights, token_index = scores.t().topk(most, dim=-1)
@@ -142,10 +156,10 @@ class ExpertChoiceRouter(Router):
         if self.config.causal_form == "none":
             raise ValueError(
                 "expert choice looks at all rows, which a cache does not allow, and this router has no other form; "
-                "set causal_form='cutoff' or causal_form='auxiliary' and train it"
+                "give it auxiliary ones, omnimoe.add_auxiliary_routers(model), causal_form='auxiliary', and train them"
             )
         if self.auxiliary is not None:
-            return self.auxiliary(x) > 0  # the logit of one half
+            return self.auxiliary.takes(x)
         return scores >= self.cutoff
 
     def _entries(self, scores: Tensor, taken: Tensor, logits: Tensor, rows: RowLayout, dtype: torch.dtype) -> Routing:
@@ -210,7 +224,8 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
         scores = SCORES[self.config.score](logits)
         cutoff, reached = self.cutoff, None
         if self.training and not rows.routes_causally:
-            reached = self._best(scores, rows)[3]
+            whole = self.config.pool == "ranks"
+            reached = self._best_of_ranks(scores, rows)[1] if whole else self._best(scores, rows)[3]
             if reached is not None:
                 warm = (self.steps < self.config.warmup_steps) & reached.isfinite()
                 cutoff = torch.where(warm, reached, cutoff)
@@ -222,33 +237,6 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
         """Moves the cut-off, and counts the step."""
         super().update(routing)
         self.steps += int(routing.cutoff is not None)
-
-
-class AuxiliaryRouter(nn.Module):
-    """Foretells from a row alone which experts take it: two matrices and a SiLU, in float32.
-
-    Args:
-        hidden_size: D.
-        num_experts: E.
-
-    Source: MoMa, https://arxiv.org/abs/2407.21770, section 3.4.
-    """
-
-    def __init__(self, hidden_size: int, num_experts: int) -> None:
-        super().__init__()
-        self.inner = Scorer(hidden_size, hidden_size // 2)
-        self.outer = Scorer(hidden_size // 2, num_experts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, D)`` to ``(N, E)`` float32, the logit of each expert's choice."""
-        return self.outer(F.silu(self.inner(x)))
-
-
-def _foretold(logits: Tensor, chosen: Tensor, rows: RowLayout) -> Tensor:
-    """Mean binary cross-entropy over rows that count."""
-    each = F.binary_cross_entropy_with_logits(logits, chosen, reduction="none").mean(-1)
-    present = torch.ones_like(each) if rows.counted is None else rows.counted.to(each.dtype)
-    return (each * present).sum() / present.sum().clamp_min(1)
 
 
 def _logistic_like(logits: Tensor) -> Tensor:

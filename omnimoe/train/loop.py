@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from omnimoe.auxiliary import hold_all_but_auxiliary, measure_auxiliary_routers
 from omnimoe.data import Corpus
 from omnimoe.freeze import freeze
 from omnimoe.layers.masks import is_causal_rule
@@ -69,6 +70,10 @@ ROUTING = ("balance", "busiest", "experts_per_token", "dropped_share", "null_sha
 """What is logged of a trace of routing, as means over layers; of a run in several processes, the rows of the first."""
 
 
+FORETOLD = ("accuracy", "precision", "recall", "taken", "wanted")
+"""What is logged of auxiliary routers."""
+
+
 class Training:
     """A run.
 
@@ -107,6 +112,8 @@ class Training:
         self.held_out = held_out_batches(model.config, settings, self.corpus)
         if settings.frozen:
             freeze(model, settings.frozen)
+        if settings.stage == "auxiliary":
+            hold_all_but_auxiliary(model)
         self.optimizer = make_optimizer(model, settings)
         self.processes = Processes.current()
         self.processes.check(settings.batch_size)
@@ -243,7 +250,8 @@ class Training:
             dynamic_ncols=True,
             disable=None if self.show_progress and is_first else True,
         )
-        self.model.train()
+        # what is to be foretold is the choice without the noise of training
+        self.model.train(settings.stage == "whole")
         if self.step == 0:
             torch.manual_seed(settings.seed + self.processes.rank)
         with closing(log), self._interruptible(), bar:
@@ -332,6 +340,8 @@ class Training:
         log.write(self.step, "held_out", losses)
         if causal:
             log.write(self.step, "held_out_causal", causal)
+        if self.settings.stage == "auxiliary":
+            log.write(self.step, "auxiliary", self._foretold())
         if trace is not None and trace.layers():
             log.write(self.step, "routing", {name: trace.mean(name) for name in ROUTING})
             log.picture(self.step, "routing/load", trace.heatmap(title=f"step {self.step}"))
@@ -352,7 +362,14 @@ class Training:
         """Whether the model looks ahead, and can be asked not to."""
         config = self.model.config
         can = is_causal_rule(config.mask) and all(block.has_causal_form for block in config.blocks)
-        return self.settings.evaluate_causally and can and not config.is_causal
+        asked = self.settings.evaluate_causally or self.settings.stage == "auxiliary"
+        return asked and can and not config.is_causal
+
+    def _foretold(self) -> dict[str, float]:
+        """How well auxiliary routers foretell, as means over them; of several processes, the rows of the first."""
+        batches = map(self.processes.share, self.held_out)
+        found = measure_auxiliary_routers(self.model, batches, precision=self.settings.precision)
+        return {name: sum(getattr(one, name) for one in found) / max(1, len(found)) for name in FORETOLD}
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

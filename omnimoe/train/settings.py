@@ -9,6 +9,7 @@ from omnimoe.config import Config, ConfigError
 
 PRECISIONS = ("fp32", "bf16")
 ROUTER_NAN = ("raise", "warn", "off")
+STAGES = ("whole", "auxiliary")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class TrainSettings(Config):
     image=0.1,speech=0.25; labels stay. It keeps a model with few data from learning them by heart."""
     freeze: str = ""
     """Keys whose weights stay as they are, as in text or text,image; see :func:`omnimoe.freeze`."""
+    stage: str = "whole"
+    """``"whole"`` trains the model, ``"auxiliary"`` its auxiliary routers alone, which is MoMa's second stage."""
     seed: int = 0
     """Seed of weights and data order."""
     evaluate_every: int = 100
@@ -96,7 +99,11 @@ class TrainSettings(Config):
         for name, share in self.noise_shares.items():
             if share >= 1:
                 raise ConfigError(f"noise is a share of tokens and must lie below 1, got {name}={share:g}")
-        for name, known in (("precision", PRECISIONS), ("router_nan", ROUTER_NAN)):
+        if self.stage == "auxiliary" and self.frozen:
+            raise ConfigError(
+                f"stage 'auxiliary' freezes all else by itself, got freeze={self.freeze!r} beside it; drop it"
+            )
+        for name, known in (("precision", PRECISIONS), ("router_nan", ROUTER_NAN), ("stage", STAGES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
 
