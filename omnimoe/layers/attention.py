@@ -73,10 +73,6 @@ class BaseAttention(nn.Module, Configurable):
                 ConfigError: with the rule and what to do.
             """
 
-        def kv_shape(self) -> tuple[int, int]:
-            """Heads and head dimension that a cache keeps; ``(0, 0)`` where none is kept."""
-            return 0, 0
-
     def rotary(self) -> tuple[Rope.Config, int] | None:
         """The rotary positions and the head dimension whose table ``rows.cos`` and ``rows.sin`` are to hold.
 
@@ -120,10 +116,7 @@ class Attention(BaseAttention):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            for name in ("num_heads", "num_kv_heads", "head_dim"):
-                value = getattr(self, name)
-                if value is not None and value < 1:
-                    raise ConfigError(f"{name} must be at least 1, got {value}")
+            self.check_positive("num_heads", "num_kv_heads", "head_dim")
             if self.qk_norm not in QK_NORMS:
                 raise ConfigError(f"unknown qk_norm {self.qk_norm!r}; known: {', '.join(QK_NORMS)}")
             if self.num_heads % (self.num_kv_heads or self.num_heads):

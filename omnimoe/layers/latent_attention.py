@@ -67,9 +67,6 @@ class LatentAttention(BaseAttention):
         def needs_key_order(self) -> bool:
             return self.towers != "shared"
 
-        def kv_shape(self) -> tuple[int, int]:
-            return 1, self.latent_rank
-
         def projection_params(self, hidden_size: int) -> int:
             """Weights in matrix products of a token, without a cache."""
             queries = self.num_heads * (self.plain_dim + self.rope_dim)
