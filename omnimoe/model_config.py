@@ -524,9 +524,10 @@ class OmniMoeConfig(PreTrainedConfig):
         return name not in known and not name.startswith("_")
 
     def _hint(self, name: str) -> str:
-        for part in _PARTS:
-            if name in (spec.name for spec in dataclasses.fields(getattr(self, part))):
-                return f"; it belongs to {part}: write {part}={type(getattr(self, part)).__qualname__}({name}=...)"
+        for part, kind in _PARTS.items():
+            held = type(getattr(self, part) or kind())
+            if name in (spec.name for spec in dataclasses.fields(held)):
+                return f"; it belongs to {part}: write {part}={held.__qualname__}({name}=...)"
         near = difflib.get_close_matches(name, inspect.get_annotations(OmniMoeConfig), n=1)
         return f"; did you mean {near[0]!r}?" if near else "; set attributes of your own on the config once it is made"
 
