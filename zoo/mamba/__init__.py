@@ -232,6 +232,18 @@ def mixture_of_mamba_transfusion_1_4b() -> OmniMoeConfig:
     return mixture(mamba_transfusion_1_4b())
 
 
+@register_model("mamba_pico")
+def mamba_pico() -> OmniMoeConfig:
+    """Dense state spaces, 0.8M: every weight serves all modalities."""
+    return mamba_layers(nano_base(), 96, 7)
+
+
+@register_model("mixture_of_mamba_pico")
+def mixture_of_mamba_pico() -> OmniMoeConfig:
+    """Mixture-of-Mamba, 0.8M active: projections for each of three modalities."""
+    return mixture(mamba_pico())
+
+
 @register_model("mamba_nano")
 def mamba_nano() -> OmniMoeConfig:
     """Dense state spaces, 3M: every weight serves all modalities."""

@@ -14,12 +14,12 @@ from omnimoe.zoo.mot import untied
 
 CARD = Card(
     family="nano",
-    title="Dense, MoT, MoMa and MoE at 3 and 10 million active parameters, over text, pictures and speech",
+    title="Dense, MoT, MoMa and MoE at 1, 3 and 10 million active parameters, over text, pictures and speech",
     paper="https://arxiv.org/abs/2411.04996",
     papers={
-        **dict.fromkeys(("dense_nano", "dense_micro"), "https://arxiv.org/abs/2405.09818"),
-        **dict.fromkeys(("moma_nano", "moma_micro"), "https://arxiv.org/abs/2407.21770"),
-        **dict.fromkeys(("moe_nano", "moe_micro"), "https://arxiv.org/abs/2401.04088"),
+        **dict.fromkeys(("dense_pico", "dense_nano", "dense_micro"), "https://arxiv.org/abs/2405.09818"),
+        **dict.fromkeys(("moma_pico", "moma_nano", "moma_micro"), "https://arxiv.org/abs/2407.21770"),
+        **dict.fromkeys(("moe_pico", "moe_nano", "moe_micro"), "https://arxiv.org/abs/2401.04088"),
     },
 )
 
@@ -81,6 +81,35 @@ def token_choice(config: OmniMoeConfig, num_experts: int = 8) -> OmniMoeConfig:
             router=TopKRouter.Config(top_k=2),
         )
     )
+
+
+@register_model("dense_pico")
+def dense_pico() -> OmniMoeConfig:
+    """Dense, 0.8M: every weight serves all modalities."""
+    return nano_base().replace(
+        hidden_size=96,
+        num_layers=4,
+        attention=Attention.Config(num_heads=3, qk_norm="rms"),
+        experts=FeedForward.Config(intermediate_size=256),
+    )
+
+
+@register_model("mot_pico")
+def mot_pico() -> OmniMoeConfig:
+    """Mixture-of-Transformers, 0.8M active: a tower for each of three modalities."""
+    return untied(dense_pico())
+
+
+@register_model("moma_pico")
+def moma_pico() -> OmniMoeConfig:
+    """MoMa with token choice, 0.8M active: two of four half-width experts of the token's modality."""
+    return modality_experts(dense_pico())
+
+
+@register_model("moe_pico")
+def moe_pico() -> OmniMoeConfig:
+    """Mixture of experts, 0.8M active: two of eight half-width experts, whatever the modality."""
+    return token_choice(dense_pico())
 
 
 @register_model("dense_nano")
