@@ -46,6 +46,7 @@ class ModelInfo:
         is_causal: whether no position depends on a later one.
         license: SPDX name.
         paper: address.
+        related: addresses of other papers that its family draws on.
         pretrained: where its weights lie, or None.
         description: one sentence.
     """
@@ -61,6 +62,7 @@ class ModelInfo:
     is_causal: bool
     license: str
     paper: str
+    related: tuple[str, ...]
     pretrained: str | None
     description: str
 
@@ -122,6 +124,7 @@ def model_info(name: str) -> ModelInfo:
         is_causal=config.is_causal,
         license=card.license_of(name) if card else "unknown",
         paper=card.papers.get(name, card.paper) if card else "",
+        related=tuple(paper for paper in card.related if paper != card.papers.get(name)) if card else (),
         pretrained=weights_of(name),
         description=(make.__doc__ or "").strip().partition("\n")[0],
     )

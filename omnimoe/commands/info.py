@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         "modalities": ", ".join(info.modalities),
         "weights": info.pretrained or "none",
         "paper": info.paper,
+        **({"related": ", ".join(info.related)} if info.related else {}),
         "licence": info.license,
     }
     width = max(map(len, told))
