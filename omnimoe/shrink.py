@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from omnimoe.encoders.merged import Cosmos3Edge, Merged, Qwen3VL
+from omnimoe.encoders.nested_stem import NestedStem
 from omnimoe.encoders.patch_stem import PatchStem
 from omnimoe.encoders.rotary_vit import RotaryViT
 from omnimoe.encoders.siglip import Siglip
+from omnimoe.encoders.wave_stem import WaveStem
 from omnimoe.layers import LatentAttention, SpanTables
 from omnimoe.modalities import CodedPictures, Connected, Deep, GridPatches
 from omnimoe.model import OmniMoeConfig
@@ -81,6 +83,12 @@ def shrink(config: OmniMoeConfig, *, hidden_size: int = 64, num_layers: int = 2)
         if isinstance(modality, Connected.Config) and isinstance(modality.encoder, PatchStem.Config):
             stem = modality.encoder.replace(hidden_size=hidden_size, image_size=2 * modality.encoder.patch_size)
             small |= {"encoder": stem, "channels": hidden_size, "num_tokens": stem.num_rows}
+        if isinstance(modality, Connected.Config) and isinstance(modality.encoder, NestedStem.Config):
+            nested = modality.encoder.replace(hidden_size=hidden_size, image_size=32)
+            small |= {"encoder": nested, "channels": hidden_size, "num_tokens": nested.num_rows}
+        if isinstance(modality, Connected.Config) and isinstance(modality.encoder, WaveStem.Config):
+            waves = modality.encoder.replace(hidden_size=hidden_size, inner_size=32, position_groups=4)
+            small |= {"encoder": waves, "channels": hidden_size}
         if modality.more_ids:
             small["more_ids"] = tuple(tuple(moved(token) for token in ids) for ids in modality.more_ids)
         if isinstance(modality, Connected.Config) and isinstance(modality.encoder, RotaryViT.Config):

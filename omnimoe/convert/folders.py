@@ -278,7 +278,7 @@ def _write_kept(held: Published, destination: Path) -> None:
     """Writes what of a file has no place in our model, but goes along."""
     kept: dict[str, dict[str, tuple[torch.dtype, Shape]]] = {}
     for name, shape in held.weights.shapes.items():
-        file = held.converter.file_to_keep(name)
+        file = None if name in held.plan.published else held.converter.file_to_keep(name)
         if file is not None:
             kept.setdefault(file, {})[name] = held.weights.dtypes[name], shape
     for file, tensors in kept.items():

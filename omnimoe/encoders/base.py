@@ -24,7 +24,10 @@ ENCODERS: Registry[type[Encoder]] = Registry("encoder")
 
 EXTRA = "pip install 'omnimoe[encoders]'"
 
-_BUILT_IN = ("efficientnet", "whisper", "minilm", "hf", "siglip", "merged", "rotary_vit", "patch_stem")
+_BUILT_IN = (
+    *("efficientnet", "whisper", "minilm", "hf", "siglip", "merged", "rotary_vit"),
+    *("patch_stem", "nested_stem", "wave_stem"),
+)
 
 
 class EncoderError(ValueError):

@@ -160,6 +160,10 @@ def test_heads_and_what_goes_along(weights, tmp_path):
     along = load_file(tmp_path / "ours" / KEPT)
     assert along.keys() == {"pooler.dense.weight", "pooler.dense.bias", *rest}
     assert all(torch.equal(held, (kept | rest)[name]) for name, held in along.items())
+    to_published(tmp_path / "ours", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == {*kept, *rest}
+    assert all(torch.equal(held, (kept | rest)[name]) for name, held in back.items())
 
 
 @pytest.mark.parametrize(
