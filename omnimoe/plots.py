@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,37 +28,102 @@ def _pyplot():
     return plt
 
 
-def draw_curves(comparison: Comparison, path: Path | str) -> Path:
+def draw_curves(comparison: Comparison, path: Path | str, *, groups: Mapping[str, Sequence[str]] | None = None) -> Path:
     """Held-out loss of every model against steps, a panel for each modality.
+
+    Where experts chose among later tokens, the line is dotted; that of the causal form is not.
 
     Args:
         comparison: what was measured.
         path: where the PNG goes.
+        groups: title to models, each a row of panels of its own, for more models than one panel holds; None for one row
+            of all.
 
     Returns:
         The path.
     """
     plt = _pyplot()
     modalities = comparison.modalities
-    figure, axes = plt.subplots(1, len(modalities), figsize=(3.4 * len(modalities), 3.2), squeeze=False)
-    for axis, modality in zip(axes[0], modalities, strict=True):
-        for colour, name in zip(COLOURS * 3, comparison.names, strict=False):
-            runs = comparison.histories[name]
-            steps = runs[0].steps
-            losses = np.array([run.held_out[modality] for run in runs])
-            axis.plot(steps, losses.mean(0), color=colour, label=name, linewidth=1.6)
+    finished = [name for name in comparison.names if comparison.histories.get(name)]
+    shown = {title: [name for name in names if name in finished] for title, names in (groups or {"": finished}).items()}
+    shown = {title: names for title, names in shown.items() if names}
+    figure, axes = plt.subplots(
+        len(shown), len(modalities), figsize=(3.4 * len(modalities), 3.2 * len(shown)), squeeze=False
+    )
+    for line, (title, names) in zip(axes, shown.items(), strict=True):
+        for axis, modality in zip(line, modalities, strict=True):
+            _draw_losses(axis, comparison, names, modality)
+            axis.set_title("all tokens" if modality == "all" else modality)
+            axis.set_xlabel("steps")
+            axis.grid(alpha=0.25)
+        line[0].set_ylabel(f"{title}\n" * bool(title) + "held-out loss, nats a token")
+        if groups is None:
+            line[-1].legend(frameon=False)
+        else:
+            line[-1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return Path(path)
+
+
+def _draw_losses(axis: Axes, comparison: Comparison, names: Sequence[str], modality: str) -> None:
+    """A line a model and form, a band from the lowest seed to the highest, and limits that leave out the first fall."""
+    seen = []
+    for colour, name in zip(COLOURS * 3, names, strict=False):
+        runs = comparison.histories[name]
+        steps = next(iter(runs.values())).steps
+        for form in comparison.forms(name):
+            losses = np.array([comparison.losses(name, seed, form)[modality] for seed in runs])
+            is_ahead = form != "causal"
+            label = f"{name}, looks ahead" if is_ahead else name
+            axis.plot(steps, losses.mean(0), ":" if is_ahead else "-", color=colour, label=label, linewidth=1.6)
             if len(runs) > 1:
                 axis.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
-        first = 1 if len(comparison.histories[comparison.names[0]][0].steps) > 2 else 0
-        seen = np.array(
-            [run.held_out[modality][first:] for name in comparison.names for run in comparison.histories[name]]
-        )
-        axis.set_ylim(seen.min() - 0.05 * np.ptp(seen), seen.max() + 0.05 * np.ptp(seen))
+            seen.append(losses[:, (1 if len(steps) > 2 else 0) :].ravel())
+    every = np.concatenate(seen)
+    axis.set_ylim(every.min() - 0.05 * np.ptp(every), every.max() + 0.05 * np.ptp(every))
+
+
+def draw_shares(
+    rows: Sequence[Mapping[str, Any]], modalities: Sequence[str], path: Path | str, *, title: str = ""
+) -> Path:
+    """The share of the baseline's steps that each model needs, with its interval, a panel for each modality.
+
+    Args:
+        rows: as :meth:`omnimoe.compare.Comparison.rows` gives them.
+        modalities: of the losses.
+        path: where the PNG goes.
+        title: above all panels.
+
+    Returns:
+        The path.
+    """
+    plt = _pyplot()
+    shown = [row for row in rows if row["model"] != row["baseline"]]
+    places = range(len(shown), 0, -1)
+    figure, axes = plt.subplots(
+        1, len(modalities), figsize=(2.3 * len(modalities) + 2.2, 0.23 * len(shown) + 1.3), squeeze=False, sharey=True
+    )
+    for axis, modality in zip(axes[0], modalities, strict=True):
+        for place, row in zip(places, shown, strict=True):
+            share = row["share"][modality]
+            if share is None:
+                continue
+            is_ahead = row["scored"] != "causal"
+            error = None if share["half"] is None else 100 * share["half"]
+            fill = "white" if is_ahead else COLOURS[0]
+            axis.errorbar(
+                100 * share["mean"], place, xerr=error, fmt="o", color=COLOURS[0], markerfacecolor=fill, markersize=4
+            )
+        axis.axvline(100, color="#222222", linewidth=1)
         axis.set_title("all tokens" if modality == "all" else modality)
-        axis.set_xlabel("steps")
+        axis.set_xlabel("% of the baseline's steps")
         axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("held-out loss, nats a token")
-    axes[0][-1].legend(frameon=False)
+        axis.set_axisbelow(True)
+    names = [row["model"] + (", looks ahead" if row["scored"] != "causal" else "") for row in shown]
+    axes[0][0].set_yticks(places, names)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

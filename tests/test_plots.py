@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from omnimoe.compare import Comparison
-from omnimoe.plots import draw_curves, draw_grid, draw_routing
+from omnimoe.plots import draw_curves, draw_grid, draw_routing, draw_shares
 from omnimoe.report import Report
 from omnimoe.train import History, TrainSettings
 
@@ -30,15 +30,25 @@ def contains(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
 def comparison(seeds: int, points: int) -> Comparison:
     steps = list(range(0, points * 10, 10))
     runs = {
-        name: [
-            History(
-                steps=steps, held_out={kind: [9.0 - 0.1 * i - start for i in range(points)] for kind in ("text", "all")}
+        name: {
+            seed: History(
+                steps=steps,
+                held_out={kind: [9.0 - 0.1 * i - start for i in range(points)] for kind in ("text", "all")},
+                seconds=1.0,
             )
-            for _ in range(seeds)
-        ]
+            for seed in range(seeds)
+        }
         for start, name in enumerate(("dense", "mot"))
     }
-    return Comparison(names=list(runs), seeds=list(range(seeds)), settings=TrainSettings(), histories=runs)
+    facts = {"forward_flops": dict.fromkeys(runs, 1.0), "total_params": dict.fromkeys(runs, 1)}
+    return Comparison(
+        names=list(runs),
+        seeds=list(range(seeds)),
+        settings=TrainSettings(),
+        histories=runs,
+        active_params=dict.fromkeys(runs, 1.0),
+        **facts,
+    )
 
 
 @pytest.mark.parametrize(("seeds", "points"), [(1, 2), (1, 6), (3, 6)])
@@ -47,6 +57,29 @@ def test_curves_have_a_line_a_model(tmp_path, seeds, points):
     assert picture.shape[1] > 1.5 * picture.shape[0]
     for colour in ((0x3B, 0x6F, 0xB6), (0xD1, 0x66, 0x2A)):
         assert contains(picture, colour) > 50
+
+
+def test_groups_of_models_have_rows_of_panels_and_what_looks_ahead_is_dotted(tmp_path):
+    found = comparison(3, 6)
+    found.is_causal = {"mot": False}
+    whole = read(draw_curves(found, tmp_path / "one.png"))
+    dotted = contains(whole, (0xD1, 0x66, 0x2A))
+    assert 20 < dotted < 0.8 * contains(whole, (0x3B, 0x6F, 0xB6))
+    rows = read(draw_curves(found, tmp_path / "two.png", groups={"a": ["dense", "mot"], "b": ["dense"], "c": ["none"]}))
+    assert rows.shape[0] == 2 * whole.shape[0], "a group without a finished run has no panels"
+
+
+def test_shares_are_points_with_intervals(tmp_path):
+    found = comparison(3, 6)
+    for seed, run in found.histories["mot"].items():
+        run.held_out = {kind: [9.0 - (0.15 + 0.02 * seed) * i for i in range(6)] for kind in run.held_out}
+    rows, kinds = found.rows(), found.modalities
+    assert rows[1]["share"]["text"]["half"] > 0
+    causal = read(draw_shares(rows, kinds, tmp_path / "shares.png", title="two"))
+    found.is_causal = {"mot": False}
+    ahead = read(draw_shares(found.rows(), kinds, tmp_path / "ahead.png"))
+    blue = (0x3B, 0x6F, 0xB6)
+    assert contains(causal, blue) > contains(ahead, blue) > 20, "what looks ahead is a ring, not a disc"
 
 
 def test_a_grid_shows_every_picture(tmp_path):

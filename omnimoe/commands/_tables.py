@@ -42,23 +42,33 @@ def spread(measured: dict[str, float] | None, *, percent: bool = False) -> str:
 
 
 def comparison_table(rows: list[dict[str, Any]], modalities: list[str]) -> Group:
-    """A comparison as two tables: sizes, FLOPs and time; then loss and share of the baseline's steps by modality."""
+    """A comparison as two tables: sizes, FLOPs and time; then loss and share of the baseline's steps by modality.
+
+    A model that looks ahead has a line for that and one for its causal form, and the lines say which is which.
+    """
     names = ["all tokens" if modality == "all" else modality for modality in modalities]
+    scored = {row["model"] for row in rows if row["scored"] != "causal"}
+    forms = ["scored"] if scored else []
     costs = plain_table("model", "params", "active", "FLOPs/token", "time")
-    losses = plain_table("model", *(f"loss\n{name}" for name in names), *(f"steps\n{name}" for name in names))
-    base = rows[0]["model"]
+    losses = plain_table("model", *forms, *(f"loss\n{name}" for name in names), *(f"steps\n{name}" for name in names))
+    told: set[str] = set()
     for row in rows:
-        costs.add_row(
-            row["model"],
-            count(row["total_params"]),
-            known(row["active_params"]),
-            known(row["flops_per_token"]) + ("" if row["flops_ratio"] is None else f" ({row['flops_ratio']:.2f}x)"),
-            f"{row['seconds']:.0f} s ({row['time_ratio']:.2f}x)",
-        )
+        if row["model"] not in told:
+            told.add(row["model"])
+            ratio, time = row["flops_ratio"], row["time_ratio"]
+            costs.add_row(
+                row["model"],
+                count(row["total_params"]),
+                known(row["active_params"]),
+                known(row["flops_per_token"]) + ("" if ratio is None else f" ({ratio:.2f}x)"),
+                f"{row['seconds']:.0f} s" + ("" if time is None else f" ({time:.2f}x)"),
+            )
         shares = [
-            "100 %" if row["model"] == base else spread(row["share"][modality], percent=True) for modality in modalities
+            "100 %" if row["model"] == row["baseline"] else spread(row["share"][modality], percent=True)
+            for modality in modalities
         ]
-        losses.add_row(row["model"], *(spread(row["loss"][modality]) for modality in modalities), *shares)
+        form = [row["scored"]] if scored else []
+        losses.add_row(row["model"], *form, *(spread(row["loss"][modality]) for modality in modalities), *shares)
     return Group(costs, "", losses)
 
 

@@ -1,4 +1,4 @@
-"""The measure finds known factors, and a comparison treats its models alike."""
+"""A comparison treats its models alike, and never mixes what looks ahead with what does not."""
 
 from __future__ import annotations
 
@@ -11,78 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from omnimoe.compare import ALL, Comparison, compare, resolve_names, step_match
+from omnimoe.backbone import LayerRange
+from omnimoe.compare import ALL, CAUSAL, LOOKS_AHEAD, Comparison, RunError, compare
 from omnimoe.config import ConfigError
 from omnimoe.data import Corpus
 from omnimoe.experts import Experts, RoutedExperts, register_experts
 from omnimoe.experts.base import EXPERTS
 from omnimoe.model import MODELS
 from omnimoe.registry import RegistryError
-from omnimoe.routers import ByModalityRouter
+from omnimoe.routers import ByModalityRouter, DepthRouter
 from omnimoe.train import History, TrainSettings
+from tests.compare.curves import STEPS, falling
 from tests.train.runs import settings, tiny
-
-STEPS = np.arange(25, 1001, 25)
-
-
-def falling(steps: np.ndarray, *, speed: float = 1.0) -> np.ndarray:
-    """A loss that falls by a power of the steps; at ``speed`` 2 it falls in half the steps."""
-    return 1.5 + 20 * (steps * speed) ** -0.45
-
-
-@pytest.mark.parametrize("factor", [0.2, 0.35, 0.5, 0.666, 0.9, 1.0, 1.2, 1.5])
-def test_a_known_factor_is_found(factor):
-    assert step_match(STEPS, falling(STEPS), STEPS, falling(STEPS, speed=1 / factor)) == pytest.approx(factor, rel=5e-3)
-
-
-@pytest.mark.parametrize("factor", [0.3, 0.6, 1.0, 1.3])
-def test_a_known_factor_is_found_through_noise(factor):
-    found = []
-    for seed in range(20):
-        noise = np.random.default_rng(seed).normal(0, 0.01, (2, len(STEPS)))
-        found.append(step_match(STEPS, falling(STEPS) + noise[0], STEPS, falling(STEPS, speed=1 / factor) + noise[1]))
-    assert np.mean(found) == pytest.approx(factor, rel=0.03)
-    assert np.std(found) < 0.05 * factor
-
-
-def test_unequal_grids_of_evaluations():
-    other = np.array([10, 40, 70, 150, 220, 400, 650, 900, 1400])
-    assert step_match(STEPS, falling(STEPS), other, falling(other, speed=2)) == pytest.approx(0.5, rel=2e-2)
-    assert step_match(other, falling(other), STEPS, falling(STEPS, speed=2)) == pytest.approx(0.5, rel=2e-2)
-
-
-def test_a_step_of_zero_is_left_out():
-    steps = np.array([0, *STEPS])
-    losses = np.array([8.0, *falling(STEPS)])
-    assert step_match(steps, losses, steps, losses) == pytest.approx(1.0)
-
-
-def test_a_curve_matches_itself_plateaus_and_rises_included():
-    losses = [5, 4, 4, 4.2, 3.9, 3.9, 3, 3.5, 2.9, 3]
-    assert step_match(range(1, 11), losses, range(1, 11), losses, first=0) == pytest.approx(1.0)
-
-
-def test_a_loss_is_reached_where_the_curve_first_crosses_it():
-    # the other run is at 3 from step 20 on, and stays there
-    assert step_match([50, 100], [4, 3], [10, 20, 40, 80], [4, 3, 3, 3], first=1) == pytest.approx(0.2)
-
-
-def test_a_slow_run_is_read_where_it_got_to():
-    other = falling(STEPS, speed=1 / 3)  # its last loss is what dense had after a third of the steps
-    assert other[-1] > falling(STEPS)[-1]
-    assert step_match(STEPS, falling(STEPS), STEPS, other) == pytest.approx(3.0, rel=1e-2)
-
-
-def test_no_shared_loss_gives_nothing():
-    assert step_match([1, 2, 3], [3, 2, 1], [1, 2, 3], [9, 8, 7]) is None
-    assert step_match([1, 2, 3], [9, 8, 7], [1, 2, 3], [3, 2, 1]) is None
-    far = falling(STEPS, speed=1 / 20)  # it reaches only what dense had in the first quarter, which is not looked at
-    assert step_match(STEPS, falling(STEPS), STEPS, far) is None
-
-
-def test_a_curve_needs_two_points():
-    with pytest.raises(ValueError, match="two points after step 0, got 1"):
-        step_match([0, 10], [2, 1], [0, 10], [2, 1])
 
 
 def history(speed: float, seed: int = 0) -> History:
@@ -99,7 +39,9 @@ def comparison() -> Comparison:
         names=["dense", "mot"],
         seeds=[0, 1, 2],
         settings=TrainSettings(),
-        histories={name: [history(speed, seed) for seed in range(3)] for name, speed in (("dense", 1), ("mot", 2))},
+        histories={
+            name: {seed: history(speed, seed) for seed in range(3)} for name, speed in (("dense", 1), ("mot", 2))
+        },
         forward_flops={"dense": 100.0, "mot": 110.0},
         total_params={"dense": 10, "mot": 30},
         active_params={"dense": 10, "mot": 10},
@@ -121,14 +63,49 @@ def test_rows_hold_sizes_losses_shares_and_spread(comparison):
 
 
 def test_a_single_seed_has_no_spread(comparison):
-    comparison.histories = {name: runs[:1] for name, runs in comparison.histories.items()}
-    assert comparison.rows()[1]["share"]["text"]["std"] == 0
+    comparison.histories = {name: {0: runs[0]} for name, runs in comparison.histories.items()}
+    share = comparison.rows()[1]["share"]["text"]
+    assert (share["std"], share["half"], share["n"]) == (0, None, 1)
+
+
+def test_a_part_of_the_seeds_is_compared_with_the_same_seeds_of_the_baseline(comparison):
+    del comparison.histories["dense"][1], comparison.histories["mot"][0]
+    dense, mot = comparison.rows()
+    assert (dense["seeds"], mot["seeds"]) == ([0, 2], [1, 2])
+    assert mot["share"]["text"]["n"] == 1
+    comparison.histories["mot"] = {}
+    assert [row["model"] for row in comparison.rows()] == ["dense"]
+
+
+def test_a_model_may_be_measured_in_the_steps_of_another_than_the_first(comparison):
+    comparison.names += ["mamba", "mixture"]
+    comparison.baselines = {"mixture": "mamba"}
+    for name, speed in (("mamba", 0.8), ("mixture", 1.6)):
+        comparison.histories[name] = {seed: history(speed, seed) for seed in range(3)}
+        comparison.forward_flops[name], comparison.total_params[name] = 90.0, 12
+        comparison.active_params[name] = 10
+    _, _, mamba, mixture = comparison.rows()
+    assert mamba["share"]["text"]["mean"] == pytest.approx(1 / 0.8, rel=0.02)
+    assert mixture["share"]["text"]["mean"] == pytest.approx(0.5, rel=0.02)
+    assert (mamba["flops_ratio"], mixture["flops_ratio"]) == (0.9, 1.0)
+
+
+def test_what_looks_ahead_has_a_row_of_its_own(comparison):
+    comparison.is_causal = {"dense": True, "mot": False}
+    ahead = comparison.rows()[1:]
+    assert [row["scored"] for row in ahead] == [LOOKS_AHEAD], "it has no causal form, and none is made up"
+    for seed, run in comparison.histories["mot"].items():
+        run.causal = history(1.25, seed).held_out
+    rows = comparison.rows()
+    assert [(row["model"], row["scored"]) for row in rows] == [("dense", CAUSAL), ("mot", LOOKS_AHEAD), ("mot", CAUSAL)]
+    assert [row["share"]["text"]["mean"] for row in rows[1:]] == pytest.approx([0.5, 0.8], rel=0.02)
+    assert rows[2]["loss"]["text"]["mean"] == pytest.approx(falling(STEPS, speed=1.25)[-1], abs=0.01)
 
 
 def test_seeds_without_a_shared_loss_are_left_out(comparison):
     comparison.histories["mot"][0] = history(1 / 30)
     assert len(comparison.shares("mot", "text")) == 2
-    comparison.histories["mot"] = [history(1 / 30)] * 3
+    comparison.histories["mot"] = {seed: history(1 / 30) for seed in range(3)}
     assert comparison.rows()[1]["share"]["text"] is None
 
 
@@ -137,7 +114,10 @@ def test_it_is_saved_as_json_and_a_picture(comparison, tmp_path):
     read = json.loads((folder / "comparison.json").read_text())
     assert read == json.loads(json.dumps(comparison.to_dict()))
     assert read["baseline"] == "dense"
-    assert len(read["histories"]["mot"]) == 3
+    assert [run["seed"] for run in read["histories"]["mot"]] == [0, 1, 2]
+    again = Comparison.from_dict(read)
+    assert again.rows() == comparison.rows()
+    assert again.modalities == comparison.modalities
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -154,16 +134,13 @@ def test_the_table_shows_what_was_measured_and_a_dash_where_nothing_was(comparis
     assert "50 ± " in shown()
     assert "100 %" in shown()
     assert "(1.10x)" in shown()
-    comparison.histories["mot"] = [history(1 / 30)] * 3
+    comparison.histories["mot"] = {seed: history(1 / 30) for seed in range(3)}
     comparison.forward_flops["mot"] = comparison.active_params["mot"] = None
     assert "–" in shown()
     assert "unknown" in shown()
-
-
-def test_short_names_are_completed_with_a_size():
-    assert resolve_names(["dense", "mot"], "nano") == ["dense_nano", "mot_nano"]
-    assert resolve_names(["mot", "mot_nano"], "micro") == ["mot_micro", "mot_nano"]
-    assert resolve_names(["nothing"], "nano") == ["nothing"]
+    assert "looks ahead" not in shown()
+    comparison.is_causal = {"mot": False}
+    assert "looks ahead" in shown()
 
 
 @pytest.fixture
@@ -208,7 +185,7 @@ def test_two_models_end_to_end(registered, corpus, tmp_path):
     assert dense["active_params"] == mot["active_params"]
     assert mot["flops_ratio"] == pytest.approx(1.0)
     assert mot["total_params"] > dense["total_params"]
-    assert all(history.steps == [0, 1, 2, 3, 4] for runs in found.histories.values() for history in runs)
+    assert all(run.steps == [0, 1, 2, 3, 4] for runs in found.histories.values() for run in runs.values())
     assert (tmp_path / "curves.png").is_file()
     assert (tmp_path / "comparison.json").is_file()
     for name in names:
@@ -247,7 +224,9 @@ def test_a_part_that_does_not_state_its_cost_can_be_compared(registered, corpus)
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(corpus, monkeypatch, names, changes, told):
-    monkeypatch.setattr("omnimoe.compare.load", lambda *_args, **_kwargs: pytest.fail("a model was built"))
+    monkeypatch.setattr(
+        "omnimoe.compare.comparison.train_run", lambda *_args, **_kwargs: pytest.fail("something was trained")
+    )
     with pytest.raises((ValueError, RegistryError, ConfigError), match=told):
         compare(names, settings(**changes), corpus=corpus)
 
@@ -257,15 +236,60 @@ def test_no_seed_is_refused(corpus):
         compare(["dense_nano", "mot_nano"], settings(), seeds=(), corpus=corpus)
 
 
-def test_a_model_that_sees_later_tokens_is_pointed_out(registered, corpus, caplog):
+def test_a_model_that_sees_later_tokens_is_pointed_out_and_scored_both_ways(registered, corpus, caplog):
     experts = RoutedExperts.Config(
         num_experts=6, intermediate_size=48, router=ByModalityRouter.Config(experts=(2, 2, 2))
     )
-    names = [registered("tiny_dense", tiny()), registered("tiny_choice", tiny().replace(experts=experts))]
+    deep = tiny().replace(layers=(LayerRange(step=2, depth=DepthRouter.Config()),))
+    names = [
+        registered("tiny_dense", tiny()),
+        registered("tiny_choice", tiny().replace(experts=experts)),
+        registered("tiny_deep", deep),
+    ]
     with caplog.at_level(logging.WARNING):
-        compare(names, settings(steps=2, evaluate_every=1), corpus=corpus, show_progress=False)
+        found = compare(names, settings(steps=2, evaluate_every=1), corpus=corpus, show_progress=False)
     assert "tiny_choice looks at later tokens" in caplog.text
     assert "tiny_dense looks" not in caplog.text
+    forms = [(row["model"].removeprefix("tiny_"), row["scored"]) for row in found.rows()]
+    assert forms == [("dense", CAUSAL), ("choice", LOOKS_AHEAD), ("choice", CAUSAL), ("deep", LOOKS_AHEAD)]
+    ahead, alone = (row["loss"][ALL]["mean"] for row in found.rows() if row["model"] == "tiny_choice")
+    assert ahead != alone
+
+
+def test_a_comparison_goes_on_where_it_was_left(registered, corpus, tmp_path):
+    names = [registered("tiny_dense", tiny()), registered("tiny_mot", tiny("mot"))]
+    run = settings(steps=4, evaluate_every=1, warmup=1)
+    trained: list[tuple[str, int]] = []
+
+    def go(**changes):
+        trained.clear()
+        return compare(
+            names,
+            run.replace(**changes),
+            seeds=(0, 1),
+            corpus=corpus,
+            out=tmp_path,
+            resume=True,
+            show_progress=False,
+            on_model=lambda name, seed, _: trained.append((name, seed)),
+        )
+
+    first = go()
+    assert len(trained) == 4
+    (tmp_path / "runs" / "tiny_mot-seed1" / "run.json").unlink()
+    again = go()
+    assert trained == [("tiny_mot", 1)]
+    assert [row["share"] for row in again.rows()] == [row["share"] for row in first.rows()]
+    with pytest.raises(RunError, match="tiny_dense-seed0 holds another run: learning_rate was"):
+        go(learning_rate=0.1)
+    MODELS.register("tiny_mot", exist_ok=True)(lambda: tiny("mot").replace(num_layers=1))
+    with pytest.raises(RunError, match="tiny_mot is declared otherwise since; take another folder"):
+        go()
+
+
+def test_there_is_nothing_to_resume_without_a_folder(corpus):
+    with pytest.raises(ValueError, match="without out= there is nothing to resume"):
+        compare(["dense_nano", "mot_nano"], settings(), corpus=corpus, resume=True)
 
 
 def test_models_of_unequal_cost_are_pointed_out(registered, corpus, caplog):
