@@ -40,10 +40,11 @@ def best_of_ranks(scores: Tensor, counted: Tensor | None, share: Fraction, room:
         tables, rank = table.new_empty(dist.get_world_size(), *table.shape), dist.get_rank()
         dist.all_gather_into_tensor(tables, table)
     total = tables[:, room, 0].sum().long()
+    tables[:, room] = float("-inf")
     capacity = torch.minimum((total * share.numerator + share.denominator - 1) // share.denominator, total)
-    everything = tables[:, :room].reshape(-1, num_experts)
+    everything = tables.view(-1, num_experts)
     ranked, order = everything.sort(dim=0, descending=True, stable=True)
     is_taken = torch.arange(len(everything), device=scores.device).unsqueeze(1) < capacity
     taken = torch.zeros_like(everything, dtype=torch.bool).scatter(0, order, is_taken.expand_as(order))
     cutoff = torch.where(capacity > 0, ranked[(capacity - 1).clamp_min(0)], float("nan"))
-    return taken.view(-1, room, num_experts)[rank, :num_rows], cutoff
+    return taken.view_as(tables)[rank, :num_rows], cutoff

@@ -1,4 +1,5 @@
-"""Mixture of depths: what is kept, that a layer works on it as on sequences of its own, and what that saves."""
+"""Mixture of depths: what is kept, that a layer works on it as on sequences of its own, what that saves, and how it
+generates by auxiliary routers."""
 
 from __future__ import annotations
 
@@ -140,9 +141,113 @@ def test_a_later_token_changes_an_earlier_one_so_it_does_not_generate():
         model(one, use_cache=True)
 
 
+def causal(name: str, **fields):
+    """Every second layer of three chosen by depth, with auxiliary routers there and, for MoMa, at its experts."""
+    config = with_depth(name, **{"capacity": 0.5, "causal_form": "auxiliary", **fields}).replace(num_layers=3)
+    if name != "moma":
+        return config
+    router = config.experts.router
+    inside = router.replace(router=router.router.replace(causal_form="auxiliary"))
+    return config.replace(experts=config.experts.replace(router=inside))
+
+
+CAUSAL_KINDS = ["dense", "mot", "moma", "moe"]
+
+
+@pytest.mark.parametrize("name", CAUSAL_KINDS)
+@pytest.mark.parametrize("pool", ["batch", "sequence", "ranks"])
+def test_with_auxiliary_routers_no_token_depends_on_later_ones_and_steps_are_the_whole(name, pool):
+    """In full and in cached form; by the choice of the batch earlier ones do change."""
+    config = causal(name, pool=pool)
+    assert all(block.has_causal_form for block in config.blocks)
+    assert not config.is_causal
+    model, one, changes = build(config), ids_like(config, seed=1), []
+    whole = model(one, use_cache=True)
+    choices = [
+        torch.zeros(24, dtype=torch.bool).index_fill(0, routing.token_index, True) for routing in whole.routings[::2]
+    ]
+    assert any(0 < int(taken.sum()) < 24 for taken in choices), "some go round"
+    for seed in range(2, 6):
+        other = torch.cat((one[:, :7], ids_like(config, seed=seed)[:, 7:]), 1)
+        found = model(other, use_cache=True).logits
+        torch.testing.assert_close(found[:, :7], whole.logits[:, :7], atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(found[:, 7:], whole.logits[:, 7:], atol=1e-3)
+        changes.append((model(one).logits - model(other).logits)[:, :7].abs().max())
+    assert max(changes) > 1e-3, "the choice of the batch looks ahead"
+    for chunks in ((1,) * 12, (5, 1, 6)):
+        cache, start, parts = None, 0, []
+        for size in chunks:
+            out = model(one[:, start : start + size], past_key_values=cache, use_cache=True)
+            cache, start = out.past_key_values, start + size
+            parts.append(out.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole.logits, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mot", "moma"])
+def test_the_causal_form_is_the_layer_on_what_the_auxiliary_router_takes(name):
+    """The same choice made by hand, on sequences of the taken rows alone."""
+    config = causal(name)
+    model = build(config)
+    ids = ids_like(config)
+    wanted = model(ids, use_cache=True).logits
+    for layer in model.model.backbone.layers[::2]:
+        depth = layer.depth
+        depth.forward = lambda x, rows, depth=depth: depth.alone(x)
+        depth.losses = lambda x, index: {}
+    for layer in model.model.backbone.layers:
+        for router in filter(None, getattr(getattr(layer.mlp, "router", None), "routers", ())):
+            router.forward = _alone(router)
+    torch.testing.assert_close(model(ids).logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+def _alone(router):
+    whole = router.forward
+    return lambda x, rows: whole(x, replace(rows, routes_causally=True))
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_it_generates_what_the_whole_gives(how):
+    config = causal("moma")
+    model, ids = build(config), ids_like(config)[:, :6]
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "free": True}
+    made = model.generate(ids, attention_mask=mask, **asked, **how)
+    mask = torch.nn.functional.pad(mask, (0, 5), value=1)
+    scored = model(made, attention_mask=mask, use_cache=True).logits[:, 5:-1]
+    if not how.get("num_beams"):
+        assert torch.equal(made[:, 6:], scored.argmax(-1))
+        return
+    greedy = model.generate(ids, attention_mask=mask[:, :6], **asked)
+    of_greedy = model(greedy, attention_mask=mask, use_cache=True).logits[:, 5:-1]
+    score = [
+        logits.log_softmax(-1).gather(2, ids[:, 6:, None]).sum((1, 2))
+        for logits, ids in ((scored, made), (of_greedy, greedy))
+    ]
+    assert (score[0] >= score[1] - 1e-4).all()
+
+
+def test_a_quantized_cache_would_lose_its_marks_and_is_refused():
+    model = build(causal("dense"))
+    with pytest.raises(InputError, match="drop cache_implementation='quantized'"):
+        model.generate(ids_like(DENSE), max_new_tokens=1, cache_implementation="quantized")
+
+
+def test_its_auxiliary_router_learns_the_choice_and_moves_nothing_else():
+    config = causal("moma")
+    model, ids = build(config).train(), ids_like(config)
+    losses = [loss for routing in model(ids).routings for name, loss in routing.losses.items() if "depth" in name]
+    assert len(losses) == 2
+    sum(losses).backward()
+    moved = [name for name, held in model.named_parameters() if held.grad is not None and held.grad.any()]
+    assert moved
+    assert all(".depth.auxiliary." in name for name in moved)
+
+
+@pytest.mark.parametrize("form", ["none", "auxiliary"])
 @pytest.mark.parametrize("name", ["dense", "mot"])
-def test_its_cost_is_that_of_the_kept_rows(name):
-    config = with_depth(name)
+def test_its_cost_is_that_of_the_kept_rows(name, form):
+    config = with_depth(name, causal_form=form)
     model, ids = build(config), ids_like(config)
     with FlopCounterMode(display=False, custom_mapping=formulas()) as counter:
         model(ids)
@@ -156,6 +261,7 @@ def test_what_does_not_fit_is_refused():
         ({"capacity": 0.0}, "above 0"),
         ({"pool": "image"}, "known: batch"),
         ({"gate": "tanh"}, "known: sig"),
+        ({"causal_form": "cutoff"}, "known: auxiliary"),
     ):
         with pytest.raises(ConfigError, match=told):
             DepthRouter.Config(**fields)
