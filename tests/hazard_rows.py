@@ -49,6 +49,38 @@ CASES = {
 }
 """Cases of each row, 335 in all."""
 
+IN_OTHER_WORDS = {
+    "checkpoint/test_disk_full.py": {"mount": "makes the disk; what is refused in it is the disk itself"},
+    "checkpoint/test_killed.py": {"killed": "who calls it loads what is left, which is one of two models, whole"},
+    "hub/test_offline.py": {
+        "test_a_program_of_its_own_with_the_variables_of_the_environment": "what it asked the Hub for is compared",
+    },
+    "parallel/ranks.py": {"run": "starts processes, and hands on what they raise"},
+    "parallel/test_processes.py": {"test_two_processes": "each process compares its model with that of one process"},
+    "routers/test_faults.py": {
+        "test_counting_reads_nothing_back_to_the_host": "on tensors without data, of which a read would raise",
+    },
+    "tools/test_installation.py": {"test_a_compiled_part_that_does_not_fit": "in a process of its own"},
+    "tools/test_plugins.py": {
+        "test_a_broken_plugin_is_reported_and_not_fatal": "in a process of its own, where built-in parts must be left",
+    },
+    "train/test_memory.py": {
+        "test_a_process_with_little_memory_trains_a_smaller_batch_after_one_that_did_not_fit": "looks at "
+        "gradients and weights itself",
+    },
+    "train/test_processes.py": {
+        "test_a_run_that_torchrun_restarts_is_bitwise_the_unbroken_one": "weights, state and log are compared",
+        "test_a_killed_process_and_the_one_after_it_make_the_run_of_one": "weights, state and log are compared",
+        "test_a_lost_or_stuck_process_ends_all_of_them": "no process is left, the step before is saved",
+        "test_processes_whose_launcher_is_killed_save_and_end": "no process is left, the last step is saved",
+    },
+    "train/test_step.py": {"test_looking_at_routers_adds_no_read": "counts what is read while nothing is wrong"},
+}
+"""Cases, and functions that they call, which say by other means than tests/refusals.py that nothing was harmed.
+
+All others hand what could be harmed to ``refused`` or ``unchanged``.
+"""
+
 EXAMPLES = {1: 300, 2: 500}
 """Generated examples beside them: headers by hypothesis, and mutations of a saved model by seed."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hazard_rows import CASES, COLLECTED, EXAMPLES, Collected
+from tests.hazard_rows import CASES, COLLECTED, EXAMPLES, IN_OTHER_WORDS, Collected
+from tests.hazard_rules import CONFINED, cases_in, complaints, name_of, reached_from
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "checkpoints.md"
@@ -35,41 +34,89 @@ def test_a_row_has_its_cases(row, found):
     assert found.cases[row].total() >= CASES[row]
 
 
-def cases_in(path: Path) -> Iterator[ast.FunctionDef]:
-    """The tests of a file that are cases of a row."""
-
-    def within(body: list[ast.stmt], is_marked: bool) -> Iterator[ast.FunctionDef]:
-        for part in body:
-            if isinstance(part, ast.ClassDef | ast.FunctionDef):
-                own = is_marked or any("hazard(" in ast.unparse(held) for held in part.decorator_list)
-                if isinstance(part, ast.ClassDef):
-                    yield from within(part.body, own)
-                elif own:
-                    yield part
-
-    module = ast.parse(path.read_text(encoding="utf-8"))
-    whole = any(isinstance(part, ast.Assign) and "hazard(" in ast.unparse(part) for part in module.body)
-    yield from within(module.body, whole)
-
-
-FILES = [path for path in sorted(HERE.rglob("test_*.py")) if ".hazard(" in path.read_text(encoding="utf-8")]
+FILES = [path for path in sorted(HERE.rglob("test_*.py")) if "mark.hazard(" in path.read_text(encoding="utf-8")]
+FILES.remove(Path(__file__))
+LISTED = {f"{file}::{name}" for file, names in IN_OTHER_WORDS.items() for name in names}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(HERE).as_posix())
-def test_a_case_that_raises_is_held_to_the_words(path):
-    """No case is content with the type of an error; and no type is one that any mistake has."""
-    for test in cases_in(path):
-        text = ast.unparse(test)
-        for held in (held for part in ast.walk(test) if isinstance(part, ast.With) for held in part.items):
-            call = held.context_expr
-            if not isinstance(call, ast.Call) or ast.unparse(call.func) not in ("pytest.raises", "refused"):
-                continue
-            where = f"{test.name}, line {call.lineno}"
-            assert not {"Exception", "BaseException"} & {ast.unparse(given) for given in call.args}, where
-            if ast.unparse(call.func) == "pytest.raises":
-                name = ast.unparse(held.optional_vars) if held.optional_vars else ""
-                is_read = bool(name) and f"{name}.value" in text
-                assert is_read or "match" in [given.arg for given in call.keywords], where
+def test_a_case_is_held_to_type_words_and_what_it_leaves(path):
+    """And what could take memory, fill a disk, end the process or run code does so in a child."""
+    cases = list(cases_in(path))
+    assert cases
+    assert [told for case in cases for told in complaints(case, LISTED)] == []
+
+
+def test_what_is_listed_is_there():
+    reached = {name_of(place) for path in FILES for case in cases_in(path) for place in reached_from(case)}
+    assert not LISTED - reached
+
+
+BEGIN = """
+import contextlib
+import pytest
+from tests.children import capped
+from tests.checkpoint.test_killed import killed
+from tests.refusals import refused, unchanged
+
+def quietly(act):
+    try:
+        act()
+    except ValueError:
+        return
+
+def asked(act):
+    with refused((), "no", ValueError):
+        act()
+"""
+CARELESS = {
+    "no more than words": ("with pytest.raises(ValueError, match='no'):\n        act()", "pytest.raises"),
+    "no words": ("with pytest.raises(ValueError):\n        act()", "compares nothing with how it was"),
+    "no refusal": ("act()", "compares nothing with how it was"),
+    "both": ("asked(act)\n    with pytest.raises(ValueError, match='no'):\n        act()", "pytest.raises"),
+    "caught": ("asked(act)\n    try:\n        act()\n    except ValueError:\n        pass", "except"),
+    "passed over": ("asked(act)\n    with contextlib.suppress(ValueError):\n        act()", "contextlib.suppress"),
+    "in a helper": ("asked(act)\n    quietly(act)", "quietly, line"),
+    "in the helper of another file": ("asked(act)\n    killed(act)", "checkpoint/test_killed.py::killed, line"),
+    "in a fixture": ("asked(quietly)", "quietly, line"),
+    "any message": ("with refused((), '', ValueError):\n        act()", "any message would do"),
+    "any error": ("with refused((), 'no', Exception):\n        act()", "any error would do"),
+}
+
+
+@pytest.mark.parametrize("way", CARELESS)
+@pytest.mark.parametrize("mark", ["decorator", "file", "class"])
+def test_a_careless_case_is_found(way, mark, tmp_path):
+    body, told = CARELESS[way]
+    marks = {"decorator": "@pytest.mark.hazard(8)\n", "file": "pytestmark = pytest.mark.hazard(8)\n\n"}
+    source = f"{marks.get(mark, '')}def test_it(act):\n    {body}\n"
+    if mark == "class":
+        indented = source.replace("\n", "\n    ").replace("test_it(act", "test_it(self, act")
+        source = f"@pytest.mark.hazard(8)\nclass TestIt:\n    {indented}\n"
+    (case,) = cases_in(written(tmp_path, source))
+    assert any(told in line for line in complaints(case)), complaints(case)
+    helpers = {"checkpoint/test_killed.py::killed", f"{case.path.name}::quietly"}
+    assert complaints(case, {case.name, *helpers}) == []
+
+
+@pytest.mark.parametrize("row", CONFINED)
+def test_a_destructive_case_out_of_a_child_is_found(row, tmp_path):
+    source = "@pytest.mark.hazard({row})\n{capped}def test_it(act):\n    asked(act)\n"
+    (free,) = cases_in(written(tmp_path, source.format(row=f"7, {row}", capped="")))
+    assert "runs in the process of the tests" in complaints(free)[0]
+    (held,) = cases_in(written(tmp_path, source.format(row=row, capped="@capped(1 << 20)\n"), "test_held.py"))
+    assert complaints(held) == []
+
+
+@pytest.mark.parametrize("body", ["asked(act)", "with unchanged(act):\n        act()"])
+def test_a_careful_case_is_not(body, tmp_path):
+    (case,) = cases_in(written(tmp_path, f"@pytest.mark.hazard(8)\ndef test_it(act):\n    {body}\n"))
+    assert complaints(case) == []
+
+
+def written(folder: Path, source: str, name: str = "test_it.py") -> Path:
+    (folder / name).write_text(BEGIN + source)
+    return folder / name
 
 
 def test_the_page_says_where_they_are(found):

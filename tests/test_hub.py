@@ -32,6 +32,7 @@ from omnimoe import (
 from omnimoe.model import MODELS
 from omnimoe.plugins import PLUGINS
 from omnimoe.registry import RegistryError
+from tests.refusals import unchanged
 
 ROOT = Path(__file__).parents[1]
 
@@ -379,7 +380,9 @@ class TestArgumentsOfTransformers:
         plain = json.loads((saved / "config.json").read_text())
         plain["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "modeling.Model")
         (saved / "config.json").write_text(json.dumps(plain))
-        assert type(from_pretrained(saved, trust_remote_code=True)) is OmniMoeForCausalLM
+        with unchanged(saved):
+            model = from_pretrained(saved, trust_remote_code=True)
+        assert type(model) is OmniMoeForCausalLM
         assert not canary.exists()
 
     def test_one_process_is_not_several(self, saved):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from omnimoe.checkpoint.header import BITS, HEADER_LIMIT, Entry, read_header
 from tests.checkpoint.files import WEIGHTS, load, safetensors
@@ -196,14 +196,12 @@ def check_any(path, header, data, length, fits):
         entries = read_header(path)
     if told.value:
         return
-    try:
-        with safe_open(path, "pt") as file:
-            read = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
-            assert {name: (held.get_dtype(), tuple(held.get_shape())) for name, held in read.items()} == {
-                name: (entry.dtype, entry.shape) for name, entry in entries.items()
-            }
-    except SafetensorError as error:
-        raise AssertionError(f"the library refuses what was taken: {error}") from error
+    # a file that the library refuses raises here
+    with safe_open(path, "pt") as file:
+        read = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        assert {name: (held.get_dtype(), tuple(held.get_shape())) for name, held in read.items()} == {
+            name: (entry.dtype, entry.shape) for name, entry in entries.items()
+        }
 
 
 @pytest.mark.hazard(1)

@@ -16,6 +16,7 @@ from omnimoe import OmniMoeForCausalLM, from_pretrained, list_models, load, mode
 from omnimoe.model import MODELS
 from tests.hub.conftest import same
 from tests.hub.server import Fault
+from tests.refusals import unchanged
 
 NAME = "org/tiny"
 
@@ -116,7 +117,7 @@ def test_a_gated_repository_with_a_token(hub, saved, model, tmp_path, monkeypatc
 def test_a_renamed_repository_is_found_and_its_new_name_told(hub, saved, model, caplog):
     hub.add("org/new", saved)
     hub.renamed["org/old"] = "org/new"
-    with caplog.at_level(logging.WARNING, logger="omnimoe"):
+    with caplog.at_level(logging.WARNING, logger="omnimoe"), unchanged(saved):
         assert same(from_pretrained("org/old"), model)
     assert "'org/old' is now called 'org/new' on the Hub; write that name" in caplog.text
 
@@ -137,7 +138,7 @@ def test_a_folder_wins_over_an_id(hub, saved, sharded, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     shutil.copytree(saved, tmp_path / NAME)
     hub.requests.clear()
-    with caplog.at_level(logging.INFO, logger="omnimoe"):
+    with caplog.at_level(logging.INFO, logger="omnimoe"), unchanged(tmp_path / NAME, tmp_path / "hub-cache"):
         from_pretrained(NAME)
     assert hub.requests == []
     told = [record.levelname for record in caplog.records if NAME in record.message and "folder" in record.message]
@@ -153,11 +154,13 @@ def test_a_folder_whose_name_could_be_no_id(saved, model, tmp_path, monkeypatch)
 
 
 @pytest.mark.hazard(31)
-def test_the_second_time_nothing_is_fetched(hub, saved, model):
+def test_the_second_time_nothing_is_fetched(hub, saved, model, tmp_path):
     hub.add(NAME, saved)
     from_pretrained(NAME)
     hub.requests.clear()
-    assert same(from_pretrained(NAME), model)
+    with unchanged(tmp_path / "hub-cache"):
+        found = from_pretrained(NAME)
+    assert same(found, model)
     assert hub.fetched() == set()
     assert len(hub.requests) == 1, "which commit the branch is at now, and no more"
 

@@ -15,7 +15,8 @@ from huggingface_hub import constants
 
 from omnimoe import from_pretrained, load
 from tests.hub.conftest import same
-from tests.hub.test_refusals import refused
+from tests.hub.test_refusals import not_loaded, snapshot
+from tests.refusals import unchanged
 
 NAME = "org/tiny"
 ROOT = Path(__file__).parents[2]
@@ -51,24 +52,31 @@ def fetched(hub, sharded):
 def test_offline_mode_with_sockets_blocked(fetched, model, no_sockets, monkeypatch, given):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     no_sockets()
-    found = from_pretrained(NAME, **given)
+    with unchanged(snapshot):
+        found = from_pretrained(NAME, **given)
     assert "towers" in given or same(found, model)
     assert load(f"hf-hub:{NAME}", num_layers=1).config.num_layers == 1
 
 
 def test_local_files_only_with_sockets_blocked(fetched, model, no_sockets):
     no_sockets()
-    assert same(from_pretrained(NAME, local_files_only=True), model)
+    with unchanged(snapshot):
+        found = from_pretrained(NAME, local_files_only=True)
+    assert same(found, model)
 
 
 def test_a_commit_needs_no_network_at_all(fetched, model, no_sockets):
     no_sockets()
-    assert same(from_pretrained(NAME, revision=fetched), model)
+    with unchanged(snapshot):
+        found = from_pretrained(NAME, revision=fetched)
+    assert same(found, model)
 
 
 def test_a_hub_that_is_down_and_a_warm_cache(fetched, model, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert same(from_pretrained(NAME), model)
+    with unchanged(snapshot):
+        found = from_pretrained(NAME)
+    assert same(found, model)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +90,12 @@ def test_what_is_not_in_the_cache(hub, saved, no_sockets, monkeypatch, is_offlin
     hub.add(NAME, saved)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
     no_sockets()
-    refused(f"'{NAME}' is not in the cache", fragment, "fetch it once with network", **given)
+    not_loaded(f"'{NAME}' is not in the cache", fragment, "fetch it once with network", **given)
 
 
 def test_a_revision_that_is_not_in_the_cache(fetched, no_sockets):
     no_sockets()
-    refused("'org/tiny' at revision 'next' is not in the cache", revision="next", local_files_only=True)
+    not_loaded("'org/tiny' at revision 'next' is not in the cache", revision="next", local_files_only=True)
 
 
 def test_a_part_that_is_not_in_the_cache(hub, patches, no_sockets):
@@ -95,7 +103,7 @@ def test_a_part_that_is_not_in_the_cache(hub, patches, no_sockets):
     from_pretrained(NAME, without=["latent"])
     no_sockets()
     from_pretrained(NAME, without=["latent"], local_files_only=True)
-    refused("only a part of 'org/tiny' is in the cache, and local_files_only=True", local_files_only=True)
+    not_loaded("only a part of 'org/tiny' is in the cache, and local_files_only=True", local_files_only=True)
 
 
 CHILD = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from omnimoe.layers import Attention
 from omnimoe.model import MODELS, OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.routers import ByModalityRouter, ExpertChoiceRouter, TopKRouter
 from omnimoe.train import Training, TrainSettings
+from tests.refusals import Refusal, refused
 
 
 def tiny(kind: str = "dense") -> OmniMoeConfig:
@@ -68,6 +71,21 @@ def same_tensors(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same_tensors, one, other))
     return one == other
+
+
+def held_by(run: Training) -> dict[str, Any]:
+    """What a step moves."""
+    moments, data = run.optimizer.state_dict()["state"], run.batches.state_dict()
+    return {"model": run.model, "moments": moments, "data": data, "step": run.step}
+
+
+@contextmanager
+def gives_up(run: Training, fragment: str, error: type[Exception]) -> Iterator[Refusal]:
+    """A run whose next step is refused and moves nothing; where it is the first, the run seeds what it draws from."""
+    if not run.step:
+        torch.manual_seed(run.settings.seed)
+    with refused(lambda: held_by(run), fragment, error) as told:
+        yield told
 
 
 def measured(run: Training) -> dict[str, Any]:
