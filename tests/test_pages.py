@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import ast
+import fnmatch
 import functools
 import pkgutil
 import re
 import shlex
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from omnimoe import list_models
 from omnimoe.cli import COMMANDS, _parser
+from omnimoe.model import MODELS
+from omnimoe.routers import ROUTERS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (ROOT, ROOT / "docs", *sorted(path for path in (ROOT / "zoo").iterdir() if path.is_dir()))
@@ -53,6 +58,37 @@ def test_links_lead_somewhere(page):
         if not path.exists() or (anchor and anchor not in anchors(path.read_text(encoding="utf-8"))):
             lost.append(link)
     assert lost == []
+
+
+def test_every_page_is_one_link_from_the_readme():
+    linked = set(re.findall(r"\]\(([^)#\s]+)", TEXTS["README.md"]))
+    assert [page for page in PAGES if page.startswith("docs/") and page not in linked] == []
+
+
+def test_the_readme_names_every_model():
+    table = TEXTS["README.md"].partition("## The zoo")[2].partition("\n## ")[0]
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell) if not name.startswith("...")]
+    ours = [name for name in list_models() if MODELS.get(name).__module__.startswith("omnimoe.zoo.")]
+    assert [name for name in ours if not any(fnmatch.fnmatchcase(name, pattern) for pattern in named)] == []
+    assert [pattern for pattern in named if not fnmatch.filter(ours, pattern)] == []
+
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    """All but that which loads published checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    try:
+        for block in blocks(TEXTS["README.md"], "python"):
+            if "Bagel" not in block:
+                exec(compile(block, "README.md", "exec"), names)  # noqa: S102 - our own page
+    finally:
+        if "round_robin" in ROUTERS:
+            ROUTERS.remove("round_robin")
+    assert names["out"].loss.isfinite()
+    config = names["moma"].replace(num_layers=1, hidden_size=32)
+    config = config.replace(experts=config.experts.replace(router=names["RoundRobinRouter"].Config()))
+    assert names["load"]("dense_nano", experts=config.experts, num_layers=1)(names["input_ids"]).logits.isfinite().all()
 
 
 @functools.cache
