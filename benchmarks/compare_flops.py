@@ -14,14 +14,20 @@ checkpoint, and several processes started with the same line share the work. One
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from omnimoe.compare import ARCHITECTURES, Run, claimed, train_run
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import compare_tables
+from omnimoe.compare import ARCHITECTURES, Comparison, Run, baselines_of, claimed, seconds_per_step, train_run
 from omnimoe.data import Corpus
+from omnimoe.plots import draw_curves, draw_shares
 from omnimoe.train import TrainSettings
 
 RESULTS = Path(__file__).parent / "results"
@@ -124,15 +130,114 @@ def train(out: Path, runs: list[tuple[str, str, int]]) -> None:
         print(f"{name} seed {seed}: {history.seconds:.0f} s, loss {history.held_out['all'][-1]:.4f}", flush=True)
 
 
+def status(out: Path, runs: list[tuple[str, str, int]]) -> dict[str, list[str]]:
+    """Which runs are finished, which a process is at, and which are left."""
+    found: dict[str, list[str]] = {"finished": [], "running": [], "left": []}
+    for size, name, seed in runs:
+        folder = folder_of(out, size, name, seed)
+        if Run.load(folder) is not None:
+            kind = "finished"
+        elif not folder.is_dir():
+            kind = "left"
+        else:
+            with claimed(folder) as is_free:
+                kind = "left" if is_free else "running"
+        found[kind].append(folder.name)
+    return found
+
+
+def baselines(size: str) -> dict[str, str]:
+    """Models of a size that are measured in another one's steps than the first's."""
+    groups = SIZES[size].groups
+    return {name: group[0] for group in groups[1:] for name in group} | baselines_of(groups[0])
+
+
+def gather(out: Path, size: str) -> Comparison:
+    """What is finished of a size."""
+    names = [name for group in SIZES[size].groups for name in group]
+    comparison = Comparison(names=names, seeds=list(SEEDS), settings=SIZES[size].settings, baselines=baselines(size))
+    for name in names:
+        for seed in SEEDS:
+            run = Run.load(folder_of(out, size, name, seed))
+            if run is not None:
+                comparison.add(run)
+    return comparison
+
+
+def clock(out: Path, sizes: list[str], only: list[str], rounds: int) -> None:
+    """Times a step of each model beside its baseline's, in turns, and keeps what it finds."""
+    for size in sizes:
+        path, first, settings = out / size / "times.json", SIZES[size].groups[0][0], SIZES[size].settings
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        corpus = Corpus.load(settings.data)
+        for _, name, _ in planned([size], only, 1):
+            base = baselines(size).get(name, first)
+            if name == base or name in kept:
+                continue
+            kept[name] = seconds_per_step(name, base, settings, corpus=corpus, rounds=rounds, device=SIZES[size].device)
+            print(f"{name}: {kept[name]['seconds']:.3f} s, {kept[name]['ratio']:.2f} times {base}", flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(kept) + "\n")
+
+
+def save(out: Path, size: str, folder: Path, date: str) -> list[Path]:
+    """Writes curves and tables of a size as JSON and two pictures; nothing where nothing is finished."""
+    comparison = gather(out, size)
+    if not any(comparison.histories.values()):
+        return []
+    times = out / size / "times.json"
+    plain = comparison.to_dict() | {"size": size, "planned": comparison.names}
+    plain["times"] = json.loads(times.read_text()) if times.exists() else {}
+    for runs in plain["histories"].values():
+        for run in runs:
+            run |= {"train_steps": [], "train": {}}  # the held-out curves are what is compared
+    stem = folder / f"{date}-compare-flops-{size}"
+    paths = [stem.with_suffix(".json"), stem.with_suffix(".png"), stem.with_name(f"{stem.name}-shares.png")]
+    paths[0].write_text(json.dumps(compare_tables.rounded(plain)) + "\n")
+    groups = {title: [f"{name}_{size}" for name in names] for title, names in compare_tables.PANELS.items()}
+    draw_curves(comparison, paths[1], groups=groups if size != "94m" else None)
+    draw_shares(comparison.rows(), comparison.modalities, paths[2], title=f"{size}: share of the baseline's steps")
+    return paths
+
+
+def latest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The newest saved result of each size."""
+    found = {size: sorted(folder.glob(f"*-compare-flops-{size}.json")) for size in SIZES}
+    return {size: json.loads(paths[-1].read_text()) for size, paths in found.items() if paths}
+
+
 def main(arguments: list[str] | None = None) -> None:
+    """Trains, lists, times, saves or tells, as the options say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the runs")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["pico", "nano", "micro"])
     parser.add_argument("--only", nargs="+", default=[], help="models, architectures or sizes")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of each")
+    parser.add_argument("--list", action="store_true", help="say what is finished, running and left")
+    parser.add_argument("--time", action="store_true", help="time steps in turns")
+    parser.add_argument("--rounds", type=int, default=9, help="of --time")
+    parser.add_argument("--save", metavar="DATE", help="write results under this date")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of --save and --table")
+    parser.add_argument("--table", action="store_true", help="print the tables of what was saved")
     args = parser.parse_args(arguments)
+    if not args.table and args.out is None:
+        parser.error("give --out, the folder of the runs")
     torch.set_num_threads(1)
-    train(args.out, planned(args.sizes, args.only, args.seeds))
+    if args.out is not None:
+        runs = planned(args.sizes, args.only, args.seeds)
+        if args.list:
+            for kind, names in status(args.out, runs).items():
+                print(f"{kind:<9}{len(names):>4}  {' '.join(names)}")
+        elif args.time:
+            clock(args.out, args.sizes, args.only, args.rounds)
+        elif args.save:
+            for size in args.sizes:
+                for path in save(args.out, size, args.results, args.save):
+                    print(path)
+        elif not args.table:
+            train(args.out, runs)
+    if args.table:
+        print(compare_tables.page(latest(args.results), len(SEEDS)))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def _draw_losses(axis: Axes, comparison: Comparison, names: Sequence[str], modal
             axis.plot(steps, losses.mean(0), ":" if is_ahead else "-", color=colour, label=label, linewidth=1.6)
             if len(runs) > 1:
                 axis.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
-            seen.append(losses[:, (1 if len(steps) > 2 else 0) :].ravel())
+            seen.append(losses[:, len(steps) // 4 :].ravel())
     every = np.concatenate(seen)
     axis.set_ylim(every.min() - 0.05 * np.ptp(every), every.max() + 0.05 * np.ptp(every))
 

@@ -93,28 +93,38 @@ class Comparison:
         history = self.histories[name][seed]
         return history.causal if form == CAUSAL and not self.is_causal.get(name, True) else history.held_out
 
-    def shares(self, name: str, modality: str, form: str = CAUSAL) -> list[float]:
-        """Share of the baseline's steps that ``name`` needs, one a seed; seeds without a shared loss are left out.
+    def shares(self, name: str, modality: str, form: str = CAUSAL) -> dict[int, float]:
+        """Share of the baseline's steps that ``name`` needs, by seed; seeds without a shared loss are left out.
 
         Args:
             name: the model.
             modality: of the losses.
             form: how those of ``name`` were scored. The baseline's are causal where it has such.
         """
-        base, found = self.baseline_of(name), []
+        base, found = self.baseline_of(name), {}
         for seed, other in self.histories[name].items():
             if seed not in self.histories.get(base, {}):
                 continue
             mine, theirs = self.losses(name, seed, form), self.losses(base, seed, self.forms(base)[-1])
             share = step_match(self.histories[base][seed].steps, theirs[modality], other.steps, mine[modality])
             if share is not None:
-                found.append(share)
+                found[seed] = share
         return found
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a model and form: sizes, FLOPs, final losses, shares and time, each with mean and spread over seeds.
+    def gaps(self, name: str, modality: str, form: str = CAUSAL) -> list[float]:
+        """Final loss of ``name`` less that of its baseline, one a seed, which both share with its order of data."""
+        base, runs = self.baseline_of(name), self.histories.get(self.baseline_of(name), {})
+        theirs = self.forms(base)[-1] if runs else form
+        return [
+            self.losses(name, seed, form)[modality][-1] - self.losses(base, seed, theirs)[modality][-1]
+            for seed in self.histories[name]
+            if seed in runs
+        ]
 
-        Models without a finished run are left out.
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a model and form: sizes, FLOPs, final losses, what they are less the baseline's, shares and time.
+
+        Of losses, gaps and shares it is mean and spread over seeds. Models without a finished run are left out.
         """
         rows = []
         for name in self.names:
@@ -135,11 +145,15 @@ class Comparison:
                     "seconds": seconds,
                     "time_ratio": _ratio(seconds, first),
                     "loss": {},
+                    "gap": {},
                     "share": {},
                 }
                 for modality in self.modalities:
                     row["loss"][modality] = spread([self.losses(name, seed, form)[modality][-1] for seed in runs])
-                    row["share"][modality] = None if name == base else spread(self.shares(name, modality, form))
+                    row["gap"][modality] = None if name == base else spread(self.gaps(name, modality, form))
+                    row["share"][modality] = (
+                        None if name == base else spread([*self.shares(name, modality, form).values()])
+                    )
                 rows.append(row)
         return rows
 

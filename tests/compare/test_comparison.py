@@ -57,6 +57,9 @@ def test_rows_hold_sizes_losses_shares_and_spread(comparison):
     assert mot["share"]["text"]["n"] == 3
     assert mot["share"]["text"]["min"] <= mot["share"]["text"]["mean"] <= mot["share"]["text"]["max"]
     assert 0 < mot["share"]["text"]["std"] < 0.02
+    gap = falling(STEPS, speed=2)[-1] - falling(STEPS)[-1]
+    assert (dense["gap"]["text"], mot["gap"]["text"]["mean"]) == (None, pytest.approx(gap, abs=1e-9))
+    assert mot["gap"]["text"]["half"] < 1e-9, "seed by seed, with the noise that both share"
     assert mot["loss"][ALL]["mean"] == pytest.approx(falling(STEPS, speed=2)[-1], abs=0.01)
     assert mot["flops_ratio"] == pytest.approx(1.1)
     assert mot["time_ratio"] == pytest.approx(0.5)
@@ -104,7 +107,7 @@ def test_what_looks_ahead_has_a_row_of_its_own(comparison):
 
 def test_seeds_without_a_shared_loss_are_left_out(comparison):
     comparison.histories["mot"][0] = history(1 / 30)
-    assert len(comparison.shares("mot", "text")) == 2
+    assert list(comparison.shares("mot", "text")) == [1, 2]
     comparison.histories["mot"] = {seed: history(1 / 30) for seed in range(3)}
     assert comparison.rows()[1]["share"]["text"] is None
 

@@ -1,0 +1,180 @@
+"""The tables of docs/comparison.md: what was measured, the papers' figures beside it, and which findings appear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omnimoe.compare import ALL, Comparison, spread
+
+PANELS = {
+    "towers": ("dense", "mot", "mot_text_alone", "mot_image_alone", "mot_speech_alone", "mot_networks", "mot_matrices"),
+    "experts that choose": ("dense", "moma_1t1i1s", "moma_2t2i2s", "moma_4t4i4s", "moe4x", "moe12x", "momad_4t4i4s"),
+    "token choice, hybrid": ("dense", "mot", "moma", "moe", "mot_moe"),
+    "state spaces": ("dense", "mamba", "mixture_of_mamba"),
+}
+"""Rows of the picture of curves."""
+
+PUBLISHED: dict[str, tuple[str, str, str, str]] = {
+    "mot": ("53-66 %", "20-35 %", "15-20 %", "37M to 7B, speech 443M to 1.5B"),
+    "mot_text_alone": ("55 %", "32 %", "30 %", "443M; `mot` there 56, 26 and 15 %"),
+    "mot_image_alone": ("68 %", "27 %", "65 %", "443M"),
+    "mot_speech_alone": ("88 %", "89 %", "15 %", "443M"),
+    "mot_moe": ("43 %", "26 %", "–", "443M; `mot` there 61 and 27 %"),
+    "moma_4t4i4s": ("38 %", "19 %", "–", "1.4B, two modalities"),
+    "moe4x": ("53-73 %", "36-101 %", "–", "37M to 7B"),
+    "moe12x": ("33 %", "36 %", "–", "1.4B, eight experts, two modalities"),
+    "momad_4t4i4s": ("29 %", "19 %", "–", "1.4B, two modalities"),
+    "mixture_of_mamba": ("65 %", "43 %", "25 %", "1.4B, of dense Mamba's; speech with three modalities"),
+}
+"""Share of the dense model's training FLOPs: text, image, speech, and at what size. Training losses throughout, so
+experts that choose look ahead; MoMa's factors are given as their inverse."""
+
+Side = tuple[str, str]
+CLAIMS: tuple[tuple[str, Side, Side | None], ...] = (
+    ("MoT needs fewer steps than dense for text", ("mot", "text"), None),
+    ("... for pictures", ("mot", "image"), None),
+    ("... for speech", ("mot", "speech"), None),
+    ("MoT saves more on pictures than on text", ("mot", "image"), ("mot", "text")),
+    ("MoT beats MoE-4x on pictures", ("mot", "image"), ("moe4x", "image")),
+    ("... and on text", ("mot", "text"), ("moe4x", "text")),
+    ("untied networks alone save on pictures", ("mot_networks", "image"), None),
+    ("untied attention saves further on pictures", ("mot_matrices", "image"), ("mot_networks", "image")),
+    ("... and on text", ("mot_matrices", "text"), ("mot_networks", "text")),
+    ("merging text and pictures hurts pictures", ("mot", "image"), ("mot_speech_alone", "image")),
+    ("... and text", ("mot", "text"), ("mot_speech_alone", "text")),
+    ("merging text and speech hurts speech", ("mot", "speech"), ("mot_image_alone", "speech")),
+    ("merging pictures and speech hurts speech", ("mot", "speech"), ("mot_text_alone", "speech")),
+    ("experts in the text tower save further on text", ("mot_moe", "text"), ("mot", "text")),
+    ("MoMa 1t1i1s saves on pictures", ("moma_1t1i1s", "image"), None),
+    ("more text experts save on text, 2 after 1", ("moma_2t2i2s", "text"), ("moma_1t1i1s", "text")),
+    ("... 4 after 2", ("moma_4t4i4s", "text"), ("moma_2t2i2s", "text")),
+    ("MoMa beats as many blind experts on pictures", ("moma_4t4i4s", "image"), ("moe12x", "image")),
+    ("blind experts beat 1t1i1s on text", ("moe12x", "text"), ("moma_1t1i1s", "text")),
+    ("blind experts beat MoMa on text", ("moe12x", "text"), ("moma_4t4i4s", "text")),
+    ("mixture of depths adds to MoMa, looking ahead", ("momad_4t4i4s", ALL), ("moma_4t4i4s", ALL)),
+    ("Mixture-of-Mamba needs fewer steps than Mamba for text", ("mixture_of_mamba", "text"), None),
+    ("... for pictures", ("mixture_of_mamba", "image"), None),
+    ("... for speech", ("mixture_of_mamba", "speech"), None),
+)
+"""A published finding: the left needs a smaller share of the baseline's steps than the right, or than all of them."""
+
+
+def page(results: dict[str, dict[str, Any]], num_seeds: int) -> str:
+    """All tables in Markdown.
+
+    Args:
+        results: size to what ``--save`` wrote.
+        num_seeds: seeds that are planned.
+    """
+    parts = [table(size, plain, num_seeds) for size, plain in results.items()]
+    return "\n".join([*parts, beside_papers(results), findings(results)])
+
+
+def table(size: str, plain: dict[str, Any], num_seeds: int) -> str:
+    """Shares, final losses and time of one size; a line a model and form."""
+    comparison = Comparison.from_dict(plain)
+    rows, kinds = comparison.rows(), comparison.modalities
+    settings, times = comparison.settings, plain["times"]
+    done = sum(len(runs) for runs in comparison.histories.values())
+    names = ["all" if kind == ALL else kind for kind in kinds]
+    lines = [
+        f"### {size}",
+        "",
+        f"{settings.steps} steps of {settings.tokens_per_step:,} tokens; {done} of {num_seeds * len(plain['planned'])} "
+        f"runs are finished.",
+        "",
+        f"| model | scored | n | FLOPs | {' | '.join(f'steps: {name}' for name in names)} | loss less baseline's: all "
+        "| s a step | time: all |",
+        "|" + "---|" * (7 + len(names)),
+    ]
+    for row in rows:
+        is_base = row["model"] == row["baseline"]
+        shares = ["100 %" if is_base else percent(row["share"][kind]) for kind in kinds]
+        clock = times.get(row["model"])
+        pace = "1" if is_base else "–" if clock is None else f"{clock['ratio']:.2f}"
+        share = row["share"][ALL]
+        is_known = clock is not None and share is not None
+        spent = "100 %" if is_base else f"{100 * share['mean'] * clock['ratio']:.0f} %" if is_known else "–"
+        gap = f"{row['loss'][ALL]['mean']:.3f} itself" if is_base else signed(row["gap"][ALL])
+        cost = "–" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}"
+        cells = [f"`{row['model']}`", row["scored"], str(len(row["seeds"])), cost, *shares, gap, pace, spent]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def beside_papers(results: dict[str, dict[str, Any]]) -> str:
+    """The published shares and ours, in the papers' form: training-time routing, which looks ahead."""
+    compared = {size: Comparison.from_dict(plain) for size, plain in results.items() if size != "94m"}
+    kinds = ("text", "image", "speech")
+    lines = [
+        "### Beside the papers",
+        "",
+        f"| architecture | {' | '.join(f'paper: {kind}' for kind in kinds)} | at | "
+        + " | ".join(f"{size}: {kind}" for size in compared for kind in kinds)
+        + " |",
+        "|" + "---|" * (5 + 3 * len(compared)),
+    ]
+    for architecture, (*figures, where) in PUBLISHED.items():
+        ours = []
+        for size, comparison in compared.items():
+            for kind in kinds:
+                ours.append(percent(spread([*shares_of(comparison, f"{architecture}_{size}", kind).values()])))
+        lines.append(f"| `{architecture}` | {' | '.join(figures)} | {where} | {' | '.join(ours)} |")
+    return "\n".join([*lines, ""])
+
+
+def findings(results: dict[str, dict[str, Any]]) -> str:
+    """Which published findings appear: a difference of shares, seed by seed, with its interval."""
+    compared = {size: Comparison.from_dict(plain) for size, plain in results.items() if size != "94m"}
+    lines = ["### Findings", "", f"| finding | {' | '.join(compared)} |", "|" + "---|" * (1 + len(compared))]
+    for sentence, left, right in CLAIMS:
+        told = [verdict(differences(comparison, size, left, right)) for size, comparison in compared.items()]
+        lines.append(f"| {sentence} | {' | '.join(told)} |")
+    return "\n".join([*lines, ""])
+
+
+def differences(comparison: Comparison, size: str, left: Side, right: Side | None) -> list[float]:
+    """Share of the left less that of the right, or less one, for each seed that both have."""
+    mine, theirs = (shares_of(comparison, f"{name}_{size}", kind) for name, kind in (left, right or left))
+    return [mine[seed] - (1.0 if right is None else theirs[seed]) for seed in mine if seed in theirs]
+
+
+def shares_of(comparison: Comparison, name: str, kind: str) -> dict[int, float]:
+    """Shares by seed in the form that the papers give, which is that of training; none of what is not finished."""
+    if not comparison.histories.get(name):
+        return {}
+    return comparison.shares(name, kind, comparison.forms(name)[0])
+
+
+def verdict(found: list[float]) -> str:
+    """What an interval says of a difference that should be negative."""
+    told = spread(found)
+    if told is None or told["half"] is None or told["mean"] is None:
+        return "–"
+    mean, half = told["mean"], told["half"]
+    word = "yes" if mean + half < 0 else "no, the opposite" if mean - half > 0 else "not told"
+    return f"{word}, {100 * mean:+.0f} ± {100 * half:.0f}"
+
+
+def percent(told: dict[str, float | None] | None) -> str:
+    """A share with half its interval; a dash where nothing was shared."""
+    if told is None or told["mean"] is None:
+        return "–"
+    half = "" if told["half"] is None else f" ± {100 * told['half']:.0f}"
+    return f"{100 * told['mean']:.0f}{half} %"
+
+
+def signed(told: dict[str, float | None] | None) -> str:
+    """A difference of losses with half its interval."""
+    if told is None or told["mean"] is None:
+        return "–"
+    return f"{told['mean']:+.3f}" + ("" if told["half"] is None else f" ± {told['half']:.3f}")
+
+
+def rounded(held: Any) -> Any:
+    """Plain values with floats of six digits, so that a result is read and kept easily."""
+    if isinstance(held, dict):
+        return {key: rounded(value) for key, value in held.items()}
+    if isinstance(held, list | tuple):
+        return [rounded(value) for value in held]
+    return float(f"{held:.6g}") if isinstance(held, float) else held
