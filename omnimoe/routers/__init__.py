@@ -18,6 +18,7 @@ from omnimoe.routers.losses import (
     router_z_loss,
 )
 from omnimoe.routers.scores import SCORES, Scorer
+from omnimoe.routers.sparse_mixer import SparseMixerRouter
 from omnimoe.routers.static import StaticRouter
 from omnimoe.routers.top_k import TopKRouter
 
@@ -34,6 +35,7 @@ __all__ = [
     "Router",
     "Routing",
     "Scorer",
+    "SparseMixerRouter",
     "StaticRouter",
     "TopKRouter",
     "entropy_losses",
