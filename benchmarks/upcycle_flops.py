@@ -4,7 +4,10 @@ A dense seed is trained, grown into experts by modality and trained on: optimize
 The same architecture is trained from fresh weights on the same data for as many steps as the same FLOPs allow. Each of
 the three has a whole schedule of its own.
 
-    python benchmarks/upcycle_flops.py --seed-steps 200 --steps 400 --seeds 3 --out result.json
+    python benchmarks/upcycle_flops.py --seed-steps 200 --steps 400 --seeds 3 --out result.json --runs runs
+
+With ``--runs`` a seed that is finished is read again, and one that was killed goes on at its last checkpoint; processes
+started with the same line share the seeds, and the last to end writes the result. One process takes one thread.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -22,6 +26,7 @@ import torch
 
 import omnimoe
 from omnimoe import OmniMoeForCausalLM, load, upcycle
+from omnimoe.compare import claimed, spread
 from omnimoe.data import Corpus
 from omnimoe.flops import flops
 from omnimoe.routers import ExpertChoiceRouter
@@ -41,11 +46,16 @@ WAYS: dict[str, dict[str, Any]] = {
 def trained(
     model: OmniMoeForCausalLM, settings: TrainSettings, corpus: Corpus, out: Path, *, follows: Path | None = None
 ) -> History:
-    """A run, on the data after another's where ``follows`` names it."""
-    run = Training(model, settings, corpus=corpus, out=out, name=out.name)
-    if follows is not None:
+    """A run, on the data after another's where ``follows`` names it; what was broken off goes on."""
+    run = Training(model, settings, corpus=corpus, out=out, name=out.name, show_progress=False)
+    if (out / "checkpoint").is_dir():
+        run.resume()
+    elif follows is not None:
         run.follow(follows / "checkpoint")
-    return run.run()
+    history = run.run()
+    if run.was_interrupted:
+        raise KeyboardInterrupt
+    return history
 
 
 def compare(args: argparse.Namespace, corpus: Corpus, seed: int, folder: Path) -> dict[str, Any]:
@@ -60,6 +70,8 @@ def compare(args: argparse.Namespace, corpus: Corpus, seed: int, folder: Path) -
         evaluate_every=args.evaluate_every,
         text_share=args.text_share,
         precision=args.precision,
+        save_every=max(1, args.steps // 4),
+        keep=1,
         steps=args.seed_steps,
         warmup=min(args.warmup, args.seed_steps),
         seed=seed,
@@ -100,6 +112,32 @@ def _curve(history: History, before: float, cost: float) -> dict[str, Any]:
     return {"flops": [before + step * cost for step in history.steps], "held_out": history.held_out}
 
 
+def kept(args: argparse.Namespace, corpus: Corpus, seed: int, folder: Path) -> dict[str, Any] | None:
+    """The runs of one random seed, read where they are finished; None where another process is at them.
+
+    Raises:
+        ValueError: if the folder holds runs of other arguments.
+    """
+    asked = {name: held for name, held in vars(args).items() if name not in ("out", "runs", "seeds")}
+    path = folder / "result.json"
+    with claimed(folder) as is_held:
+        if not is_held:
+            return None
+        if path.exists():
+            plain = json.loads(path.read_text())
+            changed = [name for name in asked if plain["arguments"].get(name) != asked[name]]
+            if changed:
+                raise ValueError(f"{path} was made with another {', '.join(changed)}; take another --runs")
+            return plain
+        found = compare(args, corpus, seed, folder) | {"arguments": asked}
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(found) + "\n")
+        fresh.replace(path)
+        for weights in folder.glob("*/checkpoint*"):
+            shutil.rmtree(weights)
+        return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs all seeds, prints the losses at the end, and says who was lower."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,12 +157,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--evaluate-every", type=int, default=25)
     parser.add_argument("--evaluate-batches", type=int, default=8)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--runs", type=Path, help="folder in which runs are kept and taken up")
     args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     corpus = Corpus.load(args.data)
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(args.seeds):
-            runs.append(compare(args, corpus, seed, Path(folder) / str(seed)))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if args.runs is None else args.runs
+        every = [kept(args, corpus, seed, folder / f"{args.model}-{args.way}-seed{seed}") for seed in range(args.seeds)]
+    runs = [run for run in every if run is not None]
+    if len(runs) < len(every):
+        print(f"{len(every) - len(runs)} of {len(every)} seeds are with another process, which writes the result")
+        return
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "arguments": {name: str(held) if isinstance(held, Path) else held for name, held in vars(args).items()},
@@ -136,14 +179,14 @@ def main(arguments: list[str] | None = None) -> None:
         "runs": runs,
         "final": {},
     }
-    print(f"{'held out':<10}{'upcycled':>12}{'scratch':>12}{'difference':>14}")
+    print(f"{'held out':<10}{'upcycled':>12}{'scratch':>12}{'difference, 95 % interval':>28}")
     for name in runs[0]["curves"]["scratch"]["held_out"]:
         ends = [[run["curves"][kind]["held_out"][name][-1] for run in runs] for kind in ("upcycled", "scratch")]
-        gaps = [one - other for one, other in zip(*ends, strict=True)]
-        spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
-        result["final"][name] = {"upcycled": ends[0], "scratch": ends[1], "mean": statistics.mean(gaps), "std": spread}
+        gap = spread([one - other for one, other in zip(*ends, strict=True)])
+        result["final"][name] = {"upcycled": ends[0], "scratch": ends[1], "gap": gap}
         means = [statistics.mean(held) for held in ends]
-        print(f"{name:<10}{means[0]:>12.4f}{means[1]:>12.4f}{statistics.mean(gaps):>+9.4f} ± {spread:.4f}")
+        half = "" if gap is None or gap["half"] is None else f" ± {gap['half']:.4f}"
+        print(f"{name:<10}{means[0]:>12.4f}{means[1]:>12.4f}{means[0] - means[1]:>+19.4f}{half}")
     steps = runs[0]["steps"]
     print(
         f"{args.way}: {steps['seed']} steps of the seed and {steps['upcycled']} upcycled, beside {steps['scratch']} "
