@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omnimoe.convert import Converter
@@ -52,5 +52,19 @@ def write_folder(folder: Path, plain: dict[str, Any], weights: dict[str, Tensor]
 def close(found: Tensor, wanted: Tensor, bound: float = 1e-5) -> None:
     """Equal within a relative error of the whole."""
     assert found.shape == wanted.shape
+    assert bool(wanted.isfinite().all())
     error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
     assert error < bound, error
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the safetensors files of a folder."""
+    return {name: held for file in sorted(folder.glob("*.safetensors")) for name, held in load_file(file).items()}
+
+
+def assert_same_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """The same names, types and bits."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name

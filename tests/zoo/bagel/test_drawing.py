@@ -16,8 +16,8 @@ from omnimoe.inputs import InputError
 from omnimoe.zoo.bagel.convert import BOS
 from tests.zoo.bagel import oracle
 from tests.zoo.bagel.documents import Latent, Seen, Text, batch, documents
-from tests.zoo.bagel.test_parity import close
 from tests.zoo.bagel.test_parity import model as model  # a fixture
+from tests.zoo.weights import close
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.bagel import BAGEL, bagel_7b_mot
 from tests.zoo.bagel import oracle
 from tests.zoo.bagel.documents import LLM, VIT, Latent, Seen, batch, documents, tokens
+from tests.zoo.weights import close
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +41,6 @@ def folder(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def weights(folder) -> dict[str, torch.Tensor]:
     return {name: held.double() for name, held in load_file(folder / "ema.safetensors").items()}
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, bound: float = 1e-5) -> None:
-    assert found.shape == wanted.shape
-    error = float((found.double() - wanted).norm() / wanted.norm())
-    assert error < bound, error
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from omnimoe.convert import to_published
 from tests.zoo.bagel.documents import VIT, Latent, Text, batch, documents, tokens
 from tests.zoo.bagel.peer import hidden_states, make_peer, packed
-from tests.zoo.bagel.test_parity import close
 from tests.zoo.bagel.test_parity import model as model  # a fixture
+from tests.zoo.weights import close
 
 
 def test_a_pack_of_interleaved_documents(model, tmp_path, monkeypatch):

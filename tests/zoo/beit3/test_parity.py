@@ -17,6 +17,7 @@ from omnimoe.convert import find_converter, to_omnimoe, to_published
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.beit3 import BEIT3
 from tests.zoo.beit3.peer import TINY, Peer, equal_weights, for_ours, make_peer, published, side_by_side, torchscale
+from tests.zoo.weights import close
 
 torchscale()
 PLAIN = published(**TINY, kinds=("words", "aligned"))
@@ -41,12 +42,6 @@ def folder(peer, tmp_path_factory):
     (made / "config.json").write_text(json.dumps(given))
     save_file({name: tensor.contiguous() for name, tensor in peer.state_dict().items()}, made / "model.safetensors")
     return made
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, bound: float = 1e-5) -> None:
-    assert found.shape == wanted.shape
-    error = float((found - wanted).norm() / wanted.norm())
-    assert error < bound, error
 
 
 def batch(seed: int = 0, count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

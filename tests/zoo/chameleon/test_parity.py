@@ -14,6 +14,7 @@ from omnimoe import CheckpointError, OmniMoeForCausalLM, convert_checkpoint, fro
 from omnimoe.convert import to_published
 from omnimoe.zoo.chameleon import CHAMELEON
 from tests.zoo.chameleon.tiny import CELLS, FIRST_CODE, FORMS, decoder_tensors, pictures, publish, published_model
+from tests.zoo.weights import assert_same_tensors, stored
 
 BEGIN, END, TURN, IMAGE = 37, 36, 38, 39
 BOUND = 1e-5
@@ -189,18 +190,10 @@ def test_the_way_there_and_back_keeps_every_bit(pair, tmp_path, size):
     convert_checkpoint(tmp_path / "ours", tmp_path / "back", to="published")
     convert_checkpoint(ours, tmp_path / "model", to="published")
     for made in ("back", "model"):
-        assert_same_file(folder, tmp_path / made)
+        assert_same_tensors(stored(tmp_path / made), stored(folder))
         read = type(theirs).from_pretrained(tmp_path / made).config.to_dict()
         assert read == type(theirs).from_pretrained(folder).config.to_dict() | {"_name_or_path": str(tmp_path / made)}
     assert (tmp_path / "back" / "tokenizer.json").is_file()
-
-
-def assert_same_file(folder, other) -> None:
-    held, found = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
-    assert held.keys() == found.keys()
-    for name, tensor in held.items():
-        assert tensor.dtype == found[name].dtype
-        assert torch.equal(tensor, found[name]), name
 
 
 def test_a_sharded_folder_of_mixed_types(pair, tmp_path):
@@ -240,9 +233,9 @@ class TestDecoder:
         assert made.shape == (2, 3, 8, 8)
         convert_checkpoint(drawing, tmp_path / "ours")
         convert_checkpoint(tmp_path / "ours", tmp_path / "back", to="published")
-        assert_same_file(drawing, tmp_path / "back")
+        assert_same_tensors(stored(tmp_path / "back"), stored(drawing))
         to_published(model, tmp_path / "again")
-        assert_same_file(drawing, tmp_path / "again")
+        assert_same_tensors(stored(tmp_path / "again"), stored(drawing))
         assert from_pretrained(tmp_path / "again").config.to_dict() == model.config.to_dict()
 
     def test_a_half_decoder_is_refused(self, drawing, tmp_path):

@@ -18,6 +18,7 @@ from omnimoe.zoo.cosmos3.convert import COSMOS3, VISION
 from omnimoe.zoo.cosmos3.layout import Scene, lay_out, to_latent
 from tests.zoo.cosmos3.peer import cases
 from tests.zoo.cosmos3.tiny import KINDS, Sample, asked, batch, generator, make_model, reasoner, samples
+from tests.zoo.weights import close
 
 pytest.importorskip("diffusers", reason="pip install 'omnimoe[diffusers]'")
 
@@ -42,12 +43,6 @@ def folder(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def peers(kind, folder) -> tuple[Any, Any]:
     return reasoner(kind, folder), generator(kind, folder)
-
-
-def close(found: Tensor, wanted: Tensor, bound: float = 1e-5) -> None:
-    assert found.shape == wanted.shape
-    error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
-    assert error < bound, error
 
 
 def said(peer: Any, sample: Sample) -> Tensor:

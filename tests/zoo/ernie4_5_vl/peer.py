@@ -47,20 +47,27 @@ class Pair:
     other: dict[str, Any]
 
 
-def make_pair(documents: tuple[tuple[Part, ...], ...] = (DOCUMENT,), *, attention: str = "sdpa") -> Pair:
-    """The pair at a width of 512 and 8 layers, in float32.
+def make_pair(
+    documents: tuple[tuple[Part, ...], ...] = (DOCUMENT,),
+    *,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+) -> Pair:
+    """The pair at a width of 512 and 8 layers.
 
     Args:
         documents: of the batch.
         attention: what both attend with.
+        dtype: that both are loaded in; routers stay in float32.
     """
     theirs = reference(TEXT, VISION)
     with torch.no_grad():
         for name, tensor in theirs.named_parameters():
             if tensor.ndim > 1 and "e_score" not in name:
                 tensor.mul_(0.1)
-    theirs.set_attn_implementation(attention)
+    options: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype}
     with tempfile.TemporaryDirectory() as folder:
-        ours = from_pretrained(publish(theirs, Path(folder)), attn_implementation=attention)
+        ours = from_pretrained(publish(theirs, Path(folder)), **options)
+        theirs = type(theirs).from_pretrained(folder, **options)
     given, other = batches(ours, documents)
     return Pair(ours=ours, theirs=theirs, given=given, other=other)

@@ -16,7 +16,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from omnimoe import CheckpointError, OmniMoeForCausalLM, convert_checkpoint, from_pretrained
 from omnimoe.model import MODELS
 from omnimoe.zoo.ernie4_5_vl.convert import ERNIE4_5_VL, ERNIE4_5_VL_FLAT, FLAT
-from tests.zoo.ernie4_5_vl.tiny import SEEN, TEXT, VISION, batches, close, publish, reference
+from tests.zoo.ernie4_5_vl.tiny import SEEN, TEXT, VISION, batches, publish, reference
+from tests.zoo.weights import assert_same_tensors, close, stored
 
 FILE = "model.safetensors"
 STATED = {"ernie4_5_vl_28b_a3b": (11_105, 29_399_294_336), "ernie4_5_vl_424b_a47b": (20_475, 423_526_285_184)}
@@ -32,17 +33,6 @@ def folder(theirs, tmp_path_factory) -> Path:
     return publish(theirs, tmp_path_factory.mktemp("published"))
 
 
-def assert_same_tensors(one: dict, two: dict) -> None:
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == two[name].dtype, name
-        assert torch.equal(tensor, two[name]), name
-
-
-def published(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: held for file in folder.glob("*.safetensors") for name, held in load_file(file).items()}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shards", ["5GB", "60KB"])
 def test_there_and_back_keeps_every_bit(theirs, tmp_path, dtype, shards):
@@ -55,18 +45,18 @@ def test_there_and_back_keeps_every_bit(theirs, tmp_path, dtype, shards):
     first = publish(half, tmp_path / "first", max_shard_size=shards)
     plain = json.loads((first / "config.json").read_text())
     (first / "config.json").write_text(json.dumps({**plain, "dtype": str(dtype).removeprefix("torch.")}))
-    held = published(first)
+    held = stored(first)
     assert held["model.layers.1.mlp.gate.weight"].dtype == torch.float32
     convert_checkpoint(first, tmp_path / "ours", max_shard_size=shards)
     convert_checkpoint(tmp_path / "ours", tmp_path / "back", to="published")
-    assert_same_tensors(published(tmp_path / "back"), held)
+    assert_same_tensors(stored(tmp_path / "back"), held)
     loaded, again = from_pretrained(first), from_pretrained(tmp_path / "ours")
     assert_same_tensors(loaded.state_dict(), again.state_dict())
     assert loaded.dtype == dtype
     router = loaded.model.backbone.layers[1].mlp.router.routers[1]
     assert {router.scorer.weight.dtype, router.expert_bias.dtype} == {torch.float32}
     convert_checkpoint(loaded, tmp_path / "model", to="published")
-    assert_same_tensors(published(tmp_path / "model"), held)
+    assert_same_tensors(stored(tmp_path / "model"), held)
     assert loaded.to(torch.bfloat16).model.backbone.layers[1].mlp.router.routers[0].scorer.weight.dtype == torch.float32
 
 

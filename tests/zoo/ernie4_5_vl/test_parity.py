@@ -9,7 +9,8 @@ from torch import Tensor
 from omnimoe import convert_checkpoint, from_pretrained, quantize
 from omnimoe.grids import grid_positions
 from omnimoe.inputs import InputError
-from tests.zoo.ernie4_5_vl.tiny import CLIP, DOCUMENTS, SEEN, batches, close, encoder, publish, reference
+from tests.zoo.ernie4_5_vl.tiny import CLIP, DOCUMENTS, SEEN, batches, encoder, publish, reference
+from tests.zoo.weights import close
 
 LACKING = {
     "words alone": ((4,), (6,)),

@@ -7,7 +7,7 @@ import torch
 
 from omnimoe.grids import grid_positions
 from tests.zoo.ernie4_5_vl.peer import make_pair
-from tests.zoo.ernie4_5_vl.tiny import close
+from tests.zoo.weights import close
 
 
 @pytest.mark.slow

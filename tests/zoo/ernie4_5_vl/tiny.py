@@ -140,10 +140,3 @@ def encoder(model: OmniMoeForCausalLM) -> RotaryViT:
     found = modality.get_encoder()
     assert isinstance(found, RotaryViT)
     return found
-
-
-def close(ours: Tensor, theirs: Tensor, bound: float = 1e-5) -> None:
-    assert ours.shape == theirs.shape
-    assert torch.isfinite(theirs).all()
-    error = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-    assert error < bound, error

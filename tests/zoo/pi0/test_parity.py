@@ -30,6 +30,7 @@ from tests.zoo.pi0.peer import (
     save_published,
 )
 from tests.zoo.seeds.test_full_size import write_hollow
+from tests.zoo.weights import close
 
 PLAIN = published(**TINY)
 HEAD = "model.paligemma_with_expert.gemma_expert.lm_head.weight"
@@ -52,12 +53,6 @@ def folder(peer, tmp_path_factory):
     (made / "config.json").write_text(json.dumps(PLAIN))
     save_published(peer, made / "model.safetensors")
     return made
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, bound: float = 1e-5) -> None:
-    assert found.shape == wanted.shape
-    error = float((found - wanted).norm() / wanted.norm())
-    assert error < bound, error
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from omnimoe import OmniMoeForCausalLM, convert_checkpoint, from_pretrained
 from tests.zoo.seeds.tiny import CASES, VARIANTS, VOCAB, publish, published_model
+from tests.zoo.weights import assert_same_tensors, stored
 
 TOLERANCE = 1e-5
 
@@ -135,20 +136,12 @@ def test_the_way_there_and_back_keeps_every_bit(pair, tmp_path, size):
 
     back = convert_checkpoint(tmp_path / "ours", tmp_path / "back", to="published")
     assert back.num_bytes == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
-    assert_same_file(folder, tmp_path / "back")
+    assert_same_tensors(stored(tmp_path / "back"), stored(folder))
     convert_checkpoint(ours, tmp_path / "model", to="published")
-    assert_same_file(folder, tmp_path / "model")
+    assert_same_tensors(stored(tmp_path / "model"), stored(folder))
     assert type(theirs).from_pretrained(tmp_path / "back").config.to_dict() == type(theirs).from_pretrained(
         folder
     ).config.to_dict() | {"_name_or_path": str(tmp_path / "back")}
-
-
-def assert_same_file(folder, other) -> None:
-    held, found = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
-    assert held.keys() == found.keys()
-    for name, tensor in held.items():
-        assert tensor.dtype == found[name].dtype
-        assert torch.equal(tensor, found[name]), name
 
 
 def test_a_copy_in_bfloat16(pair, tmp_path):
@@ -163,7 +156,7 @@ def test_a_copy_in_bfloat16(pair, tmp_path):
     assert from_pretrained(folder, dtype="float32").dtype == torch.float32
     convert_checkpoint(folder, tmp_path / "ours")
     convert_checkpoint(tmp_path / "ours", tmp_path / "back", to="published")
-    assert_same_file(folder, tmp_path / "back")
+    assert_same_tensors(stored(tmp_path / "back"), stored(folder))
 
 
 @pytest.mark.parametrize("case", VARIANTS)
@@ -174,7 +167,7 @@ def test_choices_of_a_config(case, tmp_path):
     ids = ids_of(length=40)
     assert_near(ours(ids).logits, theirs(ids).logits)
     convert_checkpoint(ours, tmp_path / "back", to="published")
-    assert_same_file(tmp_path / "theirs", tmp_path / "back")
+    assert_same_tensors(stored(tmp_path / "back"), stored(tmp_path / "theirs"))
 
 
 def test_a_prompt_as_embeddings(pair):
