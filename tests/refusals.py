@@ -7,6 +7,7 @@ registered names, imported code.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import site
@@ -170,16 +171,17 @@ def folders_of(thing: object) -> list[Path]:
 
 def tables() -> list[Registry]:
     """Every registry of omnimoe; what loads on first use is loaded, or the first look-up would seem to change it."""
-    found = {
-        id(value): value
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] == "omnimoe"
-        for value in vars(module).values()
-        if isinstance(value, Registry)
-    }
-    for table in found.values():
+    for name in set(sys.modules) - _LOOKED_AT:
+        _LOOKED_AT.add(name)
+        if name.partition(".")[0] == "omnimoe":
+            _TABLES.update({id(held): held for held in vars(sys.modules[name]).values() if isinstance(held, Registry)})
+    for table in _TABLES.values():
         table.names()
-    return list(found.values())
+    return list(_TABLES.values())
+
+
+_LOOKED_AT: set[str] = set()
+_TABLES: dict[int, Registry] = {}
 
 
 def process_state(tables: list[Registry]) -> dict[str, object]:
@@ -199,9 +201,10 @@ def process_state(tables: list[Registry]) -> dict[str, object]:
     }
 
 
-def code_places() -> list[str]:
+@functools.cache
+def code_places() -> tuple[str, ...]:
     """Where code is installed."""
-    return [str(ROOT), *sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages()]
+    return (str(ROOT), *sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages())
 
 
 def differences(one: object, other: object, at: str = "") -> Iterator[str]:

@@ -9,6 +9,7 @@ Source: the format, https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,9 @@ BITS = {
 }
 """Bits of a value by the name of its dtype; those that PyTorch reads."""
 _NAME_LIMIT = 512
+_BRIEF = reprlib.Repr()
+"""A value in a message may be as long as the header."""
+_BRIEF.maxlist, _BRIEF.maxdict, _BRIEF.maxstring, _BRIEF.maxother = 40, 8, 80, 80
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
@@ -129,7 +133,7 @@ def _are_counts(values: object) -> bool:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = _BRIEF.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

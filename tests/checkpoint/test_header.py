@@ -124,6 +124,29 @@ def test_a_header_larger_than_any(saved):
         load(saved)
 
 
+LARGE = {
+    "lists": (lambda: b'{"a":[' + b"[]," * 10_000_000 + b"[]]}", "not by exactly"),
+    "axes": (
+        lambda: b'{"a":{"dtype":"F32","data_offsets":[0,4],"shape":[' + b"1," * 10_000_000 + b"1]}}",
+        "the shape [1, 1",
+    ),
+    "text": (lambda: b'{"__metadata__":{"a":"' + b"x" * (30 << 20) + b'"},"b":1}', "not by exactly"),
+}
+"""Of headers that are read, those that take most."""
+
+
+@pytest.mark.slow
+@pytest.mark.hazard(1)
+@pytest.mark.parametrize("kind", LARGE)
+@capped(1536 << 20)
+def test_a_header_that_grows_as_it_is_read(saved, kind):
+    header, fragment = LARGE[kind]
+    (saved / WEIGHTS).write_bytes(safetensors(header()))
+    with refused(saved, fragment) as told:
+        load(saved)
+    assert len(str(told)) < 1000
+
+
 @pytest.mark.parametrize(
     ("header", "data"),
     [
@@ -171,6 +194,9 @@ ENTRIES = st.fixed_dictionaries(
 NAMES = st.sampled_from(["a", "b", "model.norm.weight", "__metadata__", "", "../a"]) | st.text(max_size=3)
 
 
+DONE: list[int] = []
+
+
 @settings(max_examples=EXAMPLES[1])
 @given(
     header=st.dictionaries(NAMES, ENTRIES | PLAIN, max_size=3) | st.binary(max_size=40),
@@ -180,6 +206,7 @@ NAMES = st.sampled_from(["a", "b", "model.norm.weight", "__metadata__", "", "../
 )
 def check_any(path, header, data, length, fits):
     """What passes here passes there, as the same tensors; no other error than ours comes out."""
+    DONE.append(1)
     if fits and isinstance(header, dict):  # most would fail at their offsets: lay some out one after the other
         place = 0
         for entry in header.values():
@@ -208,3 +235,4 @@ def check_any(path, header, data, length, fits):
 @capped(MEMORY)
 def test_any_header_is_refused_or_read_like_the_library_reads_it(tmp_path):
     check_any(tmp_path / "a.safetensors")
+    assert len(DONE) >= EXAMPLES[1]

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.children import ChildError, in_child
 from tests.refusals import refused, unchanged
 
 CALLS = (
-    *((os, name) for name in ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")),
+    *((os, name) for name in ("rename", "replace", "link", "fsync", "mkdir", "unlink", "rmdir")),
     *((io, "open"), (builtins, "open"), (modeling_utils, "safe_save_file")),
 )
 """What a save changes files by."""
@@ -32,9 +33,24 @@ WRITES = ("open", "safe_save_file")
 """Those of them after which a file may be there in part."""
 
 
-def count_calls(act: Callable[[int], None]) -> None:
-    """From here on calls ``act`` with a number before every call that changes files, and within those that write."""
-    made = 0
+CHANGES = ("os.rename", "os.link", "os.symlink", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+"""What Python reports of calls that change files, whoever makes them."""
+
+
+def count_calls(act: Callable[[int], None]) -> list[str]:
+    """From here on calls ``act`` with a number before every call that changes files, and within those that write.
+
+    Returns:
+        What changes files elsewhere, which grows as it happens.
+    """
+    made, depth, missed = 0, 0, []
+
+    def listen(event: str, args: tuple[Any, ...]) -> None:
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        if not depth and (event in CHANGES or writes):
+            missed.append(f"{event} {args[0]}")
+
+    sys.addaudithook(listen)
 
     def step() -> None:
         nonlocal made
@@ -43,9 +59,17 @@ def count_calls(act: Callable[[int], None]) -> None:
 
     def counted(real: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
             if name == "open" and not {*str(kwargs.get("mode", [*args, "", "r"][1]))} & {*"wax+"}:
                 return real(*args, **kwargs)
             step()
+            depth += 1
+            try:
+                return write(*args, **kwargs)
+            finally:
+                depth -= 1
+
+        def write(*args: Any, **kwargs: Any) -> Any:
             done = real(*args, **kwargs)
             if name == "safe_save_file":
                 whole = Path(args[1]).read_bytes()
@@ -60,6 +84,7 @@ def count_calls(act: Callable[[int], None]) -> None:
 
     for owner, name in CALLS:
         setattr(owner, name, counted(getattr(owner, name), name))
+    return missed
 
 
 def steps_of(save: Callable[[], object]) -> int:
@@ -67,11 +92,18 @@ def steps_of(save: Callable[[], object]) -> int:
 
     def count() -> int:
         seen = [0]
-        count_calls(lambda number: seen.__setitem__(0, number))
+        missed = count_calls(lambda number: seen.__setitem__(0, number))
         save()
+        assert missed == [], "not counted"
         return seen[0]
 
     return in_child(count)
+
+
+def test_what_is_not_counted_is_found(newer, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "CALLS", tuple(call for call in CALLS if call != (os, "rename")))
+    with pytest.raises(ChildError, match=r"not counted[^$]*os\.rename "):
+        steps_of(lambda: newer.save_pretrained(tmp_path))
 
 
 def killed_at(step: int, save: Callable[[], object]) -> None:
