@@ -1,10 +1,11 @@
 """What auxiliary routers cost: perplexity with them beside that of the training router, and how well they foretell.
 
 MoMa and its sister with a mixture of depths are trained by the batch's choice; then, with all else frozen, auxiliary
-routers are trained to foretell that choice. Held-out perplexity follows in four forms: by the batch's choice, by
-auxiliary routers, by auxiliary routers whose thresholds were set so that each takes as many rows as its main router
-does, and, where there is one, by the running cut-off. What the difference is made of is measured beside it. A run that
-was broken off goes on with the stage it was in.
+routers are trained to foretell that choice. Held-out perplexity follows in several forms: by the batch's choice and by
+auxiliary routers, and, to find what the difference is made of, with thresholds set so that each router takes as many
+rows as its main one does, by a threshold on the main router's own score (which errs only where batches differ), with as
+many errors as auxiliary routers make drawn at random, and with a batch of one sequence. A run that was broken off goes
+on with the stage it was in; one that is finished is measured again.
 
     python benchmarks/auxiliary_routers.py --size micro --out result.json --work runs
 """
@@ -15,6 +16,7 @@ import argparse
 import json
 import math
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,26 +72,24 @@ def stage(
     return run
 
 
-# Who decides what a row meets in the causal form: the auxiliary routers, the running cut-off, or still the whole batch.
-FORMS = {
-    "auxiliary": ("auxiliary", "auxiliary"),
-    "auxiliary experts alone": ("auxiliary", "batch"),
-    "auxiliary depth alone": ("batch", "auxiliary"),
-    "cutoff": ("cutoff", "batch"),
-}
+Chooser = Callable[..., Any]
 
 
 @contextmanager
-def decided(model: nn.Module, experts: str, depth: str) -> Iterator[None]:
-    """Lets others than auxiliary routers decide in the causal form."""
-    changed: list[Any] = []
+def decided(
+    model: nn.Module,
+    experts: Callable[[ExpertChoiceRouter], Chooser] | None = None,
+    depth: Callable[[DepthRouter], Chooser] | None = None,
+) -> Iterator[None]:
+    """Lets others than auxiliary routers decide in the causal form, where they are given."""
+    changed: list[tuple[nn.Module, str]] = []
     for module in model.modules():
-        if isinstance(module, ExpertChoiceRouter) and experts != "auxiliary":
-            module._alone = _by_cutoff(module) if experts == "cutoff" else _by_batch(module)  # type: ignore[assignment]
+        if isinstance(module, ExpertChoiceRouter) and experts is not None:
             changed.append((module, "_alone"))
-        elif isinstance(module, DepthRouter) and depth != "auxiliary":
-            module.alone = _whole(module)  # type: ignore[method-assign]
+            setattr(module, "_alone", experts(module))  # noqa: B010 - types of methods
+        elif isinstance(module, DepthRouter) and depth is not None:
             changed.append((module, "alone"))
+            setattr(module, "alone", depth(module))  # noqa: B010
     try:
         yield
     finally:
@@ -97,47 +97,81 @@ def decided(model: nn.Module, experts: str, depth: str) -> Iterator[None]:
             delattr(module, name)
 
 
-def _by_cutoff(router: ExpertChoiceRouter) -> Callable:
-    return lambda x, scores: scores >= router.cutoff
+def by_batch(router: ExpertChoiceRouter, errors: float = 0.0) -> Chooser:
+    """Each expert's best rows, but for a share of all answers that are turned at random, as many either way."""
 
-
-def _by_batch(router: ExpertChoiceRouter) -> Callable:
     def best(x: Tensor, scores: Tensor) -> Tensor:
-        share = router.config.capacity_factor / router.num_experts
-        index = scores.topk(min(len(scores), math.ceil(share * len(scores))), dim=0).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(0, index, True)
+        count = min(len(scores), math.ceil(router.config.capacity_factor / router.num_experts * len(scores)))
+        taken = torch.zeros_like(scores, dtype=torch.bool).scatter(0, scores.topk(count, dim=0).indices, True)
+        return taken ^ _drawn(taken, errors)
 
     return best
 
 
-def _whole(router: DepthRouter) -> Callable:
-    return lambda x: router(x, None)  # a pool of the batch asks for no layout
+def _drawn(taken: Tensor, errors: float) -> Tensor:
+    """Answers to turn: half of the errors among those that are yes."""
+    share = taken.float().mean(0).clamp(1e-6, 1 - 1e-6)
+    rate = torch.where(taken, errors / 2 / share, errors / 2 / (1 - share))
+    return torch.rand_like(rate) < rate
 
 
-@contextmanager
-def calibrated(model: OmniMoeForCausalLM, batches: list[dict[str, Tensor]]) -> Iterator[None]:
-    """Moves each auxiliary router's thresholds so that over some batches it takes as many rows as the main one."""
-    seen: dict[str, tuple[list[Tensor], list[int]]] = {}
+def depth_by_batch(router: DepthRouter, errors: float = 0.0) -> Chooser:
+    """The best rows of the batch, with errors at random."""
+
+    def best(x: Tensor) -> tuple[Tensor, Tensor]:
+        taken = torch.zeros(len(x), 1, dtype=torch.bool)
+        taken[router(x, None)[0]] = True  # a pool of the batch asks for no layout
+        index = (taken ^ _drawn(taken, errors)).squeeze(1).nonzero().squeeze(1)
+        return index, router.scorer(x[index]).squeeze(1).sigmoid().to(x.dtype)
+
+    return best
+
+
+def by_threshold(thresholds: dict[nn.Module, Tensor], router: ExpertChoiceRouter) -> Chooser:
+    """Rows whose score reaches a fixed number."""
+    return lambda x, scores: scores >= thresholds[router]
+
+
+@torch.no_grad()
+def seen(
+    model: OmniMoeForCausalLM, batches: list[dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[nn.Module, Tensor]]:
+    """Over some batches: the logit above which each auxiliary router would take as many rows as its main router, by
+    name, and the lowest score that each expert took, as a mean."""
+    logits: dict[str, list[Tensor]] = {}
+    counts: dict[str, int] = {}
+    lowest: dict[nn.Module, list[Tensor]] = {}
     handles = []
+
+    def look(path: str, module: Any, given: Any, out: Any) -> None:
+        logits.setdefault(path, []).append(module.auxiliary(given[0]))
+        if isinstance(module, DepthRouter):
+            counts[path] = counts.get(path, 0) + len(out[0])
+        else:
+            counts[path] = counts.get(path, 0) + int((out.expert_ids >= 0).sum()) // module.num_experts
+            lowest.setdefault(module, []).append(out.cutoff)
+
     for path, module in model.named_modules():
         if isinstance(module, ExpertChoiceRouter | DepthRouter):
-            logits, counts = seen.setdefault(path, ([], []))
-
-            def look(module: Any, given: Any, out: Any, logits: list = logits, counts: list = counts) -> None:
-                logits.append(module.auxiliary(given[0]))
-                chosen = len(out[0]) if isinstance(module, DepthRouter) else int((out.expert_ids >= 0).sum())
-                counts.append(chosen // logits[-1].shape[1])
-
-            handles.append(module.register_forward_hook(look))
+            handles.append(module.register_forward_hook(partial(look, path)))
     evaluate(model, batches)
     for handle in handles:
         handle.remove()
-    outers = []
-    for path, (logits, counts) in seen.items():
-        ranked = torch.cat(logits).sort(dim=0, descending=True).values
-        outer = model.get_submodule(f"{path}.auxiliary.outer")
-        outer.bias = nn.Parameter(-ranked[min(sum(counts), len(ranked) - 1)])
-        outers.append(outer)
+    borders = {}
+    for path, parts in logits.items():
+        ranked = torch.cat(parts).sort(dim=0, descending=True).values
+        if not len(ranked):
+            continue  # no row of that modality was among those that a layer worked on
+        borders[path] = ranked[min(counts[path], len(ranked) - 1)]
+    return borders, {module: torch.stack(parts).nanmean(0) for module, parts in lowest.items()}
+
+
+@contextmanager
+def calibrated(model: OmniMoeForCausalLM, borders: dict[str, Tensor]) -> Iterator[None]:
+    """Moves the thresholds of auxiliary routers."""
+    outers = {model.get_submodule(f"{path}.auxiliary.outer"): border for path, border in borders.items()}
+    for outer, border in outers.items():
+        outer.bias = nn.Parameter(-border)
     try:
         yield
     finally:
@@ -149,19 +183,40 @@ def measured(run: Training, num_tuning: int) -> dict[str, Any]:
     """Losses in every form, and the agreement of auxiliary and main routers."""
     model, batches = run.model.eval(), run.held_out
     tuning = [next(run.batches) for _ in range(num_tuning)]
-    found: dict[str, Any] = {"losses": {"batch": evaluate(model, batches)}}
-    found["losses"]["batch of one sequence"] = evaluate(model, [one for batch in batches for one in sequences(batch)])
-    has_depth = any(isinstance(module, DepthRouter) for module in model.modules())
-    for name, (experts, depth) in FORMS.items():
-        if has_depth or name in ("auxiliary", "cutoff"):
-            with decided(model, experts, depth):
-                found["losses"][name] = evaluate(model, batches, is_causal=True)
-    found["routers"] = [asdict(one) for one in measure(model, batches)]
-    found["routers on training data"] = [asdict(one) for one in measure(model, tuning)]
-    with calibrated(model, tuning):
-        found["losses"]["auxiliary, thresholds set"] = evaluate(model, batches, is_causal=True)
-        found["routers, thresholds set"] = [asdict(one) for one in measure(model, batches)]
-    return found
+    borders, lowest = seen(model, tuning)
+    agreement = {"held out": measure(model, batches), "training data": measure(model, tuning)}
+    errors = {
+        kind: statistics.mean([1 - one.accuracy for one in agreement["held out"] if one.kind == kind] or [0.0])
+        for kind in ("experts", "depth")
+    }
+    has_depth = bool(errors["depth"])
+    batched = partial(depth_by_batch) if has_depth else None
+    losses = {
+        "batch": evaluate(model, batches),
+        "batch of one sequence": evaluate(model, [one for batch in batches for one in sequences(batch)]),
+        "auxiliary": evaluate(model, batches, is_causal=True),
+    }
+    others: dict[str, tuple[Any, Any]] = {
+        "running cut-off": (lambda router: by_threshold({router: router.cutoff}, router), batched),
+        "cut-off of training data": (partial(by_threshold, lowest), batched),
+        "errors at random": (
+            partial(by_batch, errors=errors["experts"]),
+            partial(depth_by_batch, errors=errors["depth"]),
+        ),
+    }
+    if has_depth:
+        others |= {
+            "auxiliary, experts alone": (None, batched),
+            "auxiliary, depth alone": (by_batch, None),
+            "errors in depth at random": (by_batch, partial(depth_by_batch, errors=errors["depth"])),
+        }
+    for name, (experts, depth) in others.items():
+        with decided(model, experts, depth):
+            losses[name] = evaluate(model, batches, is_causal=True)
+    with calibrated(model, borders):
+        losses["auxiliary, thresholds set"] = evaluate(model, batches, is_causal=True)
+        agreement["held out, thresholds set"] = measure(model, batches)
+    return {"losses": losses, "routers": {name: list(map(asdict, found)) for name, found in agreement.items()}}
 
 
 def sequences(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -176,12 +231,13 @@ def told(name: str, result: dict[str, Any]) -> str:
     for form, losses in result["losses"].items():
         cells = "".join(f"{math.exp(losses[m]):>11.2f} {math.expm1(losses[m] - whole[m]):>+8.2%}" for m in whole)
         lines.append(f"{form:<28}{cells}")
-    for title in ("routers", "routers on training data", "routers, thresholds set"):
+    for title, found in result["routers"].items():
         for kind in ("experts", "depth"):
-            own = [one for one in result[title] if one["kind"] == kind]
+            own = [one for one in found if one["kind"] == kind]
             if own:
-                means = {key: sum(one[key] for one in own) / len(own) for key in ("accuracy", "precision", "recall")}
-                lines.append(f"{title}, {kind}: " + ", ".join(f"{key} {mean:.1%}" for key, mean in means.items()))
+                names = ("accuracy", "precision", "recall", "taken", "wanted")
+                means = {name: statistics.mean(one[name] for one in own) for name in names}
+                lines.append(f"{kind}, {title}: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
     return "\n".join(lines)
 
 
@@ -217,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         keep=1,
         seed=args.seed,
     )
-    result: dict[str, Any] = {
+    facts = {
         "date": time.strftime("%Y-%m-%d"),
         "arguments": {name: str(held) if isinstance(held, Path) else held for name, held in vars(args).items()},
         "omnimoe": omnimoe.__version__,
@@ -225,8 +281,9 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
         "corpus": corpus.meta["rows_sha256"][:12],
-        "sisters": {},
     }
+    # a sister that was measured before stays in the file
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out is not None and args.out.exists() else {}
     for sister in args.sisters:
         folder = args.work / sister
         fresh = partial(declared, args.size, sister, args.gumbel, args.seed)
@@ -240,7 +297,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         with_routers = partial(add_auxiliary_routers, trained.model)
         run = stage(with_routers, second, corpus, folder / "second", folder / "first")
-        result["sisters"][sister] = measured(run, args.tuning_batches) | {
+        result[sister] = facts | measured(run, args.tuning_batches)
+        result[sister] |= {
             "first": trained.history.to_dict(),
             "second": run.history.to_dict(),
             "auxiliary_params": sum(
@@ -250,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
                 for held in module.parameters()
             ),
         }
-        print(told(sister, result["sisters"][sister]), flush=True)
+        print(told(sister, result[sister]), flush=True)
         if args.out is not None:
             args.out.write_text(json.dumps(result, indent=1) + "\n")
 

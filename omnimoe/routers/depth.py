@@ -42,7 +42,7 @@ class DepthRouter(nn.Module, Configurable):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ConfigBase):
-        """Mixture of depths."""
+        """Mixture of depths. Experimental: routed causally, MoMa found it worse than no depth at all."""
 
         capacity: float = 0.25
         """Share of the rows that the layer works on, rounded up."""

@@ -35,10 +35,11 @@ def best_of_ranks(scores: Tensor, counted: Tensor | None, share: Fraction, room:
     own = scores.detach()
     table[:num_rows] = own if counted is None else own.masked_fill(~counted.unsqueeze(1), float("-inf"))
     table[room] = num_rows if counted is None else counted.sum()
-    tables, rank = table.unsqueeze(0), 0
+    held, rank = [table], 0
     if dist.is_available() and dist.is_initialized():
-        tables, rank = table.new_empty(dist.get_world_size(), *table.shape), dist.get_rank()
-        dist.all_gather_into_tensor(tables, table)
+        held, rank = [torch.empty_like(table) for _ in range(dist.get_world_size())], dist.get_rank()
+        dist.all_gather(held, table)
+    tables = torch.stack(held)
     total = tables[:, room, 0].sum().long()
     tables[:, room] = float("-inf")
     capacity = torch.minimum((total * share.numerator + share.denominator - 1) // share.denominator, total)

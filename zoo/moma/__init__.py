@@ -1,7 +1,8 @@
 """MoMa: a group of experts for each modality; inside its group, every expert takes its best tokens.
 
 Attention is shared. A group's only expert is a plain feed-forward network without a router (``1t1i``, and the picture
-expert of ``7t1i``).
+expert of ``7t1i``). Auxiliary routers, by which such a model generates, come in a second stage of training:
+:func:`omnimoe.add_auxiliary_routers`.
 
 Source: https://arxiv.org/abs/2407.21770.
 """
@@ -27,7 +28,9 @@ def modality_experts(config: OmniMoeConfig, *, text: int, image: int) -> OmniMoe
         experts=RoutedExperts.Config(
             num_experts=text + image,
             intermediate_size=config.experts.intermediate_size,
-            router=ByModalityRouter.Config(experts=(text, image), router=ExpertChoiceRouter.Config(score="sigmoid")),
+            router=ByModalityRouter.Config(
+                experts=(text, image), router=ExpertChoiceRouter.Config(score="sigmoid", causal_form="none")
+            ),
         )
     )
 
