@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from omnimoe.data.build import SETS, build_corpus
+from omnimoe.data.build import SETS, build_corpus, train_text_tokenizer
 from omnimoe.data.licenses import license_page
 from omnimoe.data.openclipart import clean_title, usable_title
 from omnimoe.data.pictures import PictureError, fingerprint, render_svg, scaled, to_square
@@ -141,3 +142,20 @@ def test_refusals(tmp_path: Path) -> None:
 def test_unfit_words_are_told_within_a_caption_and_not_within_a_word() -> None:
     assert not is_fit("Sexy lady")
     assert is_fit("grapes, therapeutic")
+
+
+def test_byte_pairs_are_learned_from_training_text_of_related_languages_alone(tmp_path):
+    rows = [
+        {"split": "train", "lang": "en", "text": "a cat sat on a mat"},
+        {"split": "test", "lang": "en", "text": "zzzz zzzz zzzz zzzz"},
+        {"split": "train", "lang": "ru", "text": "кот кот кот кот кот"},
+    ]
+    running = [{"split": "train", "text": "the cat sat and sat " * 4}, {"split": "val", "text": "qqqq qqqq " * 9}]
+    for name, held in (("rows", rows), ("text", running)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, held)), encoding="utf-8")
+    tokenizer = train_text_tokenizer(tmp_path, vocab_size=280)
+    assert tokenizer.vocab_size == 280
+    assert len(tokenizer.encode(" cat sat")) < len(" cat sat")
+    for unseen in ("zzzz", "qqqq", "кот"):
+        assert len(tokenizer.encode(unseen)) == len(unseen.encode())
+    assert tokenizer.decode(tokenizer.encode("кот zzzz")) == "кот zzzz"
