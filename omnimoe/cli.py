@@ -13,6 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from omnimoe.plugins import load_file
+
 COMMANDS = {
     "quickstart": "train a small Mixture-of-Transformers beside its dense twin, on real data, in under five minutes",
     "list": "list the model zoo",
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
+        for path in args.parts:
+            load_file(path)
         return importlib.import_module(f"omnimoe.commands.{args.command}").run(args)
     except BrokenPipeError:
         # whoever read our output, such as head, has seen enough
@@ -86,6 +90,8 @@ def _parser(only: str | None) -> argparse.ArgumentParser:
         )
         if name == only:
             importlib.import_module(f"omnimoe.commands.{name}").add_arguments(command)
+        told = "a Python file that registers parts or models of your own, imported first; may be given several times"
+        command.add_argument("--parts", action="append", default=[], metavar="FILE", help=told)
         command.add_argument("--verbose", action="store_true", help="tell more, and show where an error came from")
     return parser
 
