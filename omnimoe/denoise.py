@@ -149,7 +149,8 @@ class _Prediction:
     def __call__(self, rows: Tensor, times: Tensor) -> Tensor:
         """``(n, C)`` rows and ``(n,)`` times to ``(m, C)``."""
         cache = self.cache if self.model.config.layer_types is None else copy.deepcopy(self.cache)
-        out = self.model(**self.layout.arguments(rows, times), past_key_values=cache, logits_to_keep=1)
+        none = torch.arange(0, device=rows.device)  # a head over a vocabulary takes longer than a layer
+        out = self.model(**self.layout.arguments(rows, times), past_key_values=cache, logits_to_keep=none)
         if self.cache is not None and cache is self.cache:  # from a state nothing can be taken back
             self.cache.crop(self.cut - self.length)
         return out.predictions[self.layout.name][self.drawn]

@@ -180,7 +180,8 @@ class _Side:
             times[name] = self.noisy[name].to(held.device, torch.float32) * time
         columns = {name: self.given.get(name) for name in (*_COLUMNS, "attention_mask")}
         cache = self.cache if self.model.config.layer_types is None else copy.deepcopy(self.cache)
-        out = self.model(**columns, features=features, timesteps=times, past_key_values=cache, logits_to_keep=1)
+        none = torch.arange(0, device=self.model.device)  # no head over the vocabulary
+        out = self.model(**columns, features=features, timesteps=times, past_key_values=cache, logits_to_keep=none)
         if self.cache is not None and cache is self.cache:  # from a state nothing can be taken back
             self.cache.crop(self.cut - self.length)
         return out.predictions

@@ -357,6 +357,8 @@ def test_logits_to_keep_gives_the_last_ones_or_those_asked_for():
     whole = model(ids).logits
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, whole[:, -3:])
     torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, whole[:, [1, 4]])
+    with torch.no_grad():
+        assert model(ids, logits_to_keep=torch.arange(0)).logits.shape == (len(ids), 0, whole.shape[2])
 
 
 def test_padding_comes_out_as_zeros():

@@ -9,8 +9,10 @@
 namespace omnimoe::cpu::OMNIMOE_ISA {
 namespace {
 
-constexpr int64_t kRowChunk = 192;    // rows that a task stages at once
-constexpr int64_t kPanelsAtOnce = 8;  // panels that a task goes through, where there are tasks enough without more
+constexpr int64_t kRowChunk = 192;            // rows that a task stages at once, or more where they are short
+constexpr int64_t kStagedBytes = 640 << 10;   // of them, to be kept in the second cache
+constexpr int64_t kPanelsAtOnce = 8;          // panels that are packed at once
+constexpr int64_t kPanelsOfTask = 32;         // panels that a task of several threads goes through at most
 
 // ---- tasks --------------------------------------------------------------------------------------------------------
 
@@ -48,24 +50,38 @@ inline Span span_of(const Groups& groups, int64_t group) {
 
 inline int64_t total_rows(const Groups& groups) { return groups.count ? groups.ends[groups.count - 1] : 0; }
 
+// Rows that are staged at once: a panel is packed again for each such chunk, and a chunk staged again for each task.
+template <class T>
+int64_t most_rows(int64_t depth) {
+  const int64_t fit = kStagedBytes / (stage_stride<T>(depth) * int64_t{sizeof(typename Scheme<T>::Unit)});
+  return fit < kRowChunk ? kRowChunk : least(fit / kMostRows * kMostRows, 4 * kRowChunk);
+}
+
+// So many rows in chunks of nearly equal size, each of whole blocks but the last.
+inline int64_t chunk_of(int64_t rows, int64_t most) {
+  const int64_t chunks = ceil_div(rows, most);
+  return chunks < 2 ? most : ceil_div(ceil_div(rows, chunks), kMostRows) * kMostRows;
+}
+
 // All blocks of rows and panels of every group. The cut depends on sizes and the number of threads, results do not.
 class Tasks {
  public:
-  Tasks(const Groups& groups, int64_t panels, int64_t threads) {
+  Tasks(const Groups& groups, int64_t panels, int64_t threads, int64_t most = kRowChunk) {
     int64_t blocks = 0;
     for (int64_t g = 0; g < groups.count; ++g) {
       const Span rows = span_of(groups, g);
-      blocks += ceil_div(rows.end - rows.start, kRowChunk);
+      blocks += ceil_div(rows.end - rows.start, most);
     }
-    int64_t at_once = least(kPanelsAtOnce, panels);
-    while (at_once > 1 && blocks * ceil_div(panels, at_once) < 4 * threads) at_once /= 2;
+    int64_t at_once = threads > 1 ? least(kPanelsOfTask, panels) : panels;
+    while (threads > 1 && at_once > 1 && blocks * ceil_div(panels, at_once) < 4 * threads) at_once /= 2;
     const int64_t chunks = ceil_div(panels, at_once);
     tasks_ = static_cast<Task*>(std::malloc((blocks * chunks + 1) * sizeof(Task)));
     for (int64_t g = 0; g < groups.count; ++g) {
       const Span rows = span_of(groups, g);
+      const int64_t size = most == kRowChunk ? most : chunk_of(rows.end - rows.start, most);
       for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        for (int64_t row = rows.start; row < rows.end; row += kRowChunk)
-          tasks_[count_++] = {g, row, least(row + kRowChunk, rows.end), chunk * at_once,
+        for (int64_t row = rows.start; row < rows.end; row += size)
+          tasks_[count_++] = {g, row, least(row + size, rows.end), chunk * at_once,
                               least((chunk + 1) * at_once, panels)};
     }
   }
@@ -215,7 +231,7 @@ int64_t panels_packed(int64_t depth, bool is_transposed) {
 template <class T>
 int64_t scratch_bytes(int64_t depth, bool is_transposed) {
   const int64_t packed = panels_packed<T>(depth, is_transposed) * units<T>(depth) * kPanel<T>;
-  return (kRowChunk * stage_stride<T>(depth) + packed + 64) * sizeof(typename Scheme<T>::Unit);
+  return (most_rows<T>(depth) * stage_stride<T>(depth) + packed + 64) * sizeof(typename Scheme<T>::Unit);
 }
 
 // Staged rows by panels first to last: use(first row, rows, tile, panel, columns of the panel).
@@ -242,11 +258,11 @@ template <class T, class ColumnsOf, class Use>
 void rows_by_banks(const Threads& threads, const Groups& groups, const Rows& x, int64_t depth, const Bank& bank,
                    bool by_transposed, int64_t panels, const ColumnsOf& columns_of, const Use& use) {
   const bool is_transposed = by_transposed != bank.is_transposed;
-  const Tasks tasks(groups, panels, threads.count);
+  const Tasks tasks(groups, panels, threads.count, most_rows<T>(depth));
   for_each_task(threads, tasks.count(), scratch_bytes<T>(depth, is_transposed), [&](int64_t i, Scratch& scratch) {
     using Unit = typename Scheme<T>::Unit;
     const Task& task = tasks[i];
-    Unit* copy = scratch.take<Unit>(kRowChunk * stage_stride<T>(depth));
+    Unit* copy = scratch.take<Unit>(most_rows<T>(depth) * stage_stride<T>(depth));
     Unit* packed = scratch.take<Unit>(panels_packed<T>(depth, is_transposed) * units<T>(depth) * kPanel<T>);
     const int64_t rows = task.row_end - task.row;
     rows_by_panels<T>(stage<T>(x, task.row, rows, depth, copy), rows, depth,

@@ -26,7 +26,7 @@ void scatter_product(const ExpertsMLP& a, const Rows& x, int64_t depth, const Ba
   const int64_t own = at_once * kPanel<T>;
   const int64_t bytes = scratch_bytes<T>(depth, is_transposed) + (is_wide ? 0 : a.tokens * own * sizeof(A)) + 256;
   for_each_task(a.threads, ceil_div(panels, at_once), bytes, [&](int64_t task, Scratch& scratch) {
-    Unit* copy = scratch.take<Unit>(kRowChunk * stage_stride<T>(depth));
+    Unit* copy = scratch.take<Unit>(most_rows<T>(depth) * stage_stride<T>(depth));
     Unit* packed = scratch.take<Unit>(panels_packed<T>(depth, is_transposed) * units<T>(depth) * kPanel<T>);
     const int64_t first = task * at_once, last = least(first + at_once, panels);
     // Sums are kept in the accumulator's type and rounded once.
@@ -39,8 +39,9 @@ void scatter_product(const ExpertsMLP& a, const Rows& x, int64_t depth, const Ba
     }
     for (int64_t g = 0; g < a.groups.count; ++g) {
       const Span rows = span_of(a.groups, g);
-      for (int64_t row = rows.start; row < rows.end; row += kRowChunk) {
-        const int64_t size = least(kRowChunk, rows.end - row);
+      const int64_t chunk = chunk_of(rows.end - rows.start, most_rows<T>(depth));
+      for (int64_t row = rows.start; row < rows.end; row += chunk) {
+        const int64_t size = least(chunk, rows.end - row);
         rows_by_panels<T>(
             stage<T>(x, row, size, depth, copy), size, depth, copy_of<T>(bank, g, is_transposed), first, last,
             [&](int64_t p) { return plain_columns<T>(p, a.hidden); }, packed,

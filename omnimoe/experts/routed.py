@@ -209,7 +209,9 @@ class RoutedExperts(Experts):
         """``(N, D)`` rows to ``(N, D)``, the shared experts alone."""
         assert self.shared_experts is not None
         copies = self.config.num_gated_experts or 1  # an adapter may stand in the place of the bank
-        ends = torch.arange(1, copies + 1, device=x.device, dtype=torch.int32) * len(x)
+        ends = torch.full((copies,), x.shape[0], dtype=torch.int32, device=x.device)
+        if copies > 1:
+            ends = ends.cumsum(0, dtype=torch.int32)
         if self.shared_gate is not None:
             return self.shared_experts(x, ends) * torch.sigmoid(self.shared_gate(x)).to(x.dtype)
         if weights is None:

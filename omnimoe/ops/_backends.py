@@ -156,21 +156,35 @@ FEW_ROWS = 64
 """Up to so many rows a product spends its time on reading the weights, in which our kernels are ahead in any dtype."""
 
 
-def suits_kernels(x: torch.Tensor) -> bool:
-    """Whether a product over large groups is left to our kernels: on a CPU, under ``no_grad``, float32 or few rows.
+def suits_kernels(x: torch.Tensor, *, is_network: bool = False) -> bool:
+    """Whether large groups are left to our kernels: on a CPU, under ``no_grad``, in float32 or with few rows.
 
     Where gradients are recorded PyTorch's products are as fast, and equal a plain linear layer to the bit. In bfloat16
-    they are ahead for many rows.
+    they are ahead for many rows; a whole network of ours is not behind there but where the machine multiplies tiles of
+    bfloat16 (AMX), which our kernels do not use.
+
+    Args:
+        x: the rows, of which there may be axes in front.
+        is_network: of a whole feed-forward network, not of one product.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return False
-    return x.dtype == torch.float32 or x.shape[:-1].numel() <= FEW_ROWS
+    if x.dtype == torch.float32 or x.shape[:-1].numel() <= FEW_ROWS:
+        return True
+    return is_network and x.dtype == torch.bfloat16 and not has_tiles()
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this processor multiplies tiles of bfloat16."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def why_not_compiled(*tensors: Any) -> str:
     """Why the compiled CPU kernels cannot take these operands; empty where they can."""
     for tensor in tensors:
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or (tensor.is_cpu and tensor.dtype in _TAKEN):
             continue
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}"
@@ -203,3 +217,5 @@ def _why_not_dtype(tensor: torch.Tensor) -> str:
 
 
 _COMPILED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TAKEN = frozenset((*_COMPILED, torch.int32, torch.int64, torch.bool))
+"""What is looked at no further: a decoded token asks a hundred times."""

@@ -122,7 +122,9 @@ class ByModalityRouter(Router):
                 inner = router(x[start:stop], rows.span(modality))
                 ids = self._outside(inner.expert_ids, first, count)
                 parts.append((inner.token_index + start, ids, inner.expert_weights))
-                if inner.router_logits is not None:
+                if inner.router_logits is not None and is_decoded and not self.num_free:
+                    logits[start:stop, first : first + count] = inner.router_logits
+                elif inner.router_logits is not None:
                     columns = self._columns(first, count, x.device).unsqueeze(0)
                     places = torch.arange(start, stop, device=x.device).unsqueeze(1)
                     logits = logits.index_put((places, columns), inner.router_logits)
@@ -153,6 +155,8 @@ class ByModalityRouter(Router):
 
     def _outside(self, expert_ids: Tensor, first: int, count: int) -> Tensor:
         """Ids inside a group to ids outside of it; -1 stays."""
+        if not first and not self.num_free:
+            return expert_ids
         ids = torch.where(expert_ids >= count, expert_ids - count + self.num_experts, expert_ids + first)
         return torch.where(expert_ids < 0, -1, ids)
 

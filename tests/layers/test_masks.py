@@ -207,3 +207,12 @@ def test_a_rule_of_ones_own_declares_itself_and_is_found_out_where_it_does_not()
     finally:
         for name in ("own_key", "own_block", "declared"):
             MASK_RULES.remove(f"{name}_test")
+
+
+def test_a_mask_that_hides_nothing_is_none():
+    shared = {"rule": "block_causal", "query_length": 3, "past_length": 2, "key_length": 5}
+    shared |= {"device": torch.device("cpu"), "key_ids": torch.zeros(1, 3, dtype=torch.int64)}
+    whole = AttentionMask(**shared, block_ids=torch.full((1, 3), -2))
+    assert whole.shown() is None
+    partly = AttentionMask(**shared, block_ids=torch.tensor([[-1, 1, 1]]))
+    assert torch.equal(partly.shown(), partly.dense())

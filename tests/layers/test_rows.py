@@ -140,3 +140,15 @@ def test_runs_are_the_segments_on_the_host():
         ends, copies = rows.segments(towers)
         assert [(stop, copy) for _, stop, copy in rows.runs(towers)] == list(zip(ends.tolist(), copies, strict=True))
         assert [start for start, _, _ in rows.runs(towers)] == [0, *ends.tolist()[:-1]]
+
+
+def test_keys_in_order_are_left_where_they_are():
+    keys = torch.tensor([[0, 0, 1], [1, 1, 2]])
+    rows = RowLayout.build(keys, num_keys=4)
+    assert rows.is_sorted
+    assert rows.time_index is None
+    assert rows.offsets.tolist() == [2, 5, 6, 6]
+    assert RowLayout.build(keys.flip(1), num_keys=4).time_index is not None
+    padded = RowLayout.build(keys, num_keys=4, valid=keys < 2)
+    assert padded.time_index.tolist() == [0, 1, 2, 3, 4]
+    assert padded.offsets.tolist() == [2, 5, 5, 5]

@@ -10,7 +10,7 @@ import omnimoe
 from omnimoe.layers import Attention, AttentionMask, Head
 from omnimoe.layers.attention import scaled_dot_product
 from omnimoe.ops import linear
-from omnimoe.ops._backends import FEW_ROWS, suits_kernels
+from omnimoe.ops._backends import FEW_ROWS, has_tiles, suits_kernels
 from omnimoe.ops.linear import IMPLEMENTATIONS, KERNELS_FIRST, cpp
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -48,6 +48,7 @@ def test_where_kernels_are_taken(dtype, rows, is_ours):
     with torch.no_grad():
         assert suits_kernels(x) == is_ours
         assert not suits_kernels(x.to("meta"))
+        assert suits_kernels(x, is_network=True) == (is_ours or not has_tiles())
 
 
 def test_a_split_or_quantised_weight_keeps_its_own_product(compiled):

@@ -61,7 +61,7 @@ def cases(kind: str = "cosmos3_omni") -> dict[str, tuple[Callable[[], Tensor], C
     def step() -> Tensor:
         rest = {name: given[name][:, PROMPT:] for name in ("input_ids", "modality_ids", "position_ids")}
         parts = {name: given[name] for name in ("features", "timesteps", "attention_mask")}
-        out = model(**rest, **parts, past_key_values=caches[0], logits_to_keep=1)
+        out = model(**rest, **parts, past_key_values=caches[0], logits_to_keep=torch.arange(0))
         caches[0].crop(-rest["input_ids"].shape[1])
         return tiny.to_latent(out.predictions["video"].view(*CLIP, -1))
 

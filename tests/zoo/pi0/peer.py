@@ -218,7 +218,7 @@ def cases() -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
     shape, noise = theirs["noise"].shape, given["features"]["action"]
     return {
         "velocities": (
-            lambda: model(**given, logits_to_keep=1).predictions["action"].view(shape),
+            lambda: model(**given, logits_to_keep=torch.arange(0)).predictions["action"].view(shape),
             lambda: peer(**theirs).logits,
         ),
         "actions": (
