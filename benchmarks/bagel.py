@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from omnimoe import from_pretrained
 from omnimoe.convert import to_published
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.bagel import BAGEL
@@ -32,10 +33,10 @@ PROMPT, SIDE = 256, 16
 
 
 @torch.no_grad()
-def cases() -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
+def cases(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
     """Each case with our model, and with the port, of the same random weights."""
     llm = {**LLM, **SIZES}
-    peer = make_peer(pytest.MonkeyPatch(), llm, VIT).eval()
+    peer = make_peer(pytest.MonkeyPatch(), llm, VIT, dtype).eval()
     torch.manual_seed(0)
     model = OmniMoeForCausalLM(BAGEL.config_of({"llm_config.json": llm, "vit_config.json": VIT})).eval()
     for name, parameter in model.named_parameters():
@@ -44,10 +45,11 @@ def cases() -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
     with tempfile.TemporaryDirectory() as folder:
         to_published(model, Path(folder) / "bagel")
         held = load_file(Path(folder) / "bagel" / "ema.safetensors")
+        model = from_pretrained(Path(folder) / "bagel", dtype=dtype)
     peer.load_state_dict({f"model.{name}": tensor for name, tensor in held.items()}, strict=True)
     ours, theirs = Ours(model), Port(peer)
     ids = torch.randint(0, 1000, (1, PROMPT))
-    latents = torch.randn(SIDE, SIDE, 64)
+    latents = torch.randn(SIDE, SIDE, 64).to(dtype)
     return {
         "prefill": (lambda: ours.prefill(ids), lambda: theirs.prefill(ids)),
         "decode": (lambda: ours.decode(7), lambda: theirs.decode(7)),
@@ -87,7 +89,7 @@ class Ours:
             past_key_values=self.cache,
             features={"image": [latents]},
             timesteps={"image": torch.tensor([at])},
-            logits_to_keep=1,
+            logits_to_keep=torch.arange(0),  # as denoise asks for
         )
         self.cache.crop(-ids.shape[1])
         return out.predictions["image"]
@@ -132,10 +134,11 @@ class Port:
         """See :class:`Ours`."""
         peer, count = self.peer, SIDE**2
         text, drawn = torch.tensor([0, count + 1]), torch.arange(1, count + 1)
-        rows = torch.zeros(count + 2, SIZES["hidden_size"])
+        rows = latents.new_zeros(count + 2, SIZES["hidden_size"])
         rows[text] = peer.language_model.model.embed_tokens(torch.tensor([BEGIN, END]))
         places = (torch.arange(SIDE).unsqueeze(1) * 64 + torch.arange(SIDE)).flatten()
-        times = peer.time_embedder(torch.full((count,), at))
+        with torch.autocast("cpu", latents.dtype, enabled=latents.dtype != torch.float32):  # its sines are in float32
+            times = peer.time_embedder(torch.full((count,), at))
         rows[drawn] = peer.vae2llm(latents.view(count, 64)) + times + peer.latent_pos_embed(places)
         found = self._run(
             rows,

@@ -44,13 +44,13 @@ def _attend(q, k, v, *, cu_seqlens_q, cu_seqlens_k, causal, **_):
     return torch.cat(parts)
 
 
-def make_peer(monkeypatch, llm: dict = LLM, vit: dict = VIT) -> nn.Module:
-    """The port at a size, in training mode; skips the test where it is not installed."""
+def make_peer(monkeypatch, llm: dict = LLM, vit: dict = VIT, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The port at a size, in training mode; skips the test where it is not installed. In bfloat16 as it is."""
     pytest.importorskip("nemo_automodel.components.models.bagel", reason="pip install --no-deps nemo-automodel==0.7.0")
     from nemo_automodel.components.models.bagel import model, modeling_qwen2_packed, modeling_siglip_navit
     from nemo_automodel.components.models.bagel.configuration import BagelConfig
 
-    single = _Torch(bfloat16=torch.float32)
+    single = _Torch(bfloat16=dtype)
     monkeypatch.setattr(modeling_qwen2_packed, "torch", single)
     monkeypatch.setattr(modeling_siglip_navit, "torch", single)
     monkeypatch.setattr(modeling_qwen2_packed, "sdpa_kernel", lambda **_: contextlib.nullcontext())
@@ -66,7 +66,7 @@ def make_peer(monkeypatch, llm: dict = LLM, vit: dict = VIT) -> nn.Module:
         vae_config={"z_channels": 16, "downsample": 8},
         vit_max_num_patch_per_side=vit["image_size"] // vit["patch_size"],
     )
-    return model.BagelForUnifiedMultimodal(config)
+    return model.BagelForUnifiedMultimodal(config).to(dtype)
 
 
 def unpatched(rows: Tensor) -> Tensor:

@@ -32,14 +32,22 @@ class Pair:
     ids: Tensor
 
 
-def make_pair(form: str = "7b", *, batch_size: int = 1, length: int = 256, attention: str = "sdpa") -> Pair:
-    """The pair at a width of 512 and 8 layers, in float32.
+def make_pair(
+    form: str = "7b",
+    *,
+    batch_size: int = 1,
+    length: int = 256,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+) -> Pair:
+    """The pair at a width of 512 and 8 layers.
 
     Args:
         form: a key of :data:`tests.zoo.chameleon.tiny.FORMS`.
         batch_size: B.
         length: T.
         attention: what both attend with.
+        dtype: of both.
     """
     heads = {"7b": 8, "34b": 2}[form]
     theirs = published_model(form, **SIZES, num_key_value_heads=heads, max_position_embeddings=4096)
@@ -50,7 +58,7 @@ def make_pair(form: str = "7b", *, batch_size: int = 1, length: int = 256, atten
     theirs.set_attn_implementation(attention)
     with tempfile.TemporaryDirectory() as folder:
         publish(theirs, Path(folder))
-        ours = from_pretrained(folder, attn_implementation=attention)
+        ours = from_pretrained(folder, attn_implementation=attention, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(40, 290, (batch_size, length), generator=generator)
     step = CELLS + 2
@@ -59,4 +67,4 @@ def make_pair(form: str = "7b", *, batch_size: int = 1, length: int = 256, atten
         ids[:, start + 1 : start + step - 1] = FIRST_CODE + torch.randint(
             NUM_CODES, (batch_size, CELLS), generator=generator
         )
-    return Pair(ours=ours, theirs=theirs, ids=ids)
+    return Pair(ours=ours, theirs=theirs.to(dtype), ids=ids)
