@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from omnimoe.config import Config
 from omnimoe.experts import RoutedExperts
 from omnimoe.layers import TowerMap, num_copies, resolve_towers
-from omnimoe.routers import ByModalityRouter, StaticRouter
+from omnimoe.layers.reader_attention import ReaderAttention
+from omnimoe.routers import AttributeRouter, ByModalityRouter, StaticRouter
+from omnimoe.routers.balance import BalancedRouter
 from omnimoe.towers.cutting import change_maps
 
 
@@ -49,6 +52,24 @@ def _(part: ByModalityRouter.Config, *, origin: tuple[int, ...], num_keys: int) 
 def _(part: StaticRouter.Config, *, origin: tuple[int, ...], num_keys: int) -> Any:
     sets = part.experts_of_keys
     return part.replace(experts_of_keys=tuple(sets[key] for key in origin) if sets else ())
+
+
+@extend_keys.register
+def _(part: ReaderAttention.Config, *, origin: tuple[int, ...], num_keys: int) -> Any:
+    made = extend_keys.dispatch(Config)(part, origin=origin, num_keys=num_keys)
+    return made.replace(readers=tuple(part.readers[key] for key in origin))
+
+
+@extend_keys.register
+def _(part: BalancedRouter.Config, *, origin: tuple[int, ...], num_keys: int) -> Any:
+    return part.replace(entropy_keys=tuple(new for new, key in enumerate(origin) if key in part.entropy_keys))
+
+
+@extend_keys.register
+def _(part: AttributeRouter.Config, *, origin: tuple[int, ...], num_keys: int) -> Any:
+    made = extend_keys.dispatch(BalancedRouter.Config)(part, origin=origin, num_keys=num_keys)
+    codes = part.attributes_of_keys
+    return made.replace(attributes_of_keys=tuple(codes[key] for key in origin) if codes else ())
 
 
 def extend_map(towers: TowerMap, origin: tuple[int, ...], num_keys: int) -> TowerMap:
