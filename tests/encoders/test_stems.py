@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import Data2VecAudioConfig
+from transformers.models.data2vec import modeling_data2vec_audio as data2vec
 
 from omnimoe.config import ConfigError
 from omnimoe.encoders.base import EncoderError
@@ -45,3 +47,46 @@ def test_clips_are_normal_and_between_one_second_and_fifteen():
     for wrong in ({"strides": (5,)}, {"position_kernel": 4}, {"position_groups": 5}):
         with pytest.raises(ConfigError):
             WaveStem.Config(**{"hidden_size": 16, "position_groups": 4, **wrong})
+
+
+def test_sound_enters_as_in_data2vec():
+    """The convolutions, their projection and those of positions are transformers', with the same weights."""
+    config = Data2VecAudioConfig(
+        hidden_size=32,
+        conv_dim=(16, 16, 16),
+        conv_kernel=(10, 3, 2),
+        conv_stride=(5, 2, 2),
+        num_feat_extract_layers=3,
+        num_conv_pos_embeddings=2,
+        conv_pos_kernel_size=5,
+        num_conv_pos_embedding_groups=4,
+        layer_norm_eps=1e-5,
+    )
+    torch.manual_seed(0)
+    hears = data2vec.Data2VecAudioFeatureEncoder(config).eval()
+    widens = data2vec.Data2VecAudioFeatureProjection(config).eval()
+    places = data2vec.Data2VecAudioPositionalConvEmbedding(config).eval()
+    stem = WaveStem.Config(
+        hidden_size=32,
+        inner_size=16,
+        kernels=(10, 3, 2),
+        strides=(5, 2, 2),
+        position_layers=2,
+        position_kernel=5,
+        position_groups=4,
+    ).build()
+    with torch.no_grad():
+        for part in (hears, widens):
+            for parameter in part.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        for place, layer in enumerate(hears.conv_layers):
+            stem.convolutions[place].weight.copy_(layer.conv.weight)
+            stem.norms[place].load_state_dict(layer.layer_norm.state_dict())
+        stem.norm.load_state_dict(widens.layer_norm.state_dict())
+        stem.proj.load_state_dict(widens.projection.state_dict())
+        for place, layer in enumerate(places.layers):
+            stem.positions[place].load_state_dict(layer.conv.state_dict())
+        waves = torch.randn(2, 600)
+        rows = widens(hears(waves).transpose(1, 2))[0]
+        found = stem({"waves": waves, "lengths": torch.tensor([600, 600])})
+    torch.testing.assert_close(found.rows[:, 1:], rows + places(rows), atol=1e-5, rtol=1e-5)
