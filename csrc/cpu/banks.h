@@ -171,7 +171,7 @@ void rows_by_panel(const Staged<T>& left, int64_t rows, int64_t depth, const Pan
                    const Columns& next, typename Scheme<T>::Unit* panel, const Use& use) {
   Accumulator<T> tile[kMostRows * kPanel<T>] __attribute__((aligned(64)));
   const int64_t lane_stride = from.step * from.row_stride;
-  if (!from.is_transposed && rows <= Scheme<T>::kFewRows) {
+  if (!from.is_transposed && is_for_dots<T>(rows, depth)) {
     in_blocks(rows, kMostDotRows, [&](int64_t first, int64_t count) {
       for (int half = 0; half < 2; ++half) {
         const T* start = from.matrix + (half ? columns.high : columns.low) * from.row_stride;
@@ -185,30 +185,44 @@ void rows_by_panel(const Staged<T>& left, int64_t rows, int64_t depth, const Pan
           }
           const T* right[kDotColumns];
           for (int c = 0; c < kDotColumns; ++c) right[c] = start + least(j + c, held - 1) * lane_stride;
-          dot_tile<T>(count, left.data + first * left.stride, left.stride, right, depth,
-                      kDotColumns * lane_stride, to);
+          dot_tile<T>(count, left.data + first * left.stride, left.stride, right, depth, to);
         }
       }
       use(first, count, tile);
     });
     return;
   }
-  Ahead ahead{};
-  if (!from.is_transposed) {
+  const auto address = [&](int64_t row, int64_t column) {
+    return reinterpret_cast<const char*>(from.matrix + row * from.row_stride + column);
+  };
+  Ahead ahead{{address(next.low, 0), address(next.high, 0)}, 64};
+  if (from.is_transposed) {
+    // a run is a column of lines, one a unit; where a unit is of two rows and a line holds both halves, one of a row each
+    const bool is_pair = Scheme<T>::kPerUnit == 2 && next.high == next.low + kLanes<T>;
+    ahead = {{address(0, next.low), is_pair ? address(1, next.low) : address(0, next.high)},
+             from.row_stride * Scheme<T>::kPerUnit * int64_t{sizeof(T)}};
+  } else {
     const auto half = [&](int64_t column, int count, typename Scheme<T>::Unit* to) {
       pack_along(from.matrix + column * from.row_stride, lane_stride, count, depth, to);
     };
     half(columns.low, columns.low_count, panel);
     half(columns.high, columns.high_count, panel + kLanes<T>);
-    ahead = {reinterpret_cast<const char*>(from.matrix + next.low * from.row_stride),
-             reinterpret_cast<const char*>(from.matrix + next.high * from.row_stride)};
   }
+  // Pairs are multiplied faster than memory gives two lines a unit: then a second block of rows fetches the second run.
+  const bool is_shared = Scheme<T>::kPerUnit == 2 && rows > 2 * kMostRows;
+  int64_t block = 0;
   in_blocks(rows, kMostRows, [&](int64_t first, int64_t count) {
-    const auto* start = left.data + first * left.stride;
-    if (ahead.low && !first)
-      panel_tile<T, true>(count, start, left.stride, 1, panel, units<T>(depth), tile, ahead);
+    const auto multiply = [&]<int Fetched>(const Ahead& ahead) {
+      panel_tile<T, Fetched>(count, left.data + first * left.stride, left.stride, 1, panel, units<T>(depth), tile,
+                             ahead);
+    };
+    if (block > is_shared)
+      multiply.template operator()<0>({});
+    else if (is_shared)
+      multiply.template operator()<1>({{ahead.runs[block]}, ahead.step});
     else
-      panel_tile<T>(count, start, left.stride, 1, panel, units<T>(depth), tile);
+      multiply.template operator()<2>(ahead);
+    ++block;
     use(first, count, tile);
   });
 }
@@ -245,7 +259,7 @@ void rows_by_panels(const Staged<T>& left, int64_t rows, int64_t depth, const Pa
     for (int64_t i = 0; i < count; ++i) columns[i] = columns_of(p + i);
     if (from.is_transposed) pack_panels(from, columns, count, depth, packed);
     for (int64_t i = 0; i < count; ++i)
-      rows_by_panel<T>(left, rows, depth, from, columns[i], columns_of(p + i + 1),
+      rows_by_panel<T>(left, rows, depth, from, columns[i], columns_of(p + i + at_once),
                        packed + i * units<T>(depth) * kPanel<T>,
                        [&](int64_t row, int64_t size, const Accumulator<T>* tile) {
                          use(row, size, tile, p + i, columns[i]);

@@ -3,7 +3,7 @@
 // A panel is `depth` units of 2 vectors. A unit is one number of the accumulator's type or, where the machine multiplies
 // pairs of bfloat16, two numbers that follow each other along the depth. The other operand is read a unit at a time and
 // broadcast. Where there are few rows, packing a panel costs more than it saves: then both operands are read along the
-// depth as they lie, and lanes are added at the end.
+// depth as they lie, and lanes are added at the end, which pays the better the deeper the product is.
 #pragma once
 
 #include <cstdlib>
@@ -24,7 +24,6 @@ struct Scheme {
   using Unit = Acc;
   using UnitVector = typename Lanes<Acc>::Vector;
   static constexpr int kPerUnit = 1;
-  static constexpr int kFewRows = 8;
   static UnitVector load_units(const T* from) { return load(from); }
   static Unit unit(const T* from, int64_t) { return load_some(from, 1)[0]; }
 };
@@ -36,7 +35,6 @@ struct Scheme<BFloat16> {
   using Unit = uint32_t;
   using UnitVector = WordVector;
   static constexpr int kPerUnit = 2;
-  static constexpr int kFewRows = 24;
   static UnitVector load_units(const BFloat16* from) { return load_as<UnitVector>(from); }
   // `left` numbers are left along the depth; past the end stands a zero.
   static Unit unit(const BFloat16* from, int64_t left) {
@@ -80,10 +78,17 @@ constexpr int kPanel = 2 * kLanes<T>;
 constexpr int kMostRows = kVectorBytes == 64 ? 12 : 6;  // accumulators that fit into the registers, in pairs
 constexpr int kMostDotRows = kVectorBytes == 64 ? 6 : 3;
 constexpr int kDotColumns = 4;
+constexpr int64_t kDotBytesAhead = 96 << 10;  // from what is read along the depth to what is fetched meanwhile
 
 template <class T>
 constexpr int64_t units(int64_t depth) {
   return ceil_div(depth, Scheme<T>::kPerUnit);
+}
+
+// Whether rows are better multiplied along the depth than by packed panels.
+template <class T>
+constexpr bool is_for_dots(int64_t rows, int64_t depth) {
+  return rows <= 4 || rows * 28 <= units<T>(depth);
 }
 
 // Memory for one thread, that a loop takes pieces of.
@@ -226,14 +231,15 @@ Staged<T> stage(const Rows& rows, int64_t first, int64_t count, int64_t depth, t
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
-// What is packed next, fetched into the second cache while something else is multiplied: two runs of memory.
+// What is packed next, fetched into the second cache while something else is multiplied: up to two runs of 64 bytes a
+// unit, which lie `step` bytes apart.
 struct Ahead {
-  const char* low;
-  const char* high;
+  const char* runs[2];
+  int64_t step;
 };
 
 // R rows times a panel. Row i, unit k of the left operand is at left[i * row_step + k * unit_step].
-template <class T, int R, bool Fetch>
+template <class T, int R, int Fetched>
 inline __attribute__((always_inline)) void panel_product(
     const typename Scheme<T>::Unit* left, int64_t row_step, int64_t unit_step, const typename Scheme<T>::Unit* panel,
     int64_t count, Ahead ahead, typename Lanes<Accumulator<T>>::Vector (&sums)[R][2]) {
@@ -242,11 +248,7 @@ inline __attribute__((always_inline)) void panel_product(
   for (int64_t k = 0; k < count; ++k) {
     const UnitVector low = load_as<UnitVector>(panel + k * kPanel<T>);
     const UnitVector high = load_as<UnitVector>(panel + k * kPanel<T> + kLanes<T>);
-    if constexpr (Fetch) {
-      // 64 bytes a unit and half: all of the next panel, when this one has been read once
-      __builtin_prefetch(ahead.low + k * 64, 0, 2);
-      __builtin_prefetch(ahead.high + k * 64, 0, 2);
-    }
+    for (int run = 0; run < Fetched; ++run) __builtin_prefetch(ahead.runs[run] + k * ahead.step, 0, 2);
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i) {
       const auto unit = left[i * row_step + k * unit_step];
@@ -260,7 +262,7 @@ inline __attribute__((always_inline)) void panel_product(
 template <class T, int R>
 inline __attribute__((always_inline)) void dot_product(
     const typename Scheme<T>::Unit* left, int64_t row_step, const T* const (&right)[kDotColumns], int64_t depth,
-    int64_t ahead, Accumulator<T>* sums, int64_t sums_stride) {
+    Accumulator<T>* sums, int64_t sums_stride) {
   using S = Scheme<T>;
   using V = typename Lanes<Accumulator<T>>::Vector;
   using UnitVector = typename S::UnitVector;
@@ -273,7 +275,7 @@ inline __attribute__((always_inline)) void dot_product(
     UnitVector columns[kDotColumns];
     for (int j = 0; j < kDotColumns; ++j) {
       columns[j] = S::load_units(right[j] + k * per);
-      __builtin_prefetch(right[j] + k * per + ahead, 0, 2);
+      __builtin_prefetch(right[j] + k * per + kDotBytesAhead / sizeof(T), 0, 2);
     }
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i) {
@@ -304,17 +306,18 @@ inline __attribute__((always_inline)) void dot_product(
 constexpr int64_t kRunOfSums = 128;  // units that are added up before they join the rest: shorter sums round less
 
 // Where it `adds`, to what the tile holds; as if all had been one product, if that was a number of whole runs.
-template <class T, bool Fetch = false, int R = kMostRows>
+template <class T, int Fetched = 0, int R = kMostRows>
 void panel_tile(int64_t rows, const typename Scheme<T>::Unit* left, int64_t row_step, int64_t unit_step,
                 const typename Scheme<T>::Unit* panel, int64_t count, Accumulator<T>* tile, Ahead ahead = {},
                 bool adds = false) {
   if constexpr (R > 1)
-    if (rows < R) return panel_tile<T, Fetch, R - 1>(rows, left, row_step, unit_step, panel, count, tile, ahead, adds);
+    if (rows < R)
+      return panel_tile<T, Fetched, R - 1>(rows, left, row_step, unit_step, panel, count, tile, ahead, adds);
   typename Lanes<Accumulator<T>>::Vector sums[R][2];
   for (int64_t start = 0; start == 0 || start < count; start += kRunOfSums) {
-    panel_product<T, R, Fetch>(left + start * unit_step, row_step, unit_step, panel + start * kPanel<T>,
-                               least(kRunOfSums, count - start), ahead, sums);
-    if constexpr (Fetch) ahead = {ahead.low + kRunOfSums * 64, ahead.high + kRunOfSums * 64};
+    panel_product<T, R, Fetched>(left + start * unit_step, row_step, unit_step, panel + start * kPanel<T>,
+                                 least(kRunOfSums, count - start), ahead, sums);
+    for (int run = 0; run < Fetched; ++run) ahead.runs[run] += kRunOfSums * ahead.step;
     for (int i = 0; i < R; ++i) {
       Accumulator<T>* to = tile + i * kPanel<T>;
       if (start || adds) {
@@ -329,10 +332,10 @@ void panel_tile(int64_t rows, const typename Scheme<T>::Unit* left, int64_t row_
 
 template <class T, int R = kMostDotRows>
 void dot_tile(int64_t rows, const typename Scheme<T>::Unit* left, int64_t row_step, const T* const (&right)[kDotColumns],
-              int64_t depth, int64_t ahead, Accumulator<T>* tile) {
+              int64_t depth, Accumulator<T>* tile) {
   if constexpr (R > 1)
-    if (rows < R) return dot_tile<T, R - 1>(rows, left, row_step, right, depth, ahead, tile);
-  dot_product<T, R>(left, row_step, right, depth, ahead, tile, kPanel<T>);
+    if (rows < R) return dot_tile<T, R - 1>(rows, left, row_step, right, depth, tile);
+  dot_product<T, R>(left, row_step, right, depth, tile, kPanel<T>);
 }
 
 // Cuts `count` rows into blocks of nearly equal size, none above `most`: block(first, size).
