@@ -74,7 +74,7 @@ SIZES = {
     "94m": Size(
         (
             ("chameleon_94m", "mot_94m", "moe4x_94m"),
-            ("chameleon_90m", "moma_90m_1t1i", "moma_90m_2t2i", "moma_90m_4t4i", "moe_90m_8x"),
+            ("chameleon_90m", "moma_90m_1t1i", "moma_90m_2t2i", "moma_90m_4t4i", "momad_90m_4t4i", "moe_90m_8x"),
             ("mamba_94m", "mixture_of_mamba_94m"),
         ),
         short_run(4000, batch_size=32, sequence_length=1024, learning_rate=1e-3, warmup=200, evaluate_batches=16),

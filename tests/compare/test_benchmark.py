@@ -56,7 +56,7 @@ def out(tmp_path):
 
 def test_the_plan_names_registered_models_each_once_with_slow_ones_last():
     runs = compare_flops.planned(list(compare_flops.SIZES), [], 3)
-    assert len(set(runs)) == len(runs) == 3 * (3 * len(ARCHITECTURES) + 10)
+    assert len(set(runs)) == len(runs) == 3 * (3 * len(ARCHITECTURES) + 11)
     assert all(name in MODELS for _, name, _ in runs)
     pico = [(name, seed) for size, name, seed in runs if size == "pico"]
     assert pico[0] == ("dense_pico", 0)
@@ -79,7 +79,9 @@ def test_a_size_has_one_vocabulary_and_a_baseline_of_equal_cost(size):
     for name in names:
         base = compare_flops.baselines(size).get(name, names[0])
         cost, first = (flops(configs[held], sequence_length=length).per_token for held in (name, base))
-        assert cost / first == pytest.approx(1, abs=0.13 if name.startswith("mamba") else 0.01)
+        # state spaces have no scores, and the published mixture of depths was matched in longer sequences
+        unequal = {"mamba": 0.13, "momad_90m": 0.05}
+        assert cost / first == pytest.approx(1, abs=next((unequal[held] for held in unequal if held in name), 0.01))
 
 
 def test_what_is_finished_running_and_left(out, capsys):

@@ -163,6 +163,15 @@ def test_counts_of_moma(size):
         assert model_info(f"moma_{size}_{groups}").total_params == pytest.approx(formula, rel=1e-3)
 
 
+@pytest.mark.parametrize(("size", "millions"), [("90m", 316.7), ("435m", 2986), ("1_4b", 11_853)])
+def test_counts_of_moma_with_depths(size, millions):
+    name, dense = f"momad_{size}_4t4i", f"chameleon_{size}"
+    assert model_info(name).total_params / 1e6 == pytest.approx(millions, abs=1)
+    assert model_info(name).flops_per_token == pytest.approx(model_info(dense).flops_per_token, rel=0.02)
+    works = [block.depth is not None for block in config_of(name).blocks]
+    assert works == [layer % 2 == 0 for layer in range(len(works))], "every second layer, from the first"
+
+
 @pytest.mark.parametrize("size", ["pico", "nano", "micro"])
 def test_small_models_meet_equal_weights(size):
     dense = model_info(f"dense_{size}")
