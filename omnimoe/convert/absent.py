@@ -36,8 +36,9 @@ def is_changed(weights: Held | Weights, plan: Plan, converter: Converter, config
         config: see there.
         group: name of the group.
     """
-    start = config.published.get("start", {}).get(group)
-    return start is not None and start != _fingerprint(weights, plan, converter, group)
+    start = config.published.get("start")
+    known = start.get(group) if isinstance(start, dict) else None  # a config is input like any other
+    return known is not None and known != _fingerprint(weights, plan, converter, group)
 
 
 def _fingerprint(weights: Held | Weights, plan: Plan, converter: Converter, group: str) -> str:
@@ -47,5 +48,5 @@ def _fingerprint(weights: Held | Weights, plan: Plan, converter: Converter, grou
     for piece in plan.pieces:
         if piece.published in names:
             numbers = weights.read(piece.ours, piece.region).to("cpu", torch.bfloat16).contiguous()
-            found.update(numbers.view(torch.uint8).numpy().data)
+            found.update(numbers.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
