@@ -58,19 +58,21 @@ class Scores:
         shape = (labels.shape[0], labels.shape[1])
         named = labels.masked_fill(labels == -100, 0)
         check_ids(name, named, shape, 0, self.config.vocab_size, "-100 marks what is not predicted")
-        is_shifted = name == "shift_labels"
-        wanted = labels.long() if is_shifted else labels[:, 1:].long()
-        if segment_ids is not None and not is_shifted:
-            inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
-            wanted = wanted.masked_fill(~inside, -100)
-        if valid is not None:
-            # a padding position predicts nothing either
-            real = valid.view(shape)
-            wanted = wanted.masked_fill(~(real if is_shifted else real[:, 1:] & real[:, :-1]), -100)
-        scored = logits if is_shifted else logits[:, :-1]
-        flat = Tokens.loss(scored.reshape(-1, logits.shape[-1]), wanted.reshape(-1))
-        each = flat.view(wanted.shape)
-        self.token_losses = each if is_shifted else F.pad(each, (1, 0))
+        wanted = labels.long()
+        real = None if valid is None else valid.view(shape)
+        if name == "labels":
+            # what follows is predicted; after the last position nothing does
+            wanted = F.pad(wanted[:, 1:], (0, 1), value=-100)
+            if segment_ids is not None:
+                inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
+                wanted = wanted.masked_fill(~F.pad(inside, (0, 1)), -100)
+            if real is not None:
+                wanted = wanted.masked_fill(~F.pad(real[:, 1:], (0, 1)), -100)
+        if real is not None:
+            wanted = wanted.masked_fill(~real, -100)  # a padding position predicts nothing either
+        # every position is scored, the last ones too: a slice of the logits would be copied, and filled up in backward
+        each = Tokens.loss(logits.flatten(0, 1), wanted.flatten()).view(shape)
+        self.token_losses = each if name == "shift_labels" else F.pad(each[:, :-1], (1, 0))
         counted = wanted != -100
         predicted = self.modality_ids_of(wanted.clamp_min(0))
         for modality_id, modality in enumerate(self.config.modalities):
