@@ -1,4 +1,4 @@
-"""Loss of each modality on held-out batches."""
+"""Loss of each modality on held-out batches, and what auxiliary routers foretell of their routing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 import torch
 
-from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.auxiliary import measure_auxiliary_routers
+from omnimoe.layers.masks import is_causal_rule
+from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.train.data import Batch
 from omnimoe.train.processes import Processes
 
@@ -55,3 +57,25 @@ def evaluate(
     if losses:
         losses["all"] = sum(totals.values()) / sum(counts.values())
     return losses
+
+
+def has_causal_twin(config: OmniMoeConfig) -> bool:
+    """Whether a model looks ahead, and can be asked not to."""
+    can = is_causal_rule(config.mask) and all(block.has_causal_form for block in config.blocks)
+    return can and not config.is_causal
+
+
+FORETOLD = ("accuracy", "precision", "recall", "taken", "wanted")
+"""What :func:`foretold` gives."""
+
+
+def foretold(model: OmniMoeForCausalLM, batches: Iterable[Batch], *, precision: str = "fp32") -> dict[str, float]:
+    """How well auxiliary routers foretell what main ones choose, as means over them; on the rows of this process alone.
+
+    Args:
+        model: with auxiliary routers; its training mode is put back as it was.
+        batches: as the corpus gives them.
+        precision: ``"bf16"`` for autocast.
+    """
+    found = measure_auxiliary_routers(model, batches, precision=precision)
+    return {name: sum(getattr(one, name) for one in found) / max(1, len(found)) for name in FORETOLD}

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from omnimoe.auxiliary import hold_all_but_auxiliary, measure_auxiliary_routers
+from omnimoe.auxiliary import hold_all_but_auxiliary
 from omnimoe.data import Corpus
 from omnimoe.freeze import freeze
-from omnimoe.layers.masks import is_causal_rule
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.routing_trace import record_routing
 from omnimoe.train.checkpoint import ResumeError, load_checkpoint, load_state, save_checkpoint
 from omnimoe.train.data import Batch, held_out_batches, training_batches
-from omnimoe.train.evaluation import evaluate
+from omnimoe.train.evaluation import evaluate, foretold, has_causal_twin
 from omnimoe.train.log import RunLog
 from omnimoe.train.memory import explain_out_of_memory
 from omnimoe.train.optim import make_optimizer
@@ -68,10 +67,6 @@ class History:
 
 ROUTING = ("balance", "busiest", "experts_per_token", "dropped_share", "null_share", "mutual_information")
 """What is logged of a trace of routing, as means over layers; of a run in several processes, the rows of the first."""
-
-
-FORETOLD = ("accuracy", "precision", "recall", "taken", "wanted")
-"""What is logged of auxiliary routers."""
 
 
 class Training:
@@ -332,7 +327,9 @@ class Training:
         with explain_out_of_memory(self.model, self.settings, self._own_batch, where=where):
             with recorded as trace:
                 losses = self._held_out_losses()
-            causal = self._held_out_losses(is_causal=True) if self._has_causal_twin else {}
+            asked = self.settings.evaluate_causally or self.settings.stage == "auxiliary"
+            twin = asked and has_causal_twin(self.model.config)
+            causal = self._held_out_losses(is_causal=True) if twin else {}
         self.history.steps.append(self.step)
         for held, found in ((self.history.held_out, losses), (self.history.causal, causal)):
             for name, loss in found.items():
@@ -341,7 +338,8 @@ class Training:
         if causal:
             log.write(self.step, "held_out_causal", causal)
         if self.settings.stage == "auxiliary":
-            log.write(self.step, "auxiliary", self._foretold())
+            batches = map(self.processes.share, self.held_out)
+            log.write(self.step, "auxiliary", foretold(self.model, batches, precision=self.settings.precision))
         if trace is not None and trace.layers():
             log.write(self.step, "routing", {name: trace.mean(name) for name in ROUTING})
             log.picture(self.step, "routing/load", trace.heatmap(title=f"step {self.step}"))
@@ -356,20 +354,6 @@ class Training:
             processes=self.processes,
             is_causal=is_causal,
         )
-
-    @property
-    def _has_causal_twin(self) -> bool:
-        """Whether the model looks ahead, and can be asked not to."""
-        config = self.model.config
-        can = is_causal_rule(config.mask) and all(block.has_causal_form for block in config.blocks)
-        asked = self.settings.evaluate_causally or self.settings.stage == "auxiliary"
-        return asked and can and not config.is_causal
-
-    def _foretold(self) -> dict[str, float]:
-        """How well auxiliary routers foretell, as means over them; of several processes, the rows of the first."""
-        batches = map(self.processes.share, self.held_out)
-        found = measure_auxiliary_routers(self.model, batches, precision=self.settings.precision)
-        return {name: sum(getattr(one, name) for one in found) / max(1, len(found)) for name in FORETOLD}
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
