@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -114,6 +117,22 @@ def test_vectors(model, doubles):
     for row, given in enumerate(parts):
         for kind, held in given:
             close(found[kind][row], vector(doubles, kind, held))
+
+
+def test_from_raw_inputs_to_vectors(model):
+    """As docs/earlier.md has it, in half precision too."""
+    parts = model.model.modalities
+    seen = parts["vision"].get_encoder().prepare([np.full((20, 30, 3), 99, dtype=np.uint8)])
+    made = np.random.default_rng(0)
+    heard = parts["audio"].get_encoder().prepare([made.uniform(-1, 1, n).astype(np.float32) for n in (300, 9000)])
+    assert heard["lengths"].tolist() == [16_000, 16_000]
+    heard = {"waves": heard["waves"][:, :2000], "lengths": torch.tensor([2000, 1000])}
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, given in (("vision", seen), ("audio", heard)):
+            whole, rounded = model.align(name, given), half.align(name, given)
+            torch.testing.assert_close(whole.norm(dim=-1), torch.ones(len(whole)))
+            assert float((whole * rounded.float()).sum(-1).min()) > 0.98
 
 
 def test_a_folder_to_the_bit(weights, model, folder, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,6 +122,27 @@ def test_vectors(model, doubles):
     assert stem.mask_token is None
     with pytest.raises(ValueError, match="no row for hidden ones"):
         stem({"patches": torch.zeros(1, 9, 48), "masked": torch.zeros(1, 9).bool()})
+
+
+def test_from_raw_pictures_to_answers(model):
+    """As docs/earlier.md has it, in half precision too."""
+    raws = [np.full((20, 30, 3), 10 * place, dtype=np.uint8) for place in range(2)]
+    vision = model.model.modalities["vision"]
+    seen = vision.get_encoder().prepare(raws)
+    ids, mask = torch.tensor([[3, 4, 5], [6, 7, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    spans = torch.stack(vision.span_ids(seen))
+    pairs = {
+        "input_ids": torch.cat((ids, spans), dim=1),
+        "attention_mask": torch.cat((mask, torch.ones_like(spans)), dim=1),
+        "features": {"vision": seen},
+    }
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        cosines = model.align("vision", seen) @ model.align("text", ids, attention_mask=mask).T
+        assert cosines.shape == (2, 2)
+        fits = model.pool(**pairs).softmax(-1)
+        torch.testing.assert_close(half.pool(**pairs).float().softmax(-1), fits, atol=0.1, rtol=0.1)
+        assert half(**pairs).logits.dtype == torch.bfloat16
 
 
 def test_packed_documents(model, doubles):
