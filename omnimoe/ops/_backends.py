@@ -156,22 +156,22 @@ FEW_ROWS = 64
 """Up to so many rows a product spends its time on reading the weights, in which our kernels are ahead in any dtype."""
 
 
-def suits_kernels(x: torch.Tensor, *, is_network: bool = False) -> bool:
+def suits_kernels(x: torch.Tensor, *, is_bank: bool = False) -> bool:
     """Whether large groups are left to our kernels: on a CPU, under ``no_grad``, in float32 or with few rows.
 
     Where gradients are recorded PyTorch's products are as fast, and equal a plain linear layer to the bit. In bfloat16
-    they are ahead for many rows; a whole network of ours is not behind there but where the machine multiplies tiles of
-    bfloat16 (AMX), which our kernels do not use.
+    they are ahead for many rows; those of a bank, one for each of its runs, and what belongs to a whole network around
+    them, are not, but where the machine multiplies tiles of bfloat16 (AMX), which our kernels do not use.
 
     Args:
         x: the rows, of which there may be axes in front.
-        is_network: of a whole feed-forward network, not of one product.
+        is_bank: they meet a bank, or a whole network, not one matrix.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return False
     if x.dtype == torch.float32 or x.shape[:-1].numel() <= FEW_ROWS:
         return True
-    return is_network and x.dtype == torch.bfloat16 and not has_tiles()
+    return is_bank and x.dtype == torch.bfloat16 and not has_tiles()
 
 
 @torch.compiler.assume_constant_result

@@ -48,7 +48,7 @@ def test_where_kernels_are_taken(dtype, rows, is_ours):
     with torch.no_grad():
         assert suits_kernels(x) == is_ours
         assert not suits_kernels(x.to("meta"))
-        assert suits_kernels(x, is_network=True) == (is_ours or not has_tiles())
+        assert suits_kernels(x, is_bank=True) == (is_ours or not has_tiles())
 
 
 def test_a_split_or_quantised_weight_keeps_its_own_product(compiled):

@@ -110,7 +110,7 @@ def experts_mlp(
         into, out = biases
         biases = None if into is None else into.to(dtype), None if out is None else out.to(dtype)
     operands = x, gate_up_proj, down_proj, offsets, token_index, weights, *biases, interleaved
-    order = IMPLEMENTATIONS if token_index is None and not suits_kernels(x, is_network=True) else KERNELS_FIRST
+    order = IMPLEMENTATIONS if token_index is None and not suits_kernels(x, is_bank=True) else KERNELS_FIRST
     call = choose("experts_mlp", order, *operands)
     return call(x, gate_up_proj, down_proj, offsets, activation, token_index, weights, *biases, interleaved, save)
 

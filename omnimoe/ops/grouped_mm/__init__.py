@@ -88,7 +88,7 @@ def grouped_mm(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype:
         raise ValueError(f"x and weight must share a dtype, got {x.dtype} and {weight.dtype}; cast one of them")
-    order = IMPLEMENTATIONS if native.is_one_kernel(x) and not suits_kernels(x) else KERNELS_FIRST
+    order = IMPLEMENTATIONS if native.is_one_kernel(x) and not suits_kernels(x, is_bank=True) else KERNELS_FIRST
     call = choose("grouped_mm", order, x, weight, offsets, bias, row_index)
     return call(x, weight, offsets, bias, row_index)
 
