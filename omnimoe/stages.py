@@ -131,6 +131,7 @@ def pipeline_stage(model: OmniMoeForCausalLM, index: int, count: int) -> Stage:
     unfit = (
         (config.tie_word_embeddings, "has one table for the first stage and the last; set tie_word_embeddings=False"),
         (continuous, f"has {', '.join(continuous)}, whose features all stages would have to read; take FSDP2"),
+        (config.position_bias is not None, "has learned position biases, which all stages would share; take FSDP2"),
         (config.needs_token_ids, "has routers that look at token ids, which go to the first stage alone; take FSDP2"),
     )
     for is_unfit, reason in unfit:
@@ -139,7 +140,7 @@ def pipeline_stage(model: OmniMoeForCausalLM, index: int, count: int) -> Stage:
     base, names = model.model, list(config.base_model_pp_plan)
     middle = next(place for place, name in enumerate(names) if isinstance(attrgetter(name)(base), nn.ModuleList))
     if index > 0:
-        for name in (*names[:middle], "modalities", "places"):
+        for name in (*names[:middle], "modalities", "places", "kinds"):
             _replace(base, name, nn.ModuleDict() if name == "modalities" else None)
     layers, own = attrgetter(names[middle])(base), nn.ModuleList()
     for number in range(len(layers) * index // count, len(layers) * (index + 1) // count):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from omnimoe.inputs import InputError
+from omnimoe.layers import SpanTables
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.parallel import ParallelError
 from omnimoe.routers import HashRouter
@@ -47,6 +48,25 @@ def test_logits_loss_and_gradients_are_those_of_the_whole_model(name):
     assert held[0].keys() | held[1].keys() == {key for key, _ in whole.named_parameters()}
     for key, parameter in whole.named_parameters():
         torch.testing.assert_close((held[0] | held[1])[key].grad, parameter.grad, atol=2e-6, rtol=1e-4, msg=key)
+
+
+def test_what_stands_about_the_layers_lies_on_one_stage():
+    """Rows of modalities are added once, norms of words and the layer before the head stand where these do."""
+    config = DENSE.replace(modality_rows=True, layer_scale=0.5, embedding_norm_eps=1e-12, head_norm_eps=1e-12)
+    ids, whole = ids_like(config), build(config)
+    cut = [pipeline_stage(build(config), index, 2) for index in range(2)]
+    logits, _ = in_turn(cut, input_ids=ids)
+    torch.testing.assert_close(logits, whole(ids).logits)
+    held = [set(stage.model.state_dict()) for stage in cut]
+    assert not held[0] & held[1]
+    assert held[0] | held[1] == set(whole.state_dict())
+    biased = config.replace(
+        attention=config.attention.replace(num_kv_heads=None),
+        positions="spans",
+        position_bias=SpanTables.Config(reaches=(99,) * len(config.modalities), sides=(0,) * len(config.modalities)),
+    )
+    with pytest.raises(ParallelError, match="has learned position biases"):
+        pipeline_stage(build(biased), 0, 2)
 
 
 def test_the_plan_of_the_config_says_what_lies_where():

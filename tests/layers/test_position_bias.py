@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from omnimoe import OmniMoeConfig, OmniMoeForCausalLM, Tokens
+from omnimoe.attend import attention_function
 from omnimoe.config import ConfigError
 from omnimoe.experts import FeedForward
 from omnimoe.inputs import InputError
-from omnimoe.layers import Attention, SpanTables
+from omnimoe.layers import Attention, AttentionMask, SpanTables
+from omnimoe.layers.position_bias import BiasedMask
 
 TEXT, IMAGE = Tokens.Config(name="text", vocab_size=20), Tokens.Config(name="image", vocab_size=10)
 TABLES = SpanTables.Config(reaches=(6, 0), sides=(0, 2), crosses=True)
@@ -146,6 +148,14 @@ def test_what_cannot_add_scores_says_so():
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention adds no learned position biases"):
         model(ids)
+    mask = AttentionMask(
+        rule="bidirectional", query_length=4, key_length=4, past_length=0, device=ids.device, key_ids=ids[:, :4]
+    )
+    heads = torch.zeros(2, 2, 4, 8)
+    biased = BiasedMask.add(mask, torch.zeros(1, 2, 4, 4))
+    flash = attention_function("flash_attention_2", lambda name, default: model)
+    with pytest.raises(ValueError, match="cannot express the mask rule 'biased'"):
+        flash(model, heads, heads, heads, biased)
     model.set_attn_implementation("sdpa")
     past = model(ids, use_cache=True).past_key_values
     with pytest.raises(InputError, match="compare whole sequences"):
