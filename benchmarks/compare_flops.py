@@ -5,7 +5,8 @@
     python benchmarks/compare_flops.py --out compared --only pico mot_nano
     python benchmarks/compare_flops.py --out compared --time           # seconds a step, on a machine with nothing else
     python benchmarks/compare_flops.py --out compared --save DATE      # JSON and curves into benchmarks/results
-    python benchmarks/compare_flops.py --table                         # the tables of docs/comparison.md
+    python benchmarks/compare_flops.py --table                         # the tables of what was saved
+    python benchmarks/compare_flops.py --write docs/comparison.md      # the same, into the page
 
 A run is a size, an architecture and a seed. Each finished one is kept as a file, a killed one is taken up at its last
 checkpoint, and several processes started with the same line share the work. One process takes one thread.
@@ -203,7 +204,7 @@ def save(out: Path, size: str, folder: Path, date: str) -> list[Path]:
 def latest(folder: Path) -> dict[str, dict[str, Any]]:
     """The newest saved result of each size."""
     found = {size: sorted(folder.glob(f"*-compare-flops-{size}.json")) for size in SIZES}
-    return {size: json.loads(paths[-1].read_text()) for size, paths in found.items() if paths}
+    return {size: {**json.loads(held[-1].read_text()), "stem": held[-1].stem} for size, held in found.items() if held}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -219,8 +220,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save", metavar="DATE", help="write results under this date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of --save and --table")
     parser.add_argument("--table", action="store_true", help="print the tables of what was saved")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put them between the marks of a page")
     args = parser.parse_args(arguments)
-    if not args.table and args.out is None:
+    if not args.table and args.write is None and args.out is None:
         parser.error("give --out, the folder of the runs")
     torch.set_num_threads(1)
     if args.out is not None:
@@ -234,10 +236,12 @@ def main(arguments: list[str] | None = None) -> None:
             for size in args.sizes:
                 for path in save(args.out, size, args.results, args.save):
                     print(path)
-        elif not args.table:
+        elif not args.table and args.write is None:
             train(args.out, runs)
     if args.table:
         print(compare_tables.page(latest(args.results), len(SEEDS)))
+    if args.write is not None:
+        compare_tables.write(args.write, compare_tables.page(latest(args.results), len(SEEDS)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omnimoe.compare import ALL, Comparison, spread
@@ -28,6 +29,9 @@ PUBLISHED: dict[str, tuple[str, str, str, str]] = {
 }
 """Share of the dense model's training FLOPs: text, image, speech, and at what size. Training losses throughout, so
 experts that choose look ahead; MoMa's factors are given as their inverse."""
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+"""Marks of a page, between which the tables stand."""
 
 Side = tuple[str, str]
 CLAIMS: tuple[tuple[str, Side, Side | None], ...] = (
@@ -67,7 +71,21 @@ def page(results: dict[str, dict[str, Any]], num_seeds: int) -> str:
         num_seeds: seeds that are planned.
     """
     parts = [table(size, plain, num_seeds) for size, plain in results.items()]
-    return "\n".join([*parts, beside_papers(results), findings(results)])
+    return "\n".join([findings(results), beside_papers(results), *parts]).strip() + "\n"
+
+
+def write(path: Path, tables: str) -> None:
+    """Puts the tables into a page.
+
+    Raises:
+        ValueError: if the page has no marks for them.
+    """
+    text = path.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no lines {BEGIN} and {END} to put tables between; write them where they belong")
+    path.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}")
 
 
 def table(size: str, plain: dict[str, Any], num_seeds: int) -> str:
@@ -99,7 +117,9 @@ def table(size: str, plain: dict[str, Any], num_seeds: int) -> str:
         cost = "–" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}"
         cells = [f"`{row['model']}`", row["scored"], str(len(row["seeds"])), cost, *shares, gap, pace, spent]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    pictures = {"share of the baseline's steps": "-shares", "held-out loss against steps": ""}
+    shown = [f"![{size}: {told}](../benchmarks/results/{plain['stem']}{tail}.png)" for told, tail in pictures.items()]
+    return "\n".join([*lines, "", *shown, ""])
 
 
 def beside_papers(results: dict[str, dict[str, Any]]) -> str:
@@ -127,10 +147,18 @@ def findings(results: dict[str, dict[str, Any]]) -> str:
     """Which published findings appear: a difference of shares, seed by seed, with its interval."""
     compared = {size: Comparison.from_dict(plain) for size, plain in results.items() if size != "94m"}
     lines = ["### Findings", "", f"| finding | {' | '.join(compared)} |", "|" + "---|" * (1 + len(compared))]
+    words: dict[str, list[str]] = {size: [] for size in compared}
     for sentence, left, right in CLAIMS:
         told = [verdict(differences(comparison, size, left, right)) for size, comparison in compared.items()]
         lines.append(f"| {sentence} | {' | '.join(told)} |")
-    return "\n".join([*lines, ""])
+        for size, found in zip(words, told, strict=True):
+            words[size].append(found.partition(",")[0])
+    sums = [
+        f"{size}: of {len(CLAIMS)} findings {found.count('yes')} appear, {found.count('no')} are reversed, "
+        f"{found.count('not told')} cannot be told from chance, {found.count('–')} have too few runs"
+        for size, found in words.items()
+    ]
+    return "\n".join([*lines, "", *(f"{told}.\n" for told in sums)])
 
 
 def differences(comparison: Comparison, size: str, left: Side, right: Side | None) -> list[float]:

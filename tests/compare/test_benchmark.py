@@ -139,6 +139,20 @@ def test_results_are_saved_drawn_and_told(out, tmp_path_factory, capsys):
     assert "| MoT beats MoE-4x on pictures | yes, -3" in told
     assert "| untied attention saves further on pictures | no, the opposite, +2" in told
     assert "| `mot` | 53-66 % | 20-35 % | 15-20 % |" in told
+    assert f"pico: of {len(compare_tables.CLAIMS)} findings" in told
+    assert f"(../benchmarks/results/{stem}-shares.png)" in told
+    page = folder / "page.md"
+    page.write_text(f"# Before\n{compare_tables.BEGIN}\nstale\n{compare_tables.END}\nbehind\n")
+    for _ in range(2):
+        compare_flops.main(["--write", str(page), "--results", str(folder)])
+        text = page.read_text()
+        assert text.startswith("# Before\n")
+        assert text.endswith(f"{compare_tables.END}\nbehind\n")
+        assert "stale" not in text
+        assert text.count("### Findings") == 1
+    page.write_text("# Before\n")
+    with pytest.raises(ValueError, match="has no lines"):
+        compare_flops.main(["--write", str(page), "--results", str(folder)])
 
 
 def test_a_part_of_the_runs_makes_a_part_of_the_tables(out, tmp_path_factory, capsys):
