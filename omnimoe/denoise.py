@@ -120,7 +120,7 @@ def denoise(
     if cached and not _prefix_stands(config.mask):
         raise InputError(f"the mask rule {config.mask!r} lets a prefix see what follows; leave use_cache out")
     whole = _Prediction(model, layout, rows, is_cached=cached)
-    others = {names: _Prediction(model, layout.without(names), rows, is_cached=False) for names in guide.left_out}
+    others = {names: _Prediction(model, layout.without(names), rows, is_cached=cached) for names in guide.left_out}
     pictures = _pictures(drawn)
     grid = [shift * time / (1 + (shift - 1) * time) for time in torch.linspace(1, 0, steps + 1).tolist()]
     for time, next_time in itertools.pairwise(grid):

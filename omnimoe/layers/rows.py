@@ -105,7 +105,7 @@ class RowLayout:
             counted = None if counted is None else counted[plan.order]
         else:
             ends = torch.arange(num_keys, device=keys.device)
-            offsets = torch.searchsorted(keys, ends, right=True) if is_sorted else ends
+            offsets = torch.searchsorted(keys.contiguous(), ends, right=True) if is_sorted else ends
         if kept is not None:
             time_index = kept if time_index is None else kept[time_index]
             row_index = torch.zeros(batch_size * sequence_length, dtype=torch.int64, device=keys.device)
