@@ -109,26 +109,39 @@ def folder_of(out: Path, size: str, name: str, seed: int) -> Path:
 
 
 def train(out: Path, runs: list[tuple[str, str, int]]) -> None:
-    """Trains what is left, but for what other processes are at."""
+    """Trains what is left, but for what other processes are at.
+
+    Raises:
+        SystemExit: at the end, if a run failed; the others are trained first.
+    """
     corpora: dict[str, Corpus] = {}
+    failed = []
     for size, name, seed in runs:
         settings, folder = SIZES[size].settings.replace(seed=seed), folder_of(out, size, name, seed)
-        corpus = corpora.setdefault(settings.data, Corpus.load(settings.data))
+        if settings.data not in corpora:
+            corpora[settings.data] = Corpus.load(settings.data)
         with claimed(folder) as is_held:
             if not is_held or Run.load(folder) is not None:
                 continue
-            run = train_run(
-                name,
-                settings,
-                corpus=corpus,
-                folder=folder,
-                resume=True,
-                keep_weights=False,
-                device=SIZES[size].device,
-                show_progress=False,
-            )
+            try:
+                run = train_run(
+                    name,
+                    settings,
+                    corpus=corpora[settings.data],
+                    folder=folder,
+                    resume=True,
+                    keep_weights=False,
+                    device=SIZES[size].device,
+                    show_progress=False,
+                )
+            except (RuntimeError, ValueError, OSError) as error:
+                failed.append(f"{folder}: {error}")
+                print(failed[-1], file=sys.stderr, flush=True)
+                continue
         history = run.history
         print(f"{name} seed {seed}: {history.seconds:.0f} s, loss {history.held_out['all'][-1]:.4f}", flush=True)
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
 
 
 def status(out: Path, runs: list[tuple[str, str, int]]) -> dict[str, list[str]]:

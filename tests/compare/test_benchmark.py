@@ -109,6 +109,24 @@ def test_it_trains_what_is_left_and_no_other(out, capsys, monkeypatch):
     assert not list((out / "pico" / "dense_pico-seed0").glob("checkpoint*")), "weights are not kept"
 
 
+def test_a_run_that_fails_does_not_hold_up_the_others(out, capsys, monkeypatch):
+    for name in ("dense_pico-seed0", "mot_pico-seed0"):
+        (out / "pico" / name / "run.json").unlink()
+    asked = []
+
+    def fails(name, *_, **__):
+        asked.append(name)
+        if name == "dense_pico":
+            raise RuntimeError("the loss is nan at step 3")
+        return kept(name, 0)
+
+    monkeypatch.setattr(compare_flops, "train_run", fails)
+    with pytest.raises(SystemExit, match="1 of 54 runs failed; the same command tries them again"):
+        compare_flops.train(out, compare_flops.planned(["pico"], [], 3))
+    assert asked == ["dense_pico", "mot_pico"]
+    assert "dense_pico-seed0: the loss is nan" in capsys.readouterr().err
+
+
 def test_results_are_saved_drawn_and_told(out, tmp_path_factory, capsys):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("results")

@@ -56,7 +56,7 @@ def file(tmp_path):
     ROUTERS.remove("own_directions")
 
 
-def test_it_trains_is_plotted_and_is_compared_by_the_same_commands(file, tmp_path, capsys):
+def test_it_trains_is_plotted_and_is_compared_by_the_same_commands(file, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     assert len([line for line in ROUTER.splitlines() if line.strip()]) <= 15
     parts = ["--parts", str(file)]
@@ -75,6 +75,10 @@ def test_it_trains_is_plotted_and_is_compared_by_the_same_commands(file, tmp_pat
     assert [row["model"] for row in found["rows"]] == ["dense_pico", "moe_pico", "own_pico"]
     assert (out / "routing-own_pico.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "curves.png").is_file()
+    monkeypatch.setattr("omnimoe.train.Training.run", lambda *_, **__: pytest.fail("it was trained again"))
+    capsys.readouterr()
+    assert main([*command, "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == found["rows"]
 
 
 def test_a_file_is_imported_once(file):
