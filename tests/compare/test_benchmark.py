@@ -11,8 +11,10 @@ import pytest
 
 from benchmarks import compare_flops, compare_tables
 from omnimoe.compare import ALL, ARCHITECTURES, Comparison, Run, claimed
+from omnimoe.data import Corpus
 from omnimoe.model import MODELS
 from omnimoe.train import History
+from omnimoe.train.data import held_out_batches
 from tests.compare.curves import falling
 from tests.train.runs import settings
 
@@ -207,3 +209,14 @@ def test_the_figures_of_papers_are_of_architectures_of_the_plan():
     assert {name for name, _ in sides} | set(compare_tables.PUBLISHED) <= set(ARCHITECTURES)
     drawn = {name for names in compare_tables.PANELS.values() for name in names}
     assert drawn == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("size", compare_flops.SIZES)
+def test_the_corpus_fits_every_size(size):
+    found = compare_flops.SIZES[size]
+    short = found.settings.replace(batch_size=1, evaluate_batches=1)
+    corpus = Corpus.load(short.data)
+    for group in found.groups:
+        (batch,) = held_out_batches(MODELS.get(group[0])(), short, corpus)
+        assert batch["input_ids"].shape == (1, short.sequence_length)
+        assert batch["modality_ids"].unique().numel() > 1
