@@ -7,6 +7,7 @@ import torch
 
 from omnimoe.denoise import denoise
 from omnimoe.experts import RoutedExperts
+from omnimoe.guidance import Guidance
 from omnimoe.inputs import InputError
 from omnimoe.layers import Rope
 from omnimoe.routers import ExpertChoiceRouter
@@ -67,6 +68,27 @@ def test_cached_equals_uncached(rule, only_the_last):
     torch.testing.assert_close(found, wanted, **CLOSE)
     cut = 7 if only_the_last else 2
     assert calls == [11] * 3 + [cut] + [11 - cut] * 3
+
+
+def test_what_guidance_leaves_is_kept_in_a_cache_of_its_own():
+    model = build(CONFIG.replace(mask="block_causal", bidirectional_modalities=("latent",)))
+    ids, _ = layout()
+    ids, drawn = ids[1:], torch.zeros(1, 11, dtype=torch.bool)
+    drawn[:, 8:10] = True
+    options: dict = {"drawn": drawn, "features": {"latent": torch.randn(3, 6)}, "steps": 3, "seed": 1}
+    options["guidance"] = Guidance(scales=((("text",), 3.0),))
+    calls = []
+    forward = model.model.forward
+    model.model.forward = lambda **given: calls.append(given["input_ids"].shape[1]) or forward(**given)
+    wanted = denoise(model, "latent", ids, use_cache=False, **options)
+    uncached = calls.copy()
+    calls.clear()
+    found = denoise(model, "latent", ids, **options)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    whole, rest = uncached[:2]
+    assert uncached == [whole, rest] * 3
+    assert calls[:2] == [8, 3]
+    assert calls[2:] == [whole - 8, rest - 3] * 3
 
 
 def test_a_row_is_drawn_in_a_batch_as_alone():
