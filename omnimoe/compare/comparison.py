@@ -129,6 +129,7 @@ class Comparison:
         rows = []
         for name in self.names:
             runs, base = self.histories.get(name, {}), self.baseline_of(name)
+            is_base = name == base
             if not runs:
                 continue
             seconds, first = _mean_seconds(runs), _mean_seconds(self.histories.get(base, {}))
@@ -150,10 +151,9 @@ class Comparison:
                 }
                 for modality in self.modalities:
                     row["loss"][modality] = spread([self.losses(name, seed, form)[modality][-1] for seed in runs])
-                    row["gap"][modality] = None if name == base else spread(self.gaps(name, modality, form))
-                    row["share"][modality] = (
-                        None if name == base else spread([*self.shares(name, modality, form).values()])
-                    )
+                    row["gap"][modality] = None if is_base else spread(self.gaps(name, modality, form))
+                    shares = () if is_base else tuple(self.shares(name, modality, form).values())
+                    row["share"][modality] = spread(shares)
                 rows.append(row)
         return rows
 
@@ -278,10 +278,10 @@ def compare(
                     show_progress=show_progress,
                     on_trained=_told(on_model, name, seed),
                 )
-            if name not in comparison.histories:
-                comparison.add(run)
-                _check_flops(comparison, name)
+            is_first = name not in comparison.histories
             comparison.add(run)
+            if is_first:
+                _check_flops(comparison, name)
     if out is not None:
         comparison.save(out)
     return comparison
