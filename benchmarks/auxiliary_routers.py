@@ -29,7 +29,15 @@ import torch
 from torch import Tensor, nn
 
 import omnimoe
-from omnimoe import LayerRange, OmniMoeForCausalLM, RoutedExperts, add_auxiliary_routers, from_pretrained, load
+from omnimoe import (
+    LayerRange,
+    OmniMoeForCausalLM,
+    RoutedExperts,
+    add_auxiliary_routers,
+    from_pretrained,
+    load,
+    set_auxiliary_thresholds,
+)
 from omnimoe import measure_auxiliary_routers as measure
 from omnimoe.data import Corpus
 from omnimoe.routers import ByModalityRouter, DepthRouter, ExpertChoiceRouter
@@ -58,17 +66,19 @@ def stage(
     settings: TrainSettings,
     corpus: Corpus,
     out: Path,
+    *,
+    until: int,
     seed: Path | None = None,
 ) -> Training:
-    """A run to its end, from where it was broken off; one that is finished is read."""
+    """A run to a step, from where it was broken off; one that came so far is read."""
     folder = out / "checkpoint"
     run = Training(from_pretrained(folder) if folder.is_dir() else model(), settings, corpus=corpus, out=out)
     if folder.is_dir():
         run.resume()
     elif seed is not None:
         run.follow(seed / "checkpoint")
-    if run.step < settings.steps:
-        run.run()
+    if run.step < until:
+        run.run(until=until)
     return run
 
 
@@ -132,58 +142,33 @@ def by_threshold(thresholds: dict[nn.Module, Tensor], router: ExpertChoiceRouter
     return lambda x, scores: scores >= thresholds[router]
 
 
-@torch.no_grad()
-def seen(
-    model: OmniMoeForCausalLM, batches: list[dict[str, Tensor]]
-) -> tuple[dict[str, Tensor], dict[nn.Module, Tensor]]:
-    """Over some batches: the logit above which each auxiliary router would take as many rows as its main router, by
-    name, and the lowest score that each expert took, as a mean."""
-    logits: dict[str, list[Tensor]] = {}
-    counts: dict[str, int] = {}
-    lowest: dict[nn.Module, list[Tensor]] = {}
+def lowest_taken(model: OmniMoeForCausalLM, batches: list[dict[str, Tensor]]) -> dict[nn.Module, Tensor]:
+    """The lowest score that each expert took, as a mean over batches, by router; the running mean where it took none."""
+    found: dict[nn.Module, list[Tensor]] = {}
+
+    def look(module: Any, given: Any, out: Any) -> None:
+        if out.cutoff is not None:
+            found[module].append(out.cutoff)
+
     handles = []
-
-    def look(path: str, module: Any, given: Any, out: Any) -> None:
-        logits.setdefault(path, []).append(module.auxiliary(given[0]))
-        if isinstance(module, DepthRouter):
-            counts[path] = counts.get(path, 0) + len(out[0])
-        else:
-            counts[path] = counts.get(path, 0) + int((out.expert_ids >= 0).sum()) // module.num_experts
-            lowest.setdefault(module, []).append(out.cutoff)
-
-    for path, module in model.named_modules():
-        if isinstance(module, ExpertChoiceRouter | DepthRouter):
-            handles.append(module.register_forward_hook(partial(look, path)))
+    for module in model.modules():
+        if isinstance(module, ExpertChoiceRouter):
+            found[module] = []
+            handles.append(module.register_forward_hook(look))
     evaluate(model, batches)
     for handle in handles:
         handle.remove()
-    borders = {}
-    for path, parts in logits.items():
-        ranked = torch.cat(parts).sort(dim=0, descending=True).values
-        if not len(ranked):
-            continue  # no row of that modality was among those that a layer worked on
-        borders[path] = ranked[min(counts[path], len(ranked) - 1)]
-    return borders, {module: torch.stack(parts).nanmean(0) for module, parts in lowest.items()}
-
-
-@contextmanager
-def calibrated(model: OmniMoeForCausalLM, borders: dict[str, Tensor]) -> Iterator[None]:
-    """Moves the thresholds of auxiliary routers."""
-    outers = {model.get_submodule(f"{path}.auxiliary.outer"): border for path, border in borders.items()}
-    for outer, border in outers.items():
-        outer.bias = nn.Parameter(-border)
-    try:
-        yield
-    finally:
-        for outer in outers:
-            outer.bias = None
+    return {
+        module: torch.stack(parts).nanmean(0) if parts else module.get_buffer("cutoff")
+        for module, parts in found.items()
+    }
 
 
 def measured(run: Training, num_tuning: int) -> dict[str, Any]:
     """Losses in every form, and the agreement of auxiliary and main routers."""
     model, batches = run.model.eval(), run.held_out
     tuning = [next(run.batches) for _ in range(num_tuning)]
-    borders, lowest = seen(model, tuning)
+    lowest = lowest_taken(model, tuning)
     agreement = {"held out": measure(model, batches), "training data": measure(model, tuning)}
     errors = {
         kind: statistics.mean([1 - one.accuracy for one in agreement["held out"] if one.kind == kind] or [0.0])
@@ -213,9 +198,9 @@ def measured(run: Training, num_tuning: int) -> dict[str, Any]:
     for name, (experts, depth) in others.items():
         with decided(model, experts, depth):
             losses[name] = evaluate(model, batches, is_causal=True)
-    with calibrated(model, borders):
-        losses["auxiliary, thresholds set"] = evaluate(model, batches, is_causal=True)
-        agreement["held out, thresholds set"] = measure(model, batches)
+    set_auxiliary_thresholds(model, tuning)
+    losses["auxiliary, thresholds set"] = evaluate(model, batches, is_causal=True)
+    agreement["held out, thresholds set"] = measure(model, batches)
     return {"losses": losses, "routers": {name: list(map(asdict, found)) for name, found in agreement.items()}}
 
 
@@ -288,15 +273,15 @@ def main(arguments: list[str] | None = None) -> None:
         folder = args.work / sister
         fresh = partial(declared, args.size, sister, args.gumbel, args.seed)
         first = shared.replace(steps=args.steps, learning_rate=args.lr, warmup=min(50, args.steps))
-        trained = stage(fresh, first, corpus, folder / "first")
+        trained = stage(fresh, first, corpus, folder / "first", until=args.steps)
         second = shared.replace(
-            steps=args.auxiliary_steps,
+            steps=args.auxiliary_steps + 1,  # with its last step a run sets thresholds, which is measured apart
             learning_rate=args.auxiliary_lr,
             warmup=min(20, args.auxiliary_steps),
             stage="auxiliary",
         )
         with_routers = partial(add_auxiliary_routers, trained.model)
-        run = stage(with_routers, second, corpus, folder / "second", folder / "first")
+        run = stage(with_routers, second, corpus, folder / "second", until=args.auxiliary_steps, seed=folder / "first")
         result[sister] = facts | measured(run, args.tuning_batches)
         result[sister] |= {
             "first": trained.history.to_dict(),

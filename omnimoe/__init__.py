@@ -54,7 +54,12 @@ _HOMES = {
     "omnimoe.export": ("ExportError", "export"),
     "omnimoe.routing_trace": ("record_routing",),
     "omnimoe.freeze": ("freeze", "keep_frozen", "unfreeze"),
-    "omnimoe.auxiliary": ("add_auxiliary_routers", "hold_all_but_auxiliary", "measure_auxiliary_routers"),
+    "omnimoe.auxiliary": (
+        "add_auxiliary_routers",
+        "hold_all_but_auxiliary",
+        "measure_auxiliary_routers",
+        "set_auxiliary_thresholds",
+    ),
     "omnimoe.upcycle": ("UpcycleReport", "upcycle"),
     "omnimoe.lora": ("add_lora", "confine_lora", "lora_targets"),
     "omnimoe.quantize": ("QuantizationError", "quantize"),

@@ -3,6 +3,7 @@
     model = omnimoe.add_auxiliary_routers(model)
     omnimoe.hold_all_but_auxiliary(model)
     ...  # train as before: nothing but the auxiliary routers moves
+    omnimoe.set_auxiliary_thresholds(model, batches)
     for found in omnimoe.measure_auxiliary_routers(model, batches):
         print(found)
 
@@ -12,7 +13,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -178,13 +179,77 @@ def measure_auxiliary_routers(
     Returns:
         One record a router, in order of layers; those that saw no row are left out.
     """
-    device, sums, handles = next(model.parameters()).device, {}, []
+    sums: dict[str, Tensor] = {}
+
+    def compare(path: str, module: Any, x: Tensor, wanted: Tensor) -> None:
+        """Adds rows, answers of both routers, what both take, what they agree on, rows that they agree on wholly."""
+        found = module.auxiliary.takes(x)
+        both, right = found & wanted, found == wanted
+        counts = (len(x), found.sum(), wanted.sum(), both.sum(), right.sum(), right.all(-1).sum())
+        new = torch.stack([torch.as_tensor(count, device=x.device).double() for count in counts])
+        sums[path] = sums[path] + new if path in sums else new
+
+    _watch(model, batches, precision, compare)
     keys = tuple(model.config.keys or model.config.modality_names)
-    for path, module in model.named_modules():
-        if isinstance(module, ExpertChoiceRouter | DepthRouter) and module.auxiliary is not None:
-            sums[path] = torch.zeros(6, dtype=torch.float64, device=device)
-            handles.append(module.register_forward_hook(partial(_compare, sums[path])))
-    was_training = model.training
+    paths = [path for path, _ in model.named_modules() if path in sums]
+    return [_record(path, sums[path].tolist(), keys) for path in paths if sums[path][0]]
+
+
+@torch.no_grad()
+def set_auxiliary_thresholds(
+    model: OmniMoeForCausalLM, batches: Iterable[dict[str, Tensor]], *, precision: str = "fp32"
+) -> None:
+    """Moves the threshold of each auxiliary router, so that over some batches it takes as many rows as the main one.
+
+    One that is trained to be right on each row may still take too many or too few; a layer chosen by depth suffers.
+    ``omnimoe train --stage auxiliary`` does this at its end.
+
+    Args:
+        model: with trained auxiliary routers, changed in place; its training mode is put back as it was.
+        batches: inputs of the model, of its training data.
+        precision: ``"bf16"`` for autocast.
+    """
+    logits: dict[nn.Module, list[Tensor]] = {}
+    counts: dict[nn.Module, Tensor] = {}
+
+    def look(path: str, module: Any, x: Tensor, wanted: Tensor) -> None:
+        logits.setdefault(module, []).append(module.auxiliary(x))
+        counts[module] = counts.get(module, torch.zeros((), device=x.device)) + wanted.sum(0)
+
+    _watch(model, batches, precision, look)
+    for module, parts in logits.items():
+        ranked = torch.cat(parts).sort(dim=0, descending=True).values
+        if len(ranked) > 1:
+            # between the last that is wanted and the next; equal rows, as the first layer has, stay together
+            place = counts[module].long().clamp(1, len(ranked) - 1).unsqueeze(0)
+            border = (ranked.gather(0, place - 1) + ranked.gather(0, place)).squeeze(0) / 2
+            module.auxiliary.outer.bias -= border.to(module.auxiliary.outer.bias.dtype)
+
+
+def _watch(
+    model: OmniMoeForCausalLM,
+    batches: Iterable[dict[str, Tensor]],
+    precision: str,
+    look: Callable[[str, Any, Tensor, Tensor], None],
+) -> None:
+    """Shows ``look`` each router that has an auxiliary one, by name, its rows, and ``(N, E)`` bool, what it chose."""
+
+    def hook(path: str, module: Any, given: tuple[Tensor, RowLayout], out: Any) -> None:
+        x = given[0]
+        wanted = torch.zeros(len(x), module.auxiliary.outer.weight.shape[0], dtype=torch.bool, device=x.device)
+        if isinstance(module, DepthRouter):
+            wanted[out[0]] = True
+        else:
+            is_choice = out.expert_ids >= 0
+            wanted[out.token_index[is_choice], out.expert_ids[is_choice]] = True
+        look(path, module, x, wanted)
+
+    handles = [
+        module.register_forward_hook(partial(hook, path))
+        for path, module in model.named_modules()
+        if isinstance(module, ExpertChoiceRouter | DepthRouter) and module.auxiliary is not None
+    ]
+    device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -194,22 +259,6 @@ def measure_auxiliary_routers(
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return [_record(path, total.tolist(), keys) for path, total in sums.items() if total[0]]
-
-
-def _compare(total: Tensor, module: Any, given: tuple[Tensor, RowLayout], out: Any) -> None:
-    """Adds rows, answers, those of both routers, those right, and rows all of whose answers are right."""
-    x = given[0]
-    found = module.auxiliary.takes(x)
-    if isinstance(module, DepthRouter):
-        wanted = torch.zeros_like(found).index_fill_(0, out[0], True)
-    else:
-        is_choice = out.expert_ids >= 0
-        wanted = torch.zeros_like(found)
-        wanted[out.token_index[is_choice], out.expert_ids[is_choice]] = True
-    both, right = found & wanted, found == wanted
-    counts = (len(x), found.sum(), wanted.sum(), both.sum(), right.sum(), right.all(-1).sum())
-    total += torch.stack([torch.as_tensor(count, device=total.device).double() for count in counts])
 
 
 def _record(path: str, total: list[float], keys: tuple[str, ...]) -> Foretold:
@@ -236,5 +285,6 @@ __all__ = [
     "add_auxiliary_routers",
     "hold_all_but_auxiliary",
     "measure_auxiliary_routers",
+    "set_auxiliary_thresholds",
     "with_auxiliary_routers",
 ]

@@ -137,6 +137,27 @@ def test_what_is_measured_is_what_a_loop_counts(name):
     assert {one.key for one in found if one.kind == "experts"} <= {"text", "image", "speech"}
 
 
+@pytest.mark.parametrize("name", ["moma", "moma, tied, by depth"])
+def test_with_thresholds_set_each_takes_as_many_rows_as_its_main_router(name):
+    grown = omnimoe.add_auxiliary_routers(prepared(name))
+    with torch.no_grad():
+        for key, weight in grown.named_parameters():
+            if ".auxiliary.outer" in key:
+                weight.normal_(generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": ids_like(DENSE, 4, seed=seed)} for seed in range(4)]
+    before, held = omnimoe.measure_auxiliary_routers(grown, batches), state(grown)
+    assert any(one.taken != pytest.approx(one.wanted, rel=0.1) for one in before)
+    omnimoe.set_auxiliary_thresholds(grown.train(), batches)
+    assert grown.training
+    for one in omnimoe.measure_auxiliary_routers(grown, batches):
+        equal_rows = one.layer == 0  # which no threshold can part
+        assert one.taken == pytest.approx(one.wanted, abs=0.15 if equal_rows else 0.02), str(one)
+    own = state(grown)
+    assert {key for key in own if not torch.equal(own[key], held[key])} <= {
+        key for key in own if key.endswith(".auxiliary.outer.bias")
+    }
+
+
 def test_who_foretells_everything_is_right_everywhere():
     grown = omnimoe.add_auxiliary_routers(prepared("dense by depth"))
     depth = grown.model.backbone.layers[0].depth

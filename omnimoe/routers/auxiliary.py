@@ -23,7 +23,7 @@ class _ZeroScorer(Scorer):
 
 
 class AuxiliaryRouter(nn.Module):
-    """Foretells from a row alone which choices take it: two matrices and a SiLU, in float32.
+    """Foretells from a row alone which choices take it: two matrices, a SiLU and a threshold, in float32.
 
     The last matrix starts at zero, so that one which was never trained takes no row, and can be told.
 
@@ -31,18 +31,19 @@ class AuxiliaryRouter(nn.Module):
         hidden_size: D.
         num_choices: E, the experts of a group, or 1 for a layer.
 
-    Source: MoMa, https://arxiv.org/abs/2407.21770, section 3.4; the start at zero is ours.
+    Source: MoMa, https://arxiv.org/abs/2407.21770, section 3.4; the start at zero and the bias, which moves the
+    threshold of one half, are ours.
     """
 
     def __init__(self, hidden_size: int, num_choices: int) -> None:
         super().__init__()
         self.inner = Scorer(hidden_size, hidden_size // 2)
-        self.outer = _ZeroScorer(hidden_size // 2, num_choices)
+        self.outer = _ZeroScorer(hidden_size // 2, num_choices, bias=True)
 
     @staticmethod
     def num_params(hidden_size: int, num_choices: int) -> int:
         """Weights of one, for counting."""
-        return (hidden_size // 2) * (hidden_size + num_choices)
+        return (hidden_size // 2) * (hidden_size + num_choices) + num_choices
 
     @property
     def is_trained(self) -> bool:

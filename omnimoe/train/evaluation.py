@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 
-from omnimoe.auxiliary import measure_auxiliary_routers
+from omnimoe.auxiliary import measure_auxiliary_routers, set_auxiliary_thresholds
 from omnimoe.layers.masks import is_causal_rule
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.routers import AuxiliaryRouter
 from omnimoe.train.data import Batch
 from omnimoe.train.processes import Processes
 
@@ -79,3 +81,21 @@ def foretold(model: OmniMoeForCausalLM, batches: Iterable[Batch], *, precision: 
     """
     found = measure_auxiliary_routers(model, batches, precision=precision)
     return {name: sum(getattr(one, name) for one in found) / max(1, len(found)) for name in FORETOLD}
+
+
+def set_thresholds(
+    model: OmniMoeForCausalLM, batches: Iterator[Batch], processes: Processes, *, precision: str = "fp32", num: int = 8
+) -> None:
+    """Sets the thresholds of auxiliary routers on the next batches; of several processes, to the mean of theirs.
+
+    Args:
+        model: with auxiliary routers, changed in place.
+        batches: of all processes together.
+        processes: that share them.
+        precision: ``"bf16"`` for autocast.
+        num: batches to take.
+    """
+    own = [processes.share(batch) for batch in islice(batches, num)]
+    set_auxiliary_thresholds(model, own, precision=precision)
+    outers = [module.outer for module in model.modules() if isinstance(module, AuxiliaryRouter)]
+    processes.average([outer.bias.data for outer in outers if outer.bias is not None])

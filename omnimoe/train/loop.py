@@ -21,7 +21,7 @@ from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.routing_trace import record_routing
 from omnimoe.train.checkpoint import ResumeError, load_checkpoint, load_state, save_checkpoint
 from omnimoe.train.data import Batch, held_out_batches, training_batches
-from omnimoe.train.evaluation import evaluate, foretold, has_causal_twin
+from omnimoe.train.evaluation import evaluate, foretold, has_causal_twin, set_thresholds
 from omnimoe.train.log import RunLog
 from omnimoe.train.memory import explain_out_of_memory
 from omnimoe.train.optim import make_optimizer
@@ -266,6 +266,8 @@ class Training:
                 if self.step % settings.log_every == 0 or self.step == settings.steps:
                     self._log_training(log, values)
                 ends = self.step == settings.steps
+                if ends and settings.stage == "auxiliary":
+                    self._set_thresholds()
                 if self.held_out and (ends or (settings.evaluate_every and self.step % settings.evaluate_every == 0)):
                     self._evaluate(log)
                 if settings.save_every and self.step % settings.save_every == 0 and not ends:
@@ -312,6 +314,11 @@ class Training:
         batch = self.processes.share(next(self.batches))
         self.batches.load_state_dict(place)
         return batch
+
+    def _set_thresholds(self) -> None:
+        place = self.batches.state_dict()
+        set_thresholds(self.model, self.batches, self.processes, precision=self.settings.precision)
+        self.batches.load_state_dict(place)
 
     def _log_training(self, log: RunLog, values: dict[str, float]) -> None:
         means = {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}

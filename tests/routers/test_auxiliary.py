@@ -41,11 +41,12 @@ def test_the_loss_is_the_mean_over_rows_that_count_and_stops_at_its_input(counte
     assert all(parameter.grad.any() for parameter in router.parameters())
 
 
-def test_it_is_two_matrices_and_a_silu_in_float32_and_counted_as_such():
+def test_it_is_two_matrices_a_silu_and_a_threshold_in_float32_and_counted_as_such():
     router, x = AuxiliaryRouter(8, 3).bfloat16(), torch.randn(5, 8).bfloat16()
     torch.nn.init.normal_(router.outer.weight)
-    inner, outer = (held.detach().float() for held in router.parameters())
-    wanted = F.silu(x.float() @ inner.T) @ outer.T
+    torch.nn.init.normal_(router.outer.bias)
+    inner, outer, bias = (held.detach().float() for held in router.parameters())
+    wanted = F.silu(x.float() @ inner.T) @ outer.T + bias
     torch.testing.assert_close(router(x), wanted)
     assert torch.equal(router.takes(x), torch.sigmoid(wanted) > 0.5)
-    assert sum(held.numel() for held in router.parameters()) == AuxiliaryRouter.num_params(8, 3) == 4 * (8 + 3)
+    assert sum(held.numel() for held in router.parameters()) == AuxiliaryRouter.num_params(8, 3) == 4 * (8 + 3) + 3
