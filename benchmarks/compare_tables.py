@@ -155,7 +155,7 @@ def findings(results: dict[str, dict[str, Any]]) -> str:
             words[size].append(found.partition(",")[0])
     sums = [
         f"{size}: of {len(CLAIMS)} findings {found.count('yes')} appear, {found.count('no')} are reversed, "
-        f"{found.count('not told')} cannot be told from chance, {found.count('–')} have too few runs"
+        f"{found.count('not told')} cannot be told from chance, {found.count('–') + found.count('one seed')} have too few runs"
         for size, found in words.items()
     ]
     return "\n".join([*lines, "", *(f"{told}.\n" for told in sums)])
@@ -177,9 +177,11 @@ def shares_of(comparison: Comparison, name: str, kind: str) -> dict[int, float]:
 def verdict(found: list[float]) -> str:
     """What an interval says of a difference that should be negative."""
     told = spread(found)
-    if told is None or told["half"] is None or told["mean"] is None:
+    if told is None or told["mean"] is None:
         return "–"
     mean, half = told["mean"], told["half"]
+    if half is None:
+        return f"one seed, {100 * mean:+.0f}"
     word = "yes" if mean + half < 0 else "no, the opposite" if mean - half > 0 else "not told"
     return f"{word}, {100 * mean:+.0f} ± {100 * half:.0f}"
 

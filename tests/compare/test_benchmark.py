@@ -196,7 +196,7 @@ def test_a_part_of_the_runs_makes_a_part_of_the_tables(out, tmp_path_factory, ca
         ([-0.2, -0.21, -0.19], "yes, -20 ± 2"),
         ([0.2, 0.21, 0.19], "no, the opposite, +20 ± 2"),
         ([-0.2, 0.1, 0.0], "not told, -3 ± 38"),
-        ([-0.2], "–"),
+        ([-0.2], "one seed, -20"),
         ([], "–"),
     ],
 )
