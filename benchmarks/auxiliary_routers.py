@@ -143,7 +143,7 @@ def by_threshold(thresholds: dict[nn.Module, Tensor], router: ExpertChoiceRouter
 
 
 def lowest_taken(model: OmniMoeForCausalLM, batches: list[dict[str, Tensor]]) -> dict[nn.Module, Tensor]:
-    """The lowest score that each expert took, as a mean over batches, by router; the running mean where it took none."""
+    """The lowest score that each expert took, as a mean over batches, by router; the running one where it took none."""
     found: dict[nn.Module, list[Tensor]] = {}
 
     def look(module: Any, given: Any, out: Any) -> None:
