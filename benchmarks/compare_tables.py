@@ -153,11 +153,13 @@ def findings(results: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {sentence} | {' | '.join(told)} |")
         for size, found in zip(words, told, strict=True):
             words[size].append(found.partition(",")[0])
-    sums = [
-        f"{size}: of {len(CLAIMS)} findings {found.count('yes')} appear, {found.count('no')} are reversed, "
-        f"{found.count('not told')} cannot be told from chance, {found.count('–') + found.count('one seed')} have too few runs"
-        for size, found in words.items()
-    ]
+    sums = []
+    for size, found in words.items():
+        few = found.count("–") + found.count("one seed")
+        sums.append(
+            f"{size}: of {len(CLAIMS)} findings {found.count('yes')} appear, {found.count('no')} are reversed, "
+            f"{found.count('not told')} cannot be told from chance, {few} have too few runs"
+        )
     return "\n".join([*lines, "", *(f"{told}.\n" for told in sums)])
 
 
