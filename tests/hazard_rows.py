@@ -52,15 +52,11 @@ CASES = {
 IN_OTHER_WORDS = {
     "checkpoint/test_disk_full.py": {"mount": "makes the disk; what is refused in it is the disk itself"},
     "checkpoint/test_killed.py": {"killed": "who calls it loads what is left, which is one of two models, whole"},
-    "hub/test_offline.py": {
-        "test_a_program_of_its_own_with_the_variables_of_the_environment": "what it asked the Hub for is compared",
-    },
     "parallel/ranks.py": {"run": "starts processes, and hands on what they raise"},
     "parallel/test_processes.py": {"test_two_processes": "each process compares its model with that of one process"},
     "routers/test_faults.py": {
         "test_counting_reads_nothing_back_to_the_host": "on tensors without data, of which a read would raise",
     },
-    "tools/test_installation.py": {"test_a_compiled_part_that_does_not_fit": "in a process of its own"},
     "tools/test_plugins.py": {
         "test_a_broken_plugin_is_reported_and_not_fatal": "in a process of its own, where built-in parts must be left",
     },

@@ -195,10 +195,10 @@ class Handler(BaseHTTPRequestHandler):
                     "type": "file",
                     "path": path,
                     "size": len(content),
-                    "oid": _etag(path, content),
+                    "oid": etag_of(path, content),
                 }
                 if is_large(path):
-                    entry["lfs"] = {"oid": _etag(path, content), "size": len(content), "pointerSize": 130}
+                    entry["lfs"] = {"oid": etag_of(path, content), "size": len(content), "pointerSize": 130}
                 listed.append(entry)
             self._json(listed)
 
@@ -226,7 +226,7 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             self._json({}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
             return
-        etag = _etag(path, content)
+        etag = etag_of(path, content)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if is_large(path) and self.command == "HEAD":
             linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
@@ -277,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
                     "path": file["path"],
                     "uploadMode": "lfs" if is_large(file["path"]) else "regular",
                     "shouldIgnore": False,
-                    "oid": _etag(file["path"], held[file["path"]]) if file["path"] in held else None,
+                    "oid": etag_of(file["path"], held[file["path"]]) if file["path"] in held else None,
                 }
                 for file in json.loads(self.body)["files"]
             ]
@@ -361,7 +361,7 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
 ]
 
 
-def _etag(path: str, content: bytes) -> str:
+def etag_of(path: str, content: bytes) -> str:
     """As git and git-lfs name it."""
     if is_large(path):
         return hashlib.sha256(content).hexdigest()

@@ -14,8 +14,9 @@ import pytest
 from huggingface_hub import constants
 
 from omnimoe import from_pretrained, load
+from tests.hub.cache import cache
 from tests.hub.conftest import same
-from tests.hub.test_refusals import not_loaded, snapshot
+from tests.hub.test_refusals import not_loaded
 from tests.refusals import unchanged
 
 NAME = "org/tiny"
@@ -52,7 +53,7 @@ def fetched(hub, sharded):
 def test_offline_mode_with_sockets_blocked(fetched, model, no_sockets, monkeypatch, given):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     no_sockets()
-    with unchanged(snapshot):
+    with unchanged(cache()):
         found = from_pretrained(NAME, **given)
     assert "towers" in given or same(found, model)
     assert load(f"hf-hub:{NAME}", num_layers=1).config.num_layers == 1
@@ -60,21 +61,21 @@ def test_offline_mode_with_sockets_blocked(fetched, model, no_sockets, monkeypat
 
 def test_local_files_only_with_sockets_blocked(fetched, model, no_sockets):
     no_sockets()
-    with unchanged(snapshot):
+    with unchanged(cache()):
         found = from_pretrained(NAME, local_files_only=True)
     assert same(found, model)
 
 
 def test_a_commit_needs_no_network_at_all(fetched, model, no_sockets):
     no_sockets()
-    with unchanged(snapshot):
+    with unchanged(cache()):
         found = from_pretrained(NAME, revision=fetched)
     assert same(found, model)
 
 
 def test_a_hub_that_is_down_and_a_warm_cache(fetched, model, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with unchanged(snapshot):
+    with unchanged(cache()):
         found = from_pretrained(NAME)
     assert same(found, model)
 
@@ -148,10 +149,14 @@ def test_a_program_of_its_own_with_the_variables_of_the_environment(hub, saved, 
     hub.requests.clear()
     alone = ["unshare", "--user", "--net"]
     has_none = shutil.which("unshare") and subprocess.run([*alone, "true"], check=False).returncode == 0
-    again = run(*(alone if has_none else []), HF_HUB_OFFLINE="1")
+    with unchanged(tmp_path):
+        again = run(*(alone if has_none else []), HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout) == told
     assert hub.requests == []
     shutil.rmtree(tmp_path / "cache")
-    cold = run(HF_HUB_OFFLINE="1")
+    with unchanged(tmp_path):
+        cold = run(HF_HUB_OFFLINE="1")
+    assert cold.returncode == 1
+    assert "CheckpointError" in cold.stderr
     assert "HF_HUB_OFFLINE forbids the network" in cold.stderr

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from transformers import AutoModelForCausalLM
 
 from omnimoe import OmniMoeForCausalLM, from_pretrained, load
+from tests.hub.cache import cache, untrue
 from tests.hub.server import Fault
 from tests.refusals import refused, unchanged
 
@@ -18,29 +20,34 @@ NAME = "org/tiny"
 pytestmark = pytest.mark.hazard(31)
 
 
-def snapshot() -> dict[str, bytes]:
-    """What the cache shows to a reader."""
-    return {str(path): path.read_bytes() for path in Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/*")}
+@pytest.fixture(autouse=True)
+def earlier(hub, saved) -> Path:
+    """A file of another model lies in the cache already, and stays there as it is."""
+    hub.add("org/earlier", saved)
+    path = Path(hf_hub_download("org/earlier", "config.json"))
+    hub.requests.clear()
+    return path.parents[2]
 
 
-def not_loaded(*fragments: str, name: str | Path | None = NAME, **given) -> str:
-    """The message of a refusal: it holds the fragments, and a reader of the cache sees what he saw before."""
-    with refused(snapshot, fragments[0]) as told:
+@pytest.fixture
+def begun(hub, earlier) -> tuple[object, ...]:
+    """For a refusal while files are fetched: the rest is as it was, and what is new is what the Hub holds."""
+    return (earlier, partial(untrue, hub))
+
+
+def not_loaded(*fragments: str, name: str | Path | None = NAME, of: object = None, **given) -> str:
+    """The message of a refusal: it holds the fragments, and the cache is as it was, or what else is handed in."""
+    with refused(cache() if of is None else of, fragments[0]) as told:
         from_pretrained(name, **given)
     for fragment in fragments[1:]:
         assert fragment in str(told)
     return str(told)
 
 
-def never_whole(*fragments: str) -> None:
-    """Refused, and what was fetched until then is not taken for a model without network either."""
-    with refused((), fragments[0]) as told:
-        from_pretrained(NAME)
-    for fragment in fragments[1:]:
-        assert fragment in str(told)
-    # by its name, or by the folder of the cache
-    with refused(snapshot, "tiny"):
-        from_pretrained(NAME, local_files_only=True)
+def never_whole(*fragments: str, of: object) -> None:
+    """Refused, and what was fetched until then is not taken for a model without network either, for the same reason."""
+    not_loaded(*fragments, of=of)
+    not_loaded(*fragments, local_files_only=True)
 
 
 @pytest.mark.parametrize("token", [None, "good"])
@@ -60,10 +67,11 @@ def test_a_private_repository_without_a_token(hub, saved):
 
 
 @pytest.mark.parametrize("token", [None, "stranger"])
-def test_a_gated_repository(hub, saved, token):
+def test_a_gated_repository(hub, saved, begun, token):
     hub.add(NAME, saved, is_gated=True)
     hub.tokens["stranger"] = set()
-    not_loaded("'org/tiny' is gated: ask for access at", f"{hub.endpoint}/org/tiny", "`hf auth login`", token=token)
+    told = not_loaded("'org/tiny' is gated: ask for access at", "`hf auth login`", token=token, of=begun)
+    assert f"{hub.endpoint}/org/tiny" in told
 
 
 def test_a_token_that_is_no_more(hub, saved):
@@ -117,17 +125,10 @@ def test_a_repository_that_was_disabled(hub, saved):
     not_loaded("'org/tiny' was disabled by the Hub")
 
 
-def test_a_download_that_breaks_off(hub, saved, model):
+def test_a_download_that_breaks_off(hub, saved, model, begun):
     hub.add(NAME, saved)
     hub.faults.append(Fault("GET .*model.safetensors", cut=1000))
-
-    def weights() -> list[str]:
-        """Nothing that is not whole is there to be read."""
-        return [path for path in snapshot() if path.endswith(".safetensors")]
-
-    with refused(weights, "the transfer of 'org/tiny' broke off: ") as told:
-        from_pretrained(NAME)
-    assert "Call again" in str(told)
+    not_loaded("the transfer of 'org/tiny' broke off: ", "Call again", of=begun)
     hub.faults.clear()
     assert from_pretrained(NAME, verify=True).config.modality_names == model.config.modality_names
 
@@ -139,20 +140,21 @@ def test_a_download_that_breaks_off(hub, saved, model):
         (PermissionError(errno.EACCES, "Permission denied"), "cannot be kept in the cache"),
     ],
 )
-def test_a_cache_that_cannot_be_written(hub, saved, monkeypatch, error, fragment):
+def test_a_cache_that_cannot_be_written(hub, saved, begun, monkeypatch, error, fragment):
     hub.add(NAME, saved)
 
     def fail(*args, **given):
         raise error
 
     monkeypatch.setattr("huggingface_hub.file_download._chmod_and_move", fail)
-    not_loaded(fragment, "cache_dir=")
+    not_loaded(fragment, "cache_dir=", of=begun)
 
 
 def test_a_cache_that_is_a_file(hub, saved, tmp_path):
     hub.add(NAME, saved)
     (tmp_path / "file").write_text("no folder")
-    not_loaded("cannot be kept in the cache", "pass another folder as cache_dir=", cache_dir=tmp_path / "file")
+    held = (cache(), tmp_path / "file")
+    not_loaded("cannot be kept in the cache", "pass another folder as cache_dir=", cache_dir=held[1], of=held)
 
 
 def test_a_download_goes_on_where_it_broke_off(hub, saved):
@@ -170,24 +172,24 @@ def test_a_download_goes_on_where_it_broke_off(hub, saved):
         ("model.safetensors", ("has no model.safetensors at revision 'main'", "pickles, which are not read")),
     ],
 )
-def test_a_repository_with_a_part_alone(hub, saved, tmp_path, removed, fragments):
+def test_a_repository_with_a_part_alone(hub, saved, begun, tmp_path, removed, fragments):
     folder = shutil.copytree(saved, tmp_path / "upload")
     (folder / removed).unlink()
     hub.add(NAME, folder)
-    never_whole(*fragments)
+    never_whole(*fragments, of=begun)
 
 
-def test_a_shard_that_was_not_uploaded(hub, sharded, tmp_path):
+def test_a_shard_that_was_not_uploaded(hub, sharded, begun, tmp_path):
     folder = shutil.copytree(sharded, tmp_path / "upload")
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.unlink()
     hub.add(NAME, folder)
-    never_whole(f"'org/tiny' has no {shard.name} at revision 'main'")
+    never_whole(f"'org/tiny' has no {shard.name} at revision 'main'", of=begun)
 
 
-def test_a_subfolder_that_is_not_there(hub, saved):
+def test_a_subfolder_that_is_not_there(hub, saved, begun):
     hub.add(NAME, saved)
-    not_loaded("has no folder 'step-1'", subfolder="step-1")
+    not_loaded("has no folder 'step-1'", subfolder="step-1", of=begun)
 
 
 @pytest.mark.parametrize("subfolder", ["../other", "/etc", "a//b", ".", "a/*"])
@@ -223,7 +225,7 @@ def test_a_name_that_is_none(hub, saved, name, fragment, monkeypatch):
     not_loaded(fragment, name=name)
     if fragment.endswith("names no model") or name == "":
         for load_it in (OmniMoeForCausalLM.from_pretrained, lambda name: load(name, pretrained=True), load):
-            with refused((snapshot, saved), "names no model"):
+            with refused((cache(), saved), "names no model"):
                 load_it(name)
     assert hub.requests == []
 
@@ -243,15 +245,15 @@ def test_an_argument_that_means_nothing(hub, saved, given, fragment, tmp_path, m
     monkeypatch.chdir(tmp_path)
     hub.add(NAME, saved)
     not_loaded(fragment, **given)
-    with refused((snapshot, tmp_path), fragment):
+    with refused((cache(), tmp_path), fragment):
         OmniMoeForCausalLM.from_pretrained(NAME, **given)
     assert hub.requests == []
     assert list(tmp_path.glob("models--*")) == []
 
 
-def test_the_auto_classes_refuse_as_transformers_does(hub, saved):
+def test_the_auto_classes_refuse_as_transformers_does(hub, saved, begun):
     """They look at the config before our class is known, so it is an OSError of theirs, as for any model."""
     hub.add("org/gated", saved, is_gated=True)
     for name, fragment in (("org/gated", "gated repo"), (NAME, "is not a valid model identifier")):
-        with refused(snapshot, fragment, OSError):
+        with refused(begun, fragment, OSError):
             AutoModelForCausalLM.from_pretrained(name)

@@ -74,7 +74,8 @@ def test_a_compiled_part_that_does_not_fit(tmp_path):
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     command = [sys.executable, "-m", "omnimoe.cli", "doctor", "--json"]
     environment = {**os.environ, "PYTHONPATH": path, "CXX": "no-such-compiler", "OMNIMOE_KERNELS": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    with unchanged(*tmp_path.iterdir()):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1, done.stderr
     told = "\n".join(json.loads(done.stdout)["misfits"])
     assert "torchaudio 2.3.1 cannot be imported beside torch" in told
