@@ -17,6 +17,7 @@ from omnimoe.routers import (
     ExpertChoiceRouter,
     ExpertThresholdRouter,
     HashRouter,
+    SparseMixerRouter,
     StaticRouter,
     TopKRouter,
 )
@@ -40,6 +41,7 @@ EXPERTS = {
     "null experts": routed(
         4, TopKRouter.Config(top_k=5, top_p=0.7), num_shared_experts=2, shared_gate="softmax", num_zero_experts=1
     ),
+    "sparse mixer": routed(4, SparseMixerRouter.Config(top_k=3)),
     "free experts": routed(4, TopKRouter.Config(top_k=3), **FREE),
     "input": routed(4, TopKRouter.Config(top_k=1, score="sigmoid"), weights_on="input"),
     "gated": routed(4, TopKRouter.Config(), num_shared_experts=1, shared_intermediate_size=8, shared_gate="sigmoid"),
