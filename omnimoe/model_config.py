@@ -43,6 +43,12 @@ _READ_BY_TRANSFORMERS = {
 """What configs of transformers take besides their fields."""
 _LIMITS = {"hidden_size": 2**20, "num_layers": 4096, "vocab_size": 2**26, "max_position_embeddings": 2**40}
 """Sizes past those of any model, by which a config that was damaged or made to hurt is told."""
+_PUBLISHED = {
+    "family": (str, "the name of a family"),
+    "files": (dict, "a mapping of file names to what they hold"),
+    **dict.fromkeys(("absent", "kept", "repeated"), (list, "a list of names")),
+}
+"""What a converted checkpoint remembers, and how."""
 _CLASS_FIELDS = {"model_type", "keys_to_ignore_at_inference", "attribute_map"}
 
 
@@ -246,6 +252,12 @@ class OmniMoeConfig(PreTrainedConfig):
             raise ConfigError(f"bidirectional_modalities names {sorted(unknown)}, but the modalities are {names}")
         if self.vocab_size < needed:
             raise ConfigError(f"vocab_size {self.vocab_size} is less than the {needed} rows that the modalities own")
+        for name, (kind, wanted) in _PUBLISHED.items():
+            held = self.published.get(name, kind())
+            if not isinstance(held, kind) or (kind is list and not all(isinstance(item, str) for item in held)):
+                raise ConfigError(
+                    f"published[{name!r}] must be {wanted}, got {held!r}; leave it out, or convert the checkpoint again"
+                )
         for modality in self.modalities:
             if any(len(ids) != 3 for ids in modality.more_ids):
                 raise ConfigError(

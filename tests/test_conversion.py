@@ -147,6 +147,10 @@ def test_a_file_that_was_tampered_with_is_refused(mixtral, tmp_path):
     (tmp_path / "ours" / "config.json").write_text(json.dumps(plain))
     with pytest.raises(CheckpointError, match="mixtral repeats no such tensor"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "back", to="published")
+    plain["published"]["repeated"] = 3
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=r"published\['repeated'\] must be a list of names, got 3"):
+        convert_checkpoint(tmp_path / "ours", tmp_path / "back", to="published")
     plain["published"] = {"family": "mixtrel", "files": plain["published"]["files"]}
     (tmp_path / "ours" / "config.json").write_text(json.dumps(plain))
     with pytest.raises(ValueError, match="did you mean 'mixtral'"):

@@ -9,12 +9,12 @@ import torch
 
 from omnimoe.backbone import LayerRange
 from omnimoe.config import ConfigError
-from omnimoe.experts import FeedForward, RoutedExperts
+from omnimoe.experts import FeedForward, RoutedExperts, SoftExperts
 from omnimoe.hub import load
 from omnimoe.layers import Attention, Norm, Rope
 from omnimoe.modalities import Patches, Tokens
 from omnimoe.model import OmniMoeConfig
-from omnimoe.routers import ByModalityRouter, ExpertChoiceRouter, StaticRouter, TopKRouter
+from omnimoe.routers import AttributeRouter, ByModalityRouter, ExpertChoiceRouter, StaticRouter, TopKRouter
 from tests.declarations import DECLARATIONS, DENSE, IMAGE, SPEECH, TEXT, build, routed
 
 PARTS = ("attention", "experts", "norm", "final_norm", "modalities", "layers")
@@ -273,6 +273,9 @@ FIELDS = {
     "choice score": (lambda: ExpertChoiceRouter.Config(score="relu"), "unknown score 'relu'"),
     "capacity": (lambda: ExpertChoiceRouter.Config(capacity_factor=0), "capacity_factor must be positive, got 0"),
     "experts": (lambda: routed(0, TopKRouter.Config()), "num_experts must be at least 1, got 0"),
+    "soft experts": (lambda: SoftExperts.Config(num_experts=0), "num_experts must be at least 1, got 0"),
+    "slots": (lambda: SoftExperts.Config(num_slots=0), "num_slots must be at least 1, got 0"),
+    "width of attributes": (lambda: AttributeRouter.Config(top_k=1, width=0), "width must be at least 1, got 0"),
     "vocabulary": (lambda: Tokens.Config(name="text"), "modality 'text' needs a vocab_size of at least 1, got 0"),
     "objective": (lambda: Patches.Config(name="x", objective="gan"), "unknown objective 'gan'; known: flow, ddpm"),
 }
@@ -334,3 +337,21 @@ def test_values_of_a_wrong_type_in_a_file_are_refused():
         OmniMoeConfig.from_dict({**plain, "attention": {"type": "attention", "num_heads": "8"}})
     with pytest.raises(ConfigError, match="modalities must be a tuple of Modality.Config, got 'text'"):
         OmniMoeConfig.from_dict({**plain, "modalities": "text"})
+
+
+@pytest.mark.parametrize("held", [3, None, "norm", {"norm": 1}, ["norm", 3]], ids=str)
+@pytest.mark.parametrize("name", ["absent", "kept", "repeated"])
+def test_what_a_converted_checkpoint_remembers_are_lists_of_names(name, held):
+    plain = DENSE.to_dict()
+    with pytest.raises(ConfigError) as caught:
+        OmniMoeConfig.from_dict({**plain, "published": {name: held}})
+    assert f"published['{name}'] must be a list of names, got {held!r}; leave it out" in str(caught.value)
+    assert OmniMoeConfig.from_dict({**plain, "published": {name: ["norm"]}}).published == {name: ["norm"]}
+
+
+@pytest.mark.parametrize(("name", "held"), [("family", 3), ("files", 3), ("files", ["config.json"])])
+def test_the_family_and_files_it_remembers_are_a_name_and_a_mapping(name, held):
+    with pytest.raises(ConfigError) as caught:
+        OmniMoeConfig.from_dict({**DENSE.to_dict(), "published": {name: held}})
+    assert f"published['{name}'] must be " in str(caught.value)
+    assert f"got {held!r}" in str(caught.value)
