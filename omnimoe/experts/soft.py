@@ -49,9 +49,7 @@ class SoftExperts(Experts):
         def __post_init__(self) -> None:
             super().__post_init__()
             check_network(self.intermediate_size, self.activation, self.gated)
-            for name in ("num_experts", "num_slots"):
-                if getattr(self, name) < 1:
-                    raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            self.check_positive("num_experts", "num_slots")
             if self.experts and (sum(self.experts) != self.num_experts or min(self.experts) < 1):
                 raise ConfigError(
                     f"experts {self.experts} must give each key at least one expert and sum to {self.num_experts}"

@@ -40,8 +40,7 @@ class AttributeRouter(TopKRouter):
                 raise ConfigError(
                     f"attributes_of_keys must be rows of 0 and 1 of one length, got {self.attributes_of_keys}"
                 )
-            if self.width < 1:
-                raise ConfigError(f"width must be at least 1, got {self.width}")
+            self.check_positive("width")
 
         def router_params(self, hidden_size: int, num_experts: int, modality: int | None = None) -> int:
             return 0  # scored once for each key, not for each token
