@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def in_child(action: Callable[[], Any], *, memory: int = 2 << 30, seconds: int =
 
     Args:
         action: what is run.
-        memory: bytes that it may take beyond what this process has.
+        memory: bytes of address space that it may take beyond what this process has. A program that it starts is held
+            to the same sum, and so may take what this process has and these bytes.
         seconds: after which it is ended.
 
     Returns:
@@ -63,20 +65,32 @@ def in_child(action: Callable[[], Any], *, memory: int = 2 << 30, seconds: int =
 
 def _capped(action: Callable[[], Any], memory: int, seconds: int) -> tuple[int, str]:  # pragma: no cover
     """What an action comes to under limits of this process: a status, and its answer or what went wrong."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds)
+    try:
+        with limited(memory):
+            answer = action()
+        return 0, json.dumps(answer)
+    except BaseException as error:
+        is_greedy = isinstance(error, MemoryError)
+        return 1, f"it asked for more than the {memory >> 20} MB it may take\n" * is_greedy + traceback.format_exc()
+
+
+@contextmanager
+def limited(memory: int) -> Iterator[None]:
+    """This process itself may take so many bytes within the block, for what no copy of a process can do.
+
+    A program that it starts there may take what this process has and these bytes, and so may each that it starts.
+    """
     import resource
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(seconds)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, before[1]))
     try:
-        return 0, json.dumps(action())
-    except BaseException as error:
-        # to tell it takes memory too
+        yield
+    finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-        is_greedy = isinstance(error, MemoryError)
-        return 1, f"it asked for more than the {memory >> 20} MB it may take\n" * is_greedy + traceback.format_exc()
 
 
 def capped(memory: int, *, seconds: int = 240) -> Callable[[Callable[..., None]], Callable[..., None]]:

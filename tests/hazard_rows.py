@@ -83,9 +83,10 @@ EXAMPLES = {1: 300, 2: 500}
 
 @dataclass(frozen=True)
 class Collected:
-    """What a run of pytest collected: cases by row and file, and the files."""
+    """What a run of pytest collected: cases by row and file, rows by file and name of a test, and the files."""
 
     cases: dict[int, Counter[Path]]
+    tests: dict[tuple[Path, str], frozenset[int]]
     files: frozenset[Path]
 
 
@@ -95,9 +96,14 @@ COLLECTED = pytest.StashKey[Collected]()
 def collected(items: Iterable[pytest.Item]) -> Collected:
     """Counts the cases of each row; a case with several markers counts in each of their rows."""
     cases: dict[int, Counter[Path]] = {row: Counter() for row in (*CASES, *EXAMPLES)}
+    tests: dict[tuple[Path, str], frozenset[int]] = {}
     files = set()
     for item in items:
-        for row in {row for marker in item.iter_markers("hazard") for row in marker.args}:
+        rows = frozenset(row for marker in item.iter_markers("hazard") for row in marker.args)
+        for row in rows:
             cases[row][item.path] += 1
+        if rows:
+            place = (item.path, getattr(item, "originalname", item.name))
+            tests[place] = tests.get(place, frozenset()) | rows
         files.add(item.path)
-    return Collected(cases=cases, files=frozenset(files))
+    return Collected(cases=cases, tests=tests, files=frozenset(files))

@@ -52,14 +52,17 @@ def refused(
     """The block raises, says why, and changes nothing.
 
     Args:
-        of: what could have been harmed, as :func:`state_of` knows it; several of them in a tuple.
-        fragment: of the message.
-        error: that is raised, of this type or one derived from it.
+        of: what could have been harmed, as :func:`state_of` knows it; several of them in a tuple, which is not empty.
+        fragment: of the message, not blank.
+        error: that is raised, of this type or one derived from it, and not the one from which all are.
         is_sure: it may not go through; where it does, it may change what it likes.
 
     Yields:
         Where the error lies after the block.
     """
+    assert fragment.strip(), "a refusal is held to words, and any message holds these"
+    kinds = error if isinstance(error, tuple) else (error,)
+    assert not {Exception, BaseException} & set(kinds), "a refusal is held to a type, and any mistake has this one"
     before, told = Snapshot(of), Refusal()
     try:
         yield told
@@ -91,6 +94,7 @@ class Snapshot:
     """How things are now, the process among them."""
 
     def __init__(self, of: object) -> None:
+        assert not is_nothing(of), f"hand in what could have been harmed; {of!r} cannot be"
         self.of = of
         self.tables = tables()
         self.places = [*code_places(), *filter(None, sys.path)]
@@ -119,6 +123,17 @@ class Snapshot:
             if is_given or not any(path.is_relative_to(Path(place).resolve()) for place in self.places):
                 found.append(f"the module {name} was imported from {file}")
         return found
+
+
+def is_nothing(thing: object) -> bool:
+    """Whether nobody can harm a thing: plain values, and collections that are empty."""
+    if isinstance(thing, tuple):
+        return all(map(is_nothing, thing))
+    return (
+        thing is None
+        or isinstance(thing, str | bytes | int | float)
+        or (isinstance(thing, list | Mapping) and not thing)
+    )
 
 
 def state_of(thing: object) -> object:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import subprocess
 import time
 
 import pytest
 import torch
 
-from tests.children import ChildError, capped, in_child
+from tests.children import ChildError, capped, in_child, limited
 
 
 def test_what_it_returns_comes_back():
@@ -62,3 +64,17 @@ def test_a_capped_test_that_takes_too_much_fails_in_those_words():
     bomb(size=1)
     with pytest.raises(ChildError, match="it asked for more than the 64 MB it may take"):
         bomb(size=1 << 30)
+
+
+def test_a_limit_of_this_process_holds_in_the_block_and_for_what_is_started_there():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with limited(64 << 20):
+        given = resource.getrlimit(resource.RLIMIT_AS)[0]
+        told = subprocess.run(["sh", "-c", "ulimit -v"], capture_output=True, text=True, check=True).stdout
+        with pytest.raises(MemoryError):
+            bytearray(1 << 30)
+    assert int(told) == given >> 10
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    with pytest.raises(ZeroDivisionError), limited(64 << 20):
+        1 / 0  # noqa: B018
+    assert resource.getrlimit(resource.RLIMIT_AS) == before

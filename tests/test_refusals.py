@@ -115,18 +115,42 @@ def test_what_goes_through_is_held_to_the_same(folder, model):
 
 
 def test_code_from_nowhere_that_is_handed_in(folder, monkeypatch):
-    with pytest.raises(AssertionError, match="canary_of_refusals was imported"), unchanged():
+    with pytest.raises(AssertionError, match="canary_of_refusals was imported"), unchanged([1]):
         imported(folder)
     sys.modules.pop("canary_of_refusals", None)
 
 
 def test_no_refusal_another_type_and_other_words():
-    with pytest.raises(AssertionError, match="nothing was refused; CheckpointError was to say 'no'"), refused((), "no"):
+    with (
+        pytest.raises(AssertionError, match="nothing was refused; CheckpointError was to say 'no'"),
+        refused([1], "no"),
+    ):
         pass
-    with pytest.raises(KeyError), refused((), "no"):
+    with pytest.raises(KeyError), refused([1], "no"):
         raise KeyError("no")
-    with pytest.raises(AssertionError), refused((), "no"):
+    with pytest.raises(AssertionError), refused([1], "no"):
         raise CheckpointError("yes")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (((), "no"), "hand in what could have been harmed"),
+        ((([], None, ("a", 1), {}), "no"), "hand in what could have been harmed"),
+        (([1], ""), "held to words"),
+        (([1], " \n"), "held to words"),
+        (([1], "no", Exception), "held to a type"),
+        (([1], "no", BaseException), "held to a type"),
+        (([1], "no", (CheckpointError, Exception)), "held to a type"),
+    ],
+    ids=str,
+)
+def test_a_case_that_would_hold_whatever_happened(given, told):
+    with pytest.raises(AssertionError, match=told), refused(*given):
+        raise CheckpointError("no")
+    if len(given) == 2 and given[1] == "no":
+        with pytest.raises(AssertionError, match=told), unchanged(*given[:1]):
+            pass
 
 
 def test_what_may_go_through(folder):

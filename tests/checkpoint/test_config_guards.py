@@ -21,6 +21,8 @@ from tests.declarations import build
 from tests.refusals import refused
 from tests.zoo.seeds.tiny import publish, published_model
 
+MEMORY = 256 << 20
+"""Bytes that a child may take to refuse a config."""
 EVERY_WAY = [load, from_pretrained, AutoModelForCausalLM.from_pretrained]
 
 
@@ -32,6 +34,7 @@ def llama(tmp_path_factory):
 
 @pytest.mark.hazard(12)
 @pytest.mark.parametrize("by", [load, from_pretrained])
+@capped(MEMORY)
 def test_an_absent_config_is_no_default(saved, by):
     """transformers would build the default model of the class and fill it with what it finds."""
     (saved / "config.json").unlink()
@@ -61,7 +64,7 @@ def test_an_absent_config_is_no_default(saved, by):
     ],
     ids=range(15),
 )
-@capped(256 << 20)
+@capped(MEMORY)
 def test_a_broken_config(saved, text, fragment):
     (saved / "config.json").write_text(text)
     with refused(saved, fragment):
@@ -69,6 +72,7 @@ def test_a_broken_config(saved, text, fragment):
 
 
 @pytest.mark.hazard(12)
+@capped(MEMORY)
 def test_a_broken_config_of_generation(saved):
     """transformers goes on without it, and generates otherwise than was meant."""
     (saved / "generation_config.json").write_text("{")
@@ -91,6 +95,7 @@ def test_a_broken_config_of_generation(saved):
     ],
     ids=str,
 )
+@capped(MEMORY)
 def test_a_config_of_generation_with_values_that_mean_nothing(saved, values):
     edit_json(saved / "generation_config.json", **values)
     for by in EVERY_WAY:
@@ -111,6 +116,7 @@ def test_a_config_of_generation_with_values_that_mean_nothing(saved, values):
     ],
     ids=str,
 )
+@capped(MEMORY)
 def test_fields_of_transformers_that_mean_nothing(saved, values, fragment):
     edit_json(saved / "config.json", **values)
     for by in EVERY_WAY[:2]:
@@ -146,6 +152,7 @@ def with_attention(**changes: Any) -> dict[str, Any]:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
+@capped(MEMORY)
 def test_fields_that_do_not_fit_each_other(saved, changes, fragment):
     edit_json(saved / "config.json", **changes)
     with refused(saved, fragment, ValueError):
@@ -162,6 +169,7 @@ def with_rope(**changes: Any) -> dict[str, Any]:
 @pytest.mark.hazard(12)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, -1])
 @pytest.mark.parametrize("field", ["norm", "qk_norm_eps", "theta"])
+@capped(MEMORY)
 def test_numbers_by_which_every_answer_would_be_none(saved, field, value):
     """Such a model runs, and its logits are NaN or of no use."""
     norm = {"norm": small().to_dict()["norm"] | {"eps": value}}
@@ -169,10 +177,10 @@ def test_numbers_by_which_every_answer_would_be_none(saved, field, value):
     edit_json(saved / "config.json", **changes)
     name = {"norm": "Norm.Config.eps", "qk_norm_eps": "Attention.Config.qk_norm_eps", "theta": "Rope.Config.theta"}
     for by, error in ((load, ConfigError), (from_pretrained, CheckpointError)):
-        with refused(saved, f"{name[field]} ", error):
+        with refused(saved, f"{name[field]} ", error) as told:
             by(saved)
-        with refused(saved, str(value), error):
-            by(saved)
+        # without the folder, in whose name a number may stand too
+        assert str(value) in str(told).replace(str(saved), "")
 
 
 @pytest.mark.hazard(12)
@@ -187,6 +195,7 @@ def test_numbers_by_which_every_answer_would_be_none(saved, field, value):
     ],
     ids=range(5),
 )
+@capped(MEMORY)
 def test_other_numbers_that_are_none(saved, changes, fragment):
     edit_json(saved / "config.json", **changes)
     with refused(saved, fragment):
@@ -196,6 +205,7 @@ def test_other_numbers_that_are_none(saved, changes, fragment):
 @pytest.mark.hazard(12)
 @pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@capped(MEMORY)
 def test_numbers_of_a_published_config_that_are_none(llama, tmp_path, field, value):
     folder = shutil.copytree(llama, tmp_path / "llama")
     plain = json.loads((folder / "config.json").read_text())

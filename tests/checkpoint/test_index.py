@@ -98,6 +98,7 @@ def test_a_link_to_nowhere_and_one_to_itself(sharded):
 
 @pytest.mark.hazard(5)
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@capped(256 << 20, seconds=60)
 def test_a_pipe_in_place_of_weights_is_not_waited_for(saved):
     (saved / WEIGHTS).unlink()
     os.mkfifo(saved / WEIGHTS)

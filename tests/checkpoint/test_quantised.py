@@ -16,10 +16,13 @@ from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.model import OmniMoeModel
 from omnimoe.quantize import QuantizationError, is_quantized, matrices, torchao_config
 from tests.checkpoint.files import WEIGHTS, edit_json, load
+from tests.children import capped
 from tests.refusals import refused
 
 torchao = pytest.importorskip("torchao.quantization")
 
+MEMORY = 512 << 20
+"""Bytes that a child may take to refuse a quantisation."""
 LAYER = "model.backbone.layers.0"
 NORM = "model.norm.weight"
 ROUTER = f"{LAYER}.mlp.router.scorer.weight"
@@ -142,6 +145,7 @@ def test_an_unexpected_weight_beside_a_quantisation_of_others(saved):
     ],
     ids=range(6),
 )
+@capped(MEMORY)
 def test_a_quantisation_that_means_nothing(saved, quantisation, fragment):
     edit_json(saved / "config.json", quantization_config=quantisation)
     for by in EVERY_WAY[:2]:
@@ -155,6 +159,7 @@ def test_the_base_alone_which_transformers_cannot_put_together(quantised):
 
 
 @pytest.mark.hazard(12)
+@capped(MEMORY)
 def test_what_torchao_wrote_about_the_weights_is_gone(quantised):
     save_file(load_file(quantised / WEIGHTS), quantised / WEIGHTS, metadata={"format": "pt"})
     with refused(quantised, f"the quantised weights in {quantised} cannot be put together"):

@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 
 from omnimoe.config import ConfigError
 from omnimoe.train.processes import Processes, joined
+from tests.children import limited
 from tests.train.runs import same_tensors, tiny
 
 ROOT = Path(__file__).parents[2]
+MEMORY = 8 << 30
+"""Bytes of address space of each process, beyond what this one has: twice what it reserves."""
 LENGTHS = ("--sequence-length", "128", "--warmup", "2", "--evaluate-batches", "1", "--evaluate-every", "0")
 OPTIONS = ("--steps", "6", *LENGTHS, "--save-every", "2", "--log-every", "1", "--noise", "image=0.1")
 
@@ -30,7 +33,7 @@ def declared(folder: Path, kind: str) -> Path:
 
 
 def start(out: Path, model: Path, *options: str, launcher: tuple[str, ...] = (), **fate: object) -> subprocess.Popen:
-    """The command of a run, under torchrun where a launcher is given."""
+    """The command of a run, under torchrun where a launcher is given; each of its processes may take so much memory."""
     pids = out.with_name(f"{out.name}-pids")
     pids.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PIDS": str(pids)}
@@ -38,10 +41,11 @@ def start(out: Path, model: Path, *options: str, launcher: tuple[str, ...] = (),
         environment["FATE"] = json.dumps(fate)
     begin = ("-m", "torch.distributed.run", "--standalone", *launcher, "-m") if launcher else ("-m",)
     command = [sys.executable, *begin, "tests.train.worker", "train", str(model), "--out", str(out)]
-    return subprocess.Popen(
-        [*command, *OPTIONS, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
-    )  # fmt: skip
+    with limited(MEMORY):
+        return subprocess.Popen(
+            [*command, *OPTIONS, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
 
 
 def two(*more: str) -> tuple[str, ...]:

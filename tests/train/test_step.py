@@ -97,8 +97,9 @@ def test_a_run_may_be_resumed_with_another_way_to_treat_routers(corpus, tmp_path
 
 
 def test_an_unknown_way_is_refused():
-    with refused((), "unknown router_nan 'stop'; known: raise, warn, off", ConfigError):
-        settings(router_nan="stop")
+    known = settings()
+    with refused(known.to_dict, "unknown router_nan 'stop'; known: raise, warn, off", ConfigError):
+        known.replace(router_nan="stop")
 
 
 class Reads(TorchDispatchMode):
