@@ -8,6 +8,8 @@
 namespace omnimoe::cpu::OMNIMOE_ISA {
 namespace {
 
+constexpr int64_t kSumsBytes = 4 << 20;  // sums that a task keeps beside its results
+
 // out[token of r] += weights[r] * (x[r] W + bias) for all rows, in order. A task owns columns, so no two write to one
 // place.
 template <class T>
@@ -19,8 +21,11 @@ void scatter_product(const ExpertsMLP& a, const Rows& x, int64_t depth, const Ba
   using Unit = typename Scheme<T>::Unit;
   constexpr bool is_wide = sizeof(T) == sizeof(A);
   const int64_t panels = ceil_div(a.hidden, kPanel<T>);
-  // as many panels at once as leave no thread waiting for more than a tenth of the time
-  int64_t at_once = least(panels, kPanelsAtOnce);
+  // As many panels at once as leave no thread waiting for more than a tenth of the time. All of a thread's own are best,
+  // since then it reads a matrix to its end and goes on with the next; sums in another type than `out` should stay small.
+  const int64_t kept = kSumsBytes / (a.tokens * kPanel<T> * int64_t{sizeof(A)} + 1);
+  const int64_t share = ceil_div(panels, a.threads.count);
+  int64_t at_once = is_wide || kept >= share ? share : kept > kPanelsAtOnce ? kept : least(panels, kPanelsAtOnce);
   const auto slowest = [&] { return ceil_div(ceil_div(panels, at_once), a.threads.count) * at_once; };
   while (at_once > 1 && 10 * slowest() * a.threads.count > 11 * panels) at_once /= 2;
   const int64_t own = at_once * kPanel<T>;
