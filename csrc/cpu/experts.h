@@ -21,8 +21,8 @@ void scatter_product(const ExpertsMLP& a, const Rows& x, int64_t depth, const Ba
   using Unit = typename Scheme<T>::Unit;
   constexpr bool is_wide = sizeof(T) == sizeof(A);
   const int64_t panels = ceil_div(a.hidden, kPanel<T>);
-  // As many panels at once as leave no thread waiting for more than a tenth of the time. All of a thread's own are best,
-  // since then it reads a matrix to its end and goes on with the next; sums in another type than `out` should stay small.
+  // As many panels at once as leave no thread waiting for more than a tenth of the time. All of a thread's own are
+  // best, since then it reads a matrix to its end and goes on with the next; sums beside `out` should stay small.
   const int64_t kept = kSumsBytes / (a.tokens * kPanel<T> * int64_t{sizeof(A)} + 1);
   const int64_t share = ceil_div(panels, a.threads.count);
   int64_t at_once = is_wide || kept >= share ? share : kept > kPanelsAtOnce ? kept : least(panels, kPanelsAtOnce);
