@@ -88,7 +88,7 @@ Accumulator<T> scale_row(const Scores<T>& s, int64_t row) {
   return largest<A>(most);
 }
 
-// exp(score - top) of a row as shares, and their sum.
+// exp(score - top) of a row as shares, and their sum. NaN is no lower than the lowest, and stays.
 template <class T>
 Accumulator<T> share_row(const Scores<T>& s, int64_t row, Accumulator<T> top, typename ShareOf<T>::type* to) {
   using A = Accumulator<T>;
@@ -98,7 +98,7 @@ Accumulator<T> share_row(const Scores<T>& s, int64_t row, Accumulator<T> top, ty
   int64_t key = 0;
   for (; key < s.own; key += kLanes<T>) {
     const V v = load(s.at(row, key));
-    const V share = v > lowest ? exponential(v - top) : zero;
+    const V share = v <= lowest ? zero : exponential(v - top);
     total += share;
     store(to + key, share);
   }
@@ -197,8 +197,8 @@ void attend(const Attend& a) {
         T* to = static_cast<T*>(a.out) + ((b * a.queries + query_of(r)) * a.heads + head_of(r)) * a.value_width;
         for (int64_t c = 0; c < a.value_width; c += lanes) {
           const A* from = sums + start * value_panels * panel + c / panel * size * panel + i * panel + c % panel;
-          // a query that sees no key has no sums
-          store_some(to + c, total[r] > 0 ? load(from) / total[r] : V{}, int(least(lanes, a.value_width - c)));
+          // a query that sees no key has no sums; NaN is none, and stays
+          store_some(to + c, total[r] == 0 ? V{} : load(from) / total[r], int(least(lanes, a.value_width - c)));
         }
       }
     });

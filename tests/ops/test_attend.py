@@ -176,3 +176,13 @@ def test_shapes_that_do_not_fit_are_refused():
     for operands, options, message in wrong:
         with pytest.raises(ValueError, match=message):
             attend(*operands, scale=1.0, **options)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_nan_is_not_hidden(compiled, dtype):
+    query, key, value = (part.contiguous() for part in parts(1, 2, 2, 5, 5, 16, 16, dtype))
+    key[0, 0, 2, 3] = query[0, 1, 3, 0] = float("nan")
+    mixed = cpp.attend(query, key, value, None, 0.25, True)
+    of_head = mixed.isnan().all(-1)[0].T.tolist()
+    assert of_head == [[False, False, True, True, True], [False, False, False, True, False]]
+    assert torch.equal(mixed.isnan().any(-1), mixed.isnan().all(-1))
