@@ -70,8 +70,8 @@ def of_plan(size: str, settings: TrainSettings) -> Size:
 
 SIZES = {
     "pico": of_plan("pico", short_run(400)),
-    "nano": of_plan("nano", short_run(240)),
-    "micro": of_plan("micro", short_run(120)),
+    "nano": of_plan("nano", short_run(240, evaluate_every=15)),
+    "micro": of_plan("micro", short_run(120, evaluate_every=10)),
     "94m": Size(
         (
             ("chameleon_94m", "mot_94m", "moe4x_94m"),
