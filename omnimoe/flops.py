@@ -348,8 +348,8 @@ def formulas() -> dict[Any, Any]:
         aten._scaled_dot_product_efficient_attention_backward: _attention_backward_formula,
         aten._scaled_dot_product_cudnn_attention_backward: _attention_backward_formula,
         aten._grouped_mm: _grouped_formula,
-        ours.selective_scan: _scan_formula,
-        ours.selective_scan_backward: _scan_backward_formula,
+        ours.chunked_scan: _scan_formula,
+        ours.chunked_scan_backward: _scan_backward_formula,
     }
     if not missing_kernels():
         found |= {
@@ -358,5 +358,7 @@ def formulas() -> dict[Any, Any]:
             ours.experts_mlp: _experts_formula,
             ours.experts_mlp_backward: _experts_backward_formula,
             ours.attend: _attention_formula,
+            ours.selective_scan: _scan_formula,
+            ours.selective_scan_backward: _scan_backward_formula,
         }
     return found

@@ -5,6 +5,7 @@
 #include "experts.h"
 #include "norm.h"
 #include "products.h"
+#include "scan.h"
 #include "sums.h"
 
 namespace omnimoe::cpu::OMNIMOE_ISA {
@@ -40,6 +41,8 @@ extern const Kernels kernels = {
     },
     [](const Rope& a) { by_type(a, a.type, [](auto t, const auto& c) { rope<decltype(t)>(c); }); },
     [](const Attend& a) { by_type(a, a.type, [](auto t, const auto& c) { attend<decltype(t)>(c); }); },
+    [](const Scan& a) { a.type == Type::f64 ? scan<double>(a) : scan<float>(a); },
+    [](const ScanBackward& a) { a.forward.type == Type::f64 ? scan_backward<double>(a) : scan_backward<float>(a); },
 };
 
 }  // namespace omnimoe::cpu::OMNIMOE_ISA

@@ -161,6 +161,33 @@ struct Attend {
   void* out;  // (batch, queries, heads, value_width)
 };
 
+constexpr int64_t kScanChunk = 32;       // positions from one state that is kept to the next
+constexpr int64_t kChannelsAtOnce = 256;  // of a task; what a position writes and reads is summed over them
+
+// h = exp(step * rate) * h + step * x * into through time for every channel, y = sum of h * out over its S numbers; zero
+// before a start. All of type, which is f32 or f64.
+struct Scan {
+  Type type;
+  Threads threads;
+  int64_t batch, length, channels, size;  // B, T, I, S
+  const void *x, *step;                   // (B, T, I)
+  const void* rate;                       // (I, S)
+  const void *into, *out;                 // (B, T, S)
+  const void* state;                      // (B, I, S), or null
+  const bool* starts;                     // (B, T), or null
+  void *y, *last;                         // (B, T, I) and (B, I, S); not read by backward
+  void* kept;                             // (chunks, B, I, S), the state before each
+};
+
+struct ScanBackward {
+  Scan forward;
+  const void *grad, *grad_last;
+  void *grad_x, *grad_step;    // (B, T, I)
+  void* grad_rate;             // (B, I, S)
+  void *grad_into, *grad_out;  // (groups of channels, B, T, S)
+  void* grad_state;            // (B, I, S)
+};
+
 struct Kernels {
   void (*grouped_mm)(const GroupedMM&);
   void (*grouped_wgrad)(const GroupedWgrad&);
@@ -171,6 +198,8 @@ struct Kernels {
   void (*rms_norm_backward)(const RMSNormBackward&);
   void (*rope)(const Rope&);
   void (*attend)(const Attend&);
+  void (*scan)(const Scan&);
+  void (*scan_backward)(const ScanBackward&);
 };
 
 }  // namespace omnimoe::cpu

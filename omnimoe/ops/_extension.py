@@ -38,7 +38,7 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 SETS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")}
 """Instruction set to the flags that ``cpu/kernels.cpp`` is compiled with for it; each is an object of its own."""
-SOURCES = ("cpu/ops.cpp", "cpu/rows.cpp", "cpu/norm.cpp", "cpu/attend.cpp", "cpu/buffers.cpp", "cpu/dispatch.cpp")
+SOURCES = tuple(f"cpu/{name}.cpp" for name in ("ops", "rows", "norm", "attend", "scan", "buffers", "dispatch"))
 """Compiled once, without flags of an instruction set."""
 MACHINES = ("x86_64", "amd64")
 

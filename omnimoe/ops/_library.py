@@ -51,8 +51,18 @@ CPU_SCHEMAS = (
     # (B, Q, H, D); G divides H. A mask (B or 1, 1, Q, K) is true where a query sees a key; causal, the last query is at
     # the last key. A query that sees no key gives zeros.
     "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal) -> Tensor",
+    # The scan of omnimoe.ops.selective_scan, of float32 or float64: y (B, T, I), the last state (B, I, S) and the state
+    # before each chunk of positions, (chunks, B, I, S).
+    "selective_scan(Tensor x, Tensor step, Tensor rate, Tensor into, Tensor out, Tensor? state, Tensor? starts) "
+    "-> (Tensor, Tensor, Tensor)",
+    # The gradients of x, step, rate (B, I, S), into and out (groups of channels, B, T, S) and state; those of rate,
+    # into and out are still to be summed over their first dimension.
+    "selective_scan_backward(Tensor grad, Tensor grad_last, Tensor x, Tensor step, Tensor rate, Tensor into, "
+    "Tensor out, Tensor? starts, Tensor kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 """Of those that only the library for CPUs has kernels for."""
+SCAN_CHUNK, SCAN_CHANNELS = 32, 256
+"""Positions between states that the scan keeps, and channels whose gradients it sums at once; as csrc/cpu/kernels.h."""
 
 
 def _grouped_mm_shape(x, weight, offsets, bias=None, row_index=None, transposed=False):
@@ -114,6 +124,19 @@ def _rope_shape(x, cos, sin):
 
 def _attend_shape(query, key, value, mask, scale, causal):
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _selective_scan_shape(x, step, rate, into, out, state, starts):
+    shape = (x.shape[0], *rate.shape)
+    chunks = (x.shape[1] + SCAN_CHUNK - 1) // SCAN_CHUNK
+    return x.new_empty(x.shape), x.new_empty(shape), x.new_empty(chunks, *shape)
+
+
+def _selective_scan_backward_shape(grad, grad_last, x, step, rate, into, out, starts, kept):
+    groups = (x.shape[2] + SCAN_CHANNELS - 1) // SCAN_CHANNELS
+    state, written = (x.shape[0], *rate.shape), (groups, *into.shape)
+    shapes = (x.shape, x.shape, state, written, written, state)
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 def _add_back(ops: Any, grad: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -272,6 +295,19 @@ def _attend_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
     return *grads, None, None, None
 
 
+def _keep_selective_scan(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, step, rate, into, out, state, starts = inputs
+    ctx.has_state = state is not None
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(x, step, rate, into, out, starts, output[2])
+
+
+def _selective_scan_backward(ops: Any, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    found = ops.selective_scan_backward(grads[0], grads[1], *ctx.saved_tensors)
+    grad_x, grad_step, *partial, grad_state = found
+    return grad_x, grad_step, *(part.sum(0) for part in partial), grad_state if ctx.has_state else None, None
+
+
 _SHAPES: dict[str, Any] = {
     "grouped_mm": _grouped_mm_shape,
     "grouped_wgrad": _grouped_wgrad_shape,
@@ -284,6 +320,8 @@ _SHAPES: dict[str, Any] = {
     "rms_norm_backward": _rms_norm_backward_shape,
     "rope": _rope_shape,
     "attend": _attend_shape,
+    "selective_scan": _selective_scan_shape,
+    "selective_scan_backward": _selective_scan_backward_shape,
 }
 _GRADIENTS: dict[str, tuple[Any, Any]] = {
     "grouped_mm": (_keep_grouped_mm, _grouped_mm_backward),
@@ -294,6 +332,7 @@ _GRADIENTS: dict[str, tuple[Any, Any]] = {
     "rms_norm": (_keep_rms_norm, _rms_norm_backward),
     "rope": (_keep_rope, _rope_backward),
     "attend": (_keep_attend, _attend_backward),
+    "selective_scan": (_keep_selective_scan, _selective_scan_backward),
 }
 
 

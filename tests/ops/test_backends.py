@@ -80,7 +80,7 @@ def test_every_instruction_set_gives_the_reference_values(compiled, instructions
     done = in_a_process(
         """
 import torch, omnimoe
-from omnimoe.ops import _extension, experts_mlp, grouped_mm
+from omnimoe.ops import _extension, experts_mlp, grouped_mm, selective_scan
 print(_extension.extension().instructions)
 torch.manual_seed(0)
 for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
@@ -98,6 +98,16 @@ for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloa
         for one, other in zip(*found):
             error = (one.double() - other).norm() / other.norm()
             assert error <= bound, (dtype, sizes, float(error))
+x, step, into, out = (torch.rand(2, 40, width) for width in (19, 19, 5, 5))
+operands = [x, step, -torch.rand(19, 5), into, out]
+found = []
+for name, kind in (("cpp", torch.float32), ("reference", torch.float64)):
+    given = [part.to(kind).requires_grad_() for part in operands]
+    with omnimoe.backend(name):
+        y = selective_scan(*given)[0].double()
+    found.append([y, *torch.autograd.grad(y.square().sum(), given)])
+for one, other in zip(*found):
+    assert (one.double() - other).norm() <= 2e-6 * other.norm()
 """,
         OMNIMOE_CPU=instructions,
     )

@@ -87,6 +87,23 @@ def _norm_backward(tokens: int, rows: int, dtype: torch.dtype) -> tuple[Any, ...
     return torch.randn(rows, 4, dtype=dtype), x, weight, inverse, ends(rows)
 
 
+def _scan(has_state: bool) -> Callable[..., tuple[Any, ...]]:
+    def arguments(tokens: int, rows: int, dtype: torch.dtype) -> tuple[Any, ...]:
+        wide = torch.promote_types(dtype, torch.float32)
+        x, into, out = (normal(2, tokens, width, dtype=wide) for width in (5, 3, 3))
+        step, rate = (torch.rand(*shape, dtype=wide).requires_grad_() for shape in (x.shape, (5, 3)))
+        before = (normal(2, 5, 3, dtype=wide), torch.arange(2 * tokens).view(2, tokens) % 3 == 1)
+        return x, step, rate, into, out, *(before if has_state else (None, None))
+
+    return arguments
+
+
+def _scan_backward(tokens: int, rows: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    *operands, _, starts = [part.detach() for part in _scan(True)(tokens, rows, dtype)]
+    y, last, kept = OPS.selective_scan(*operands, None, starts)
+    return torch.randn_like(y), torch.randn_like(last), *operands, starts, kept
+
+
 SAMPLES = [
     Sample("grouped_mm", "plain", lambda t, r, d: (normal(t, 4, dtype=d), normal(GROUPS, 5, 4, dtype=d), ends(t))),
     Sample(
@@ -138,6 +155,9 @@ SAMPLES = [
             normal(1, 2, t, 3, dtype=d), *(normal(1, 1, t + 2, 3, dtype=d) for _ in "kv"), None, 0.5, True,
         ),
     ),
+    Sample("selective_scan", "plain", _scan(has_state=False)),
+    Sample("selective_scan", "with a state and starts", _scan(has_state=True)),
+    Sample("selective_scan_backward", "with starts", _scan_backward),
     Sample("rope", "plain", lambda t, r, d: (normal(t, 2, 6, dtype=d), *scale(2 * t, d, 3).detach().split(t))),
 ]  # fmt: skip
 
@@ -231,6 +251,7 @@ def test_any_dtype_and_shape_of_rows_is_copied():
 def test_nothing_is_read_outside_of_the_operands():
     x, order, offsets = torch.randn(4, 3), torch.arange(4), torch.tensor([2, 4], dtype=torch.int32)
     heads = torch.randn(1, 2, 4, 3), torch.randn(1, 2, 4, 3), torch.randn(1, 2, 4, 3)
+    scan = _scan(has_state=False)(4, 0, torch.float32)[:5]
     wrong = [
         (OPS.gather_rows, (x, torch.tensor([0, 4]), None), "index 4 is not within the 4 rows"),
         (OPS.gather_rows, (x, torch.tensor([0, -1]), None), "index -1 is not within the 4 rows"),
@@ -244,6 +265,10 @@ def test_nothing_is_read_outside_of_the_operands():
         (OPS.grouped_mm, (x, torch.randn(2, 5, 3), offsets, None, order + 1), "is not within the 4 rows"),
         (OPS.attend, (*heads, torch.ones(1, 1, 4, 3, dtype=torch.bool), 1.0, False), "mask must be"),
         (OPS.attend, (*heads[:2], heads[2][:, :, :3], None, 1.0, False), "key must be"),
+        (OPS.selective_scan, (*scan[:4], scan[4][:, :3], None, None), "out has not the shape"),
+        (OPS.selective_scan, (*scan, scan[2], None), "state has not the shape"),
+        (OPS.selective_scan, (*scan, None, torch.ones(2, 3, dtype=torch.bool)), "starts must be"),
+        (OPS.selective_scan, (scan[0].half(), *scan[1:], None, None), "x must be float32 or float64"),
     ]
     for op, arguments, message in wrong:
         with pytest.raises(RuntimeError, match=message):

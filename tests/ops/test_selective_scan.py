@@ -9,11 +9,14 @@ import omnimoe
 from omnimoe.ops import BackendError, selective_scan
 from omnimoe.ops.selective_scan import chunked, reference
 
+BACKENDS = ("cpp", "torch")
 
-def operands(length: int, *, dtype: torch.dtype = torch.float64, batch_size: int = 2) -> list[torch.Tensor]:
+
+def operands(
+    length: int, *, dtype: torch.dtype = torch.float64, batch_size: int = 2, channels: int = 5, size: int = 3
+) -> list[torch.Tensor]:
     """x, step, rate, into, out and a state."""
     torch.manual_seed(length)
-    channels, size = 5, 3
     x, step = (torch.randn(batch_size, length, channels, dtype=dtype) for _ in range(2))
     rate = -torch.rand(channels, size, dtype=dtype) - 0.1
     into, out = (torch.randn(batch_size, length, size, dtype=dtype) for _ in range(2))
@@ -29,13 +32,35 @@ def gradients(backend: str, given: list[torch.Tensor], starts: torch.Tensor | No
     return [y.detach(), last.detach(), *(leaf.grad for leaf in leaves)]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [1, 7, chunked.CHUNK["cpu"], 2 * chunked.CHUNK["cpu"] + 5])
 @pytest.mark.parametrize("forgets", [False, True])
-def test_chunks_match_the_loop(length, forgets):
+def test_chunks_match_the_loop(compiled, backend, length, forgets):
     given = operands(length)
     starts = torch.rand(2, length) < 0.1 if forgets else None
-    for found, wanted in zip(gradients("torch", given, starts), gradients("reference", given, starts), strict=True):
+    for found, wanted in zip(gradients(backend, given, starts), gradients("reference", given, starts), strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 1), (16, 16), (33, 7), (300, 4)])
+def test_the_kernel_at_any_width(compiled, channels, size):
+    given = operands(70, dtype=torch.float32, channels=channels, size=size)
+    starts = torch.rand(2, 70) < 0.1
+    wanted = gradients("reference", [part.double() for part in given], starts)
+    for found, exact in zip(gradients("cpp", given, starts), wanted, strict=True):
+        assert (found - exact).norm() <= 2e-6 * exact.norm()
+
+
+def test_the_kernel_repeats_to_the_bit_with_any_threads(compiled):
+    given, threads, found = operands(70, dtype=torch.float32, channels=300), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(gradients("cpp", given, None))
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize("length", [5, chunked.SPAN, 5 * chunked.SPAN + 3])
@@ -72,32 +97,48 @@ def test_a_step_of_zero_keeps_the_state():
     torch.testing.assert_close(selective_scan(x, 0 * step, rate, into, out, state)[1], state)
 
 
-def test_gradients_by_differences():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_by_differences(compiled, backend):
     given = [part.requires_grad_() for part in operands(4, batch_size=1)]
-    assert torch.autograd.gradcheck(selective_scan, given)
+    with omnimoe.backend(backend):
+        assert torch.autograd.gradcheck(selective_scan, given)
 
 
-def test_the_compiled_contract():
+def test_the_contract_of_the_chunks():
     given = [part.requires_grad_() for part in operands(3)]
-    torch.library.opcheck(torch.ops.omnimoe.selective_scan.default, (*given, None))
+    torch.library.opcheck(torch.ops.omnimoe.chunked_scan.default, (*given, None))
 
 
-def test_half_precision_sums_in_float32():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_sums_in_float32(compiled, backend):
     *given, state = operands(30, dtype=torch.float32)
     wanted, _ = reference.selective_scan(*given, state, None)
-    found, last = selective_scan(*(part.bfloat16() for part in given), state)
+    with omnimoe.backend(backend):
+        found, last = selective_scan(*(part.bfloat16() for part in given), state)
     assert (found.dtype, last.dtype) == (torch.bfloat16, torch.float32)
     assert (found.float() - wanted).norm() < 0.02 * wanted.norm()
 
 
-def test_an_empty_sequence_keeps_the_state():
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_an_empty_sequence_keeps_the_state(compiled, backend):
     *given, state = operands(3)
     x, step, rate, into, out = given
-    for backend in ("torch", "reference"):
-        with omnimoe.backend(backend):
-            y, last = selective_scan(x[:, :0], step[:, :0], rate, into[:, :0], out[:, :0], state)
-        assert y.shape == (2, 0, 5)
-        torch.testing.assert_close(last, state)
+    with omnimoe.backend(backend):
+        y, last = selective_scan(x[:, :0], step[:, :0], rate, into[:, :0], out[:, :0], state.requires_grad_())
+    assert y.shape == (2, 0, 5)
+    torch.testing.assert_close(last, state)
+    last.sum().backward()
+    assert torch.equal(state.grad, torch.ones_like(state))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_is_not_hidden(compiled, backend):
+    given = operands(6)[:5]
+    given[0][0, 2, 1] = float("nan")
+    with omnimoe.backend(backend):
+        y, _ = selective_scan(*given)
+    assert y[0, 2:, 1].isnan().all()
+    assert y.isnan().sum() == 4
 
 
 def test_refused():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omnimoe.ops._backends import Implementation, choose
+from omnimoe.ops._backends import Implementation, choose, why_not_compiled
 from omnimoe.ops.adapters._packages import missing_mamba
-from omnimoe.ops.selective_scan import chunked, library, reference
+from omnimoe.ops.selective_scan import chunked, cpp, library, reference
 
 
 def selective_scan(
@@ -68,6 +68,10 @@ def selective_scan(
     return y.to(x.dtype), last
 
 
+def _why_not_kernel(x: Tensor, *operands: Tensor | None) -> str:
+    return why_not_compiled(x, *(part for part in operands if part is not None and part.is_floating_point()))
+
+
 def _why_not_library(x: Tensor, *operands: Tensor | None) -> str:
     if reason := missing_mamba():
         return reason
@@ -80,6 +84,7 @@ def _why_not_library(x: Tensor, *operands: Tensor | None) -> str:
 
 IMPLEMENTATIONS = (
     Implementation("mamba_ssm", library.selective_scan, _why_not_library),
+    Implementation("cpp", cpp.selective_scan, _why_not_kernel),
     Implementation("torch", chunked.selective_scan),
     Implementation("reference", reference.selective_scan),
 )

@@ -21,7 +21,7 @@ def selective_scan(
     x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, state: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`omnimoe.ops.selective_scan`; operands of one dtype."""
-    y, last, _ = torch.ops.omnimoe.selective_scan(x, step, rate, into, out, state, starts)
+    y, last, _ = torch.ops.omnimoe.chunked_scan(x, step, rate, into, out, state, starts)
     return y, last
 
 
@@ -76,7 +76,7 @@ def _terms(
     return decay, driven
 
 
-@torch.library.custom_op("omnimoe::selective_scan", mutates_args=())
+@torch.library.custom_op("omnimoe::chunked_scan", mutates_args=())
 def _forward(
     x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, state: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +99,7 @@ def _(x, step, rate, into, out, state, starts):
     return x.new_empty(x.shape), x.new_empty(shape), x.new_empty((x.shape[1] + size - 1) // size, *shape)
 
 
-@torch.library.custom_op("omnimoe::selective_scan_backward", mutates_args=())
+@torch.library.custom_op("omnimoe::chunked_scan_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     grad_last: Tensor,
@@ -148,7 +148,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> Non
 
 def _differentiate(ctx: Any, grad: Tensor, grad_last: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, step, rate, into, out, starts, kept = ctx.saved_tensors
-    *grads, grad_state = torch.ops.omnimoe.selective_scan_backward(
+    *grads, grad_state = torch.ops.omnimoe.chunked_scan_backward(
         grad, grad_last, x, step, rate, into, out, starts, kept
     )
     return *grads, grad_state if ctx.has_state else None, None
