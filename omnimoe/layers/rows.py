@@ -206,13 +206,16 @@ class RowLayout:
     def span(self, key: int) -> RowLayout:
         """The rows of one key as a layout of their own, for a router that works inside a group."""
         start, stop = self.key_spans()[key]
+        time_index = self.time_index
+        if time_index is None and start:
+            time_index = torch.arange(len(self), device=self.key_ids.device)
         return dataclasses.replace(
             self,
             key_ids=self.key_ids[start:stop],
             modality_ids=self.modality_ids[start:stop],
             cos=None if self.cos is None else self.cos[start:stop],
             sin=None if self.sin is None else self.sin[start:stop],
-            time_index=None if self.time_index is None else self.time_index[start:stop],
+            time_index=None if time_index is None else time_index[start:stop],
             token_ids=None if self.token_ids is None else self.token_ids[start:stop],
             row_index=None,
             is_sorted=False,

@@ -34,7 +34,7 @@ def with_room(
     Args:
         expert_ids: ``(N, K)`` int64, the best first; ids below 0 or from ``num_experts`` on always find room.
         num_experts: E.
-        capacity: rows that an expert takes from a pool.
+        capacity: rows that an expert takes from a pool; ``(B,)`` int64 where it differs by sequence.
         rows: layout of the N rows.
         pool: ``"batch"`` or ``"sequence"``.
         priority: ``(N,)``, larger goes first; None for order in time.
@@ -55,7 +55,10 @@ def with_room(
     limited = (ids >= 0) & (ids < num_experts)
     cells, num_cells = ids, num_experts
     if pool == "sequence":
-        cells, num_cells = rows.sequence_ids()[order].repeat(top_k) * num_experts + ids, rows.batch_size * num_experts
+        sequence = rows.sequence_ids()[order].repeat(top_k)
+        cells, num_cells = sequence * num_experts + ids, max(1, rows.batch_size) * num_experts
+        if isinstance(capacity, Tensor):
+            capacity = capacity[sequence]
     plan = route_plan(torch.where(limited, cells, -1), num_cells)
     starts = torch.nn.functional.pad(plan.offsets[:-1].long(), (1, 0))
     place = plan.inverse - starts[torch.where(limited, cells, 0)]

@@ -65,7 +65,8 @@ class TopKRouter(BalancedRouter):
         input_jitter: float = 0.0
         """Training multiplies what the router reads by a factor drawn between 1 minus and 1 plus this."""
         capacity_factor: float | None = None
-        """Room of an expert, in even shares of the choices; None for no limit, and nothing is dropped."""
+        """Room of an expert, in even shares of the choices of the rows that are there; None for no limit, and nothing
+        is dropped."""
         capacity: int | None = None
         """Room of an expert, in rows, in place of ``capacity_factor``."""
         capacity_pool: str = "batch"
@@ -243,8 +244,11 @@ class TopKRouter(BalancedRouter):
         config = self.config
         capacity: int | Tensor | None = config.capacity
         if capacity is None:
-            pool: int | Tensor = len(chosen) if config.capacity_pool == "batch" else rows.sequence_length
-            if config.capacity_pool == "batch" and rows.counted is not None:
+            pool: int | Tensor = len(chosen)
+            if config.capacity_pool == "sequence":
+                present = torch.ones_like(chosen[:, 0]) if rows.counted is None else rows.counted.long()
+                pool = present.new_zeros(rows.batch_size).index_add(0, rows.sequence_ids(), present)
+            elif rows.counted is not None:
                 pool = rows.counted.sum()
             capacity = capacity_of(config.capacity_factor or 1.0, config.top_k, pool, self.num_experts)
         priority = scores.amax(-1) if config.capacity_priority == "score" else None

@@ -116,6 +116,12 @@ def test_the_rows_of_one_key_are_a_layout_of_their_own():
     assert span.routes_causally
 
 
+def test_rows_that_lie_in_key_order_already_keep_their_sequences():
+    rows = RowLayout.build(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 2]]), num_keys=3)
+    assert rows.time_index is None
+    assert [rows.span(key).sequence_ids().tolist() for key in range(3)] == [[0, 0], [0, 0, 1, 1, 1], [1]]
+
+
 def test_a_batch_of_padding_alone_has_no_rows_and_comes_back_as_zeros():
     rows = RowLayout.build(KEYS, num_keys=3, valid=torch.zeros_like(VALID))
     x = torch.randn(2, 4, 3, requires_grad=True)

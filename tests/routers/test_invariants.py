@@ -93,7 +93,10 @@ def test_copies_of_one_expert_are_it_times_the_sum_of_weights_which_a_norm_behin
     assert agrees == (placement == "post")
 
 
-@pytest.mark.parametrize("inner", [ExpertChoiceRouter.Config(), TopKRouter.Config(top_k=1)])
+SEATED = TopKRouter.Config(top_k=1, capacity_factor=1.0, capacity_pool="sequence")
+
+
+@pytest.mark.parametrize("inner", [ExpertChoiceRouter.Config(), TopKRouter.Config(top_k=1), SEATED])
 def test_rows_sorted_once_are_what_masks_in_every_layer_give(inner):
     config = moma(router=inner)
     layer = config.experts.build(hidden_size=16, num_modalities=3, layer_idx=0)
@@ -105,6 +108,23 @@ def test_rows_sorted_once_are_what_masks_in_every_layer_give(inner):
     wanted = torch.zeros_like(x)
     for key in range(3):
         mask = keys == key
-        own = RowLayout.build(torch.full((1, int(mask.sum())), key), num_keys=3)
+        own = RowLayout.build(torch.full_like(keys, key), num_keys=3, valid=mask)
         wanted[mask] = layer(x[mask], own)[0]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["batch", "sequence"])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_the_room_of_an_expert_is_of_its_own_modality_whatever_else_the_batch_holds(pool, in_order):
+    """Rows of a key are all alike, so they ask for one expert, which seats its share of them and no more."""
+    counts = torch.tensor([[6, 0, 4], [3, 7, 0]]) if not in_order else torch.tensor([[8, 2, 0], [0, 4, 6]])
+    keys = torch.stack([torch.repeat_interleave(torch.arange(3), row) for row in counts])
+    rows = RowLayout.build(keys, num_keys=3)
+    assert (rows.time_index is None) == in_order
+    config = ByModalityRouter.Config(experts=(2, 2, 2), router=SEATED.replace(capacity_pool=pool))
+    router = config.build(hidden_size=4, num_experts=6, num_modalities=3)
+    x = torch.ones(20, 4)
+    load = torch.bincount(router(x, rows).expert_ids.clamp_min(-1) + 1, minlength=7)[1:].view(3, 2)
+    shares = counts if pool == "sequence" else counts.sum(0, keepdim=True)
+    assert load.amax(-1).tolist() == (shares / 2).ceil().long().sum(0).tolist()
+    assert not load.amin(-1).any()

@@ -46,6 +46,7 @@ EXPERTS = {
     "input": routed(4, TopKRouter.Config(top_k=1, score="sigmoid"), weights_on="input"),
     "gated": routed(4, TopKRouter.Config(), num_shared_experts=1, shared_intermediate_size=8, shared_gate="sigmoid"),
     "capacity": routed(4, TopKRouter.Config(capacity_factor=0.6)),
+    "capacity by sequence": routed(4, TopKRouter.Config(capacity_factor=0.6, capacity_pool="sequence")),
     "batch priority": routed(4, TopKRouter.Config(capacity_factor=0.6, capacity_priority="score")),
     "expert choice": routed(4, ExpertChoiceRouter.Config(score="softmax", capacity_factor=2.0)),
     "auxiliary": grouped(ExpertChoiceRouter.Config(causal_form="auxiliary")),
@@ -73,7 +74,8 @@ def later_tokens_changed(config: OmniMoeConfig, at: int = 7) -> tuple[torch.Tens
 
 def test_these_are_causal_and_those_are_not():
     assert set(ACROSS) == {
-        "capacity", "batch priority", "expert choice", "auxiliary", "expert choice alone", "soft", "soft, by modality",
+        "capacity", "capacity by sequence", "batch priority", "expert choice", "auxiliary", "expert choice alone",
+        "soft", "soft, by modality",
     }  # fmt: skip
     assert {*EXPERTS} - {*GENERATES} == {"expert choice alone", "soft", "soft, by modality"}
 
@@ -177,7 +179,10 @@ def test_its_config_and_buffers_are_saved_and_loaded(name, tmp_path):
         assert torch.equal(found, buffer), key
 
 
-@pytest.mark.parametrize("name", ["deepseek", "capacity", "free experts", "null experts", "auxiliary", "threshold"])
+@pytest.mark.parametrize(
+    "name",
+    ["deepseek", "capacity", "capacity by sequence", "free experts", "null experts", "auxiliary", "threshold"],
+)
 def test_padding_changes_nothing(name):
     config = config_of(name)
     model = build(config).train()
