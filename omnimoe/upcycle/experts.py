@@ -12,7 +12,7 @@ from torch import nn
 from omnimoe.config import ConfigError
 from omnimoe.experts import FeedForward, RoutedExperts
 from omnimoe.routers import ByModalityRouter, Router, StaticRouter
-from omnimoe.upcycle.gates import CHANGED, EXACT, RESCALED, UNROUTED, Gate, copied_gate, fresh_gate
+from omnimoe.upcycle.gates import CHANGED, EXACT, RESCALED, UNGATED, UNROUTED, Gate, copied_gate, fresh_gate
 from omnimoe.upcycle.sources import Change, Choices, Plan, Start, copies_of, start_of
 
 _NEAR = 0.05
@@ -87,7 +87,7 @@ class _Pool:
 
     def gate(self, new: RoutedExperts, old: nn.Module, choices: Choices) -> Gate:
         if self.router is None:
-            return UNROUTED
+            return UNROUTED if self.old is None else UNGATED
         config = _config_of(new)
         if not isinstance(old, RoutedExperts) or self.old is None:
             return fresh_gate(config, len(self.index), new.config)

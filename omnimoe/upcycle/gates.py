@@ -47,6 +47,7 @@ class Gate:
 
 
 UNROUTED = Gate(1.0, True, True, "a network without a router")
+UNGATED = Gate(None, False, True, "the seed weighed a lone expert, the new model does not")
 
 
 def fresh_gate(router: Router.Config, count: int, config: RoutedExperts.Config) -> Gate:

@@ -164,7 +164,8 @@ def _with_experts(part: Any, asked: ExpertsAsked, router: Router.Config | None, 
     if router is None:
         router = _router_of(held, counts, pools)
     if isinstance(asked, Mapping) and not isinstance(router, ByModalityRouter.Config):
-        router = ByModalityRouter.Config(experts=counts, router=router)
+        is_grouped = isinstance(held, ByModalityRouter.Config)
+        router = (held if is_grouped else ByModalityRouter.Config()).replace(experts=counts, router=router)
     if isinstance(part, FeedForward.Config):
         return RoutedExperts.Config(
             num_experts=sum(counts),
@@ -205,8 +206,10 @@ def _pools(part: Any, num_keys: int) -> tuple[int, ...]:
 def _router_of(held: Router.Config | None, counts: tuple[int, ...], pools: tuple[int, ...]) -> Router.Config:
     """The router where none is given: the seed's, taking as many copies of an expert as there are."""
     inner = held.router if isinstance(held, ByModalityRouter.Config) else held
-    if inner is None or max(pools) == 1:
+    if inner is None:
         return TopKRouter.Config(top_k=min(2, max(counts)))
+    if isinstance(held, ByModalityRouter.Config) and max(pools) == 1 and not held.gate_lone_expert:
+        return inner  # declared, and asked for the first time
     times = {count // pool for count, pool in zip(counts, pools, strict=False) if not count % pool}
     if len(times) != 1 or any(count % pool for count, pool in zip(counts, pools, strict=False)):
         return inner

@@ -146,8 +146,8 @@ def test_groups_of_experts_are_told():
 
 
 def test_groups_grow_key_by_key():
-    """MoMa's own case: one expert a modality, then four."""
-    lone = DENSE.replace(experts=routed(3, ByModalityRouter.Config(experts=(1, 1, 1))))
+    """One expert a modality, then four under a router whose weights sum to one."""
+    lone = DENSE.replace(experts=routed(3, ByModalityRouter.Config(experts=(1, 1, 1), router=TopKRouter.Config())))
     for placement in ("pre", "post"):
         seed = build(lone.replace(norm_placement=placement))
         model, report = upcycle(
@@ -162,6 +162,44 @@ def test_groups_grow_key_by_key():
         assert [int((old == copy).flatten(1).all(1).nonzero()) for copy in bank] == [0] * 4 + [1] * 4 + [2] * 2
     report = upcycle(seed, experts={"text": 4, "image": 1, "speech": 1}, return_report=True)[1]
     assert report.is_preserved
+
+
+ONE_EACH, ALIKE = dict.fromkeys(("text", "image", "speech"), 1), {"towers": {"attention": "modality"}}
+
+
+@pytest.mark.parametrize(
+    ("experts", "inner", "asked"),
+    [
+        ((1, 1, 1), ExpertChoiceRouter.Config(), {"experts": ONE_EACH}),
+        ((1, 1, 1), ExpertChoiceRouter.Config(), ALIKE),
+        ((2, 2, 1), TopKRouter.Config(top_k=1, score="sigmoid"), {"experts": {"text": 2, "image": 2, "speech": 1}}),
+        ((1, 1, 1), TopKRouter.Config(top_k=1, score="sigmoid"), {"experts": dict.fromkeys(ONE_EACH, 2)}),
+    ],
+)
+def test_a_gate_on_a_lone_expert_goes_along(experts, inner, asked):
+    router = ByModalityRouter.Config(experts=experts, router=inner, gate_lone_expert=True)
+    seed = build(DENSE.replace(experts=routed(sum(experts), router)))
+    batch = ids_like(DENSE)
+    model, report = upcycle(seed, batch=batch, return_report=True, router_noise=0.0, **asked)
+    assert model.config.experts.router.gate_lone_expert
+    assert report.is_preserved
+    with torch.no_grad():
+        assert (model(batch).logits - seed(batch).logits).abs().max() < 5e-6
+    # and where it is taken away, that is told
+    plain = router.replace(gate_lone_expert=False)
+    _, told = upcycle(seed, batch=batch, return_report=True, experts=seed.config.experts.replace(router=plain))
+    assert not told.is_preserved
+    assert told.measured.difference > 0.1
+
+
+def test_groups_of_one_grow_under_the_router_that_they_declare():
+    """MoMa's own way from 1t1i to 4t4i: the experts choose, and a token costs what it did."""
+    inner = ExpertChoiceRouter.Config(causal_form="none", gumbel_noise=1.0)
+    seed = build(DENSE.replace(experts=routed(3, ByModalityRouter.Config(experts=(1, 1, 1), router=inner))))
+    model, report = upcycle(seed, return_report=True, experts=dict.fromkeys(ONE_EACH, 4))
+    assert model.config.experts.router == ByModalityRouter.Config(experts=(4, 4, 4), router=inner)
+    assert {change.function for change in report.changes} == {"changed"}
+    assert model.config.experts.router.experts_per_token(12, 0) == 1.0
 
 
 def test_copies_part_in_training():
