@@ -54,6 +54,16 @@ class Config:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
 
+    def check_not_negative(self, *names: str) -> None:
+        """Refuses fields below 0, and those without an end.
+
+        Raises:
+            ConfigError: with the first of them and its value.
+        """
+        for name in names:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+
     def build(self, **built: Any) -> Any:
         """Makes the part this config describes, passing ``built`` (widths and counts known to the parent).
 

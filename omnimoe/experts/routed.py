@@ -90,6 +90,12 @@ class RoutedExperts(Experts):
                     f"{type(self.router).__qualname__} chooses among the experts of the bank alone; drop zero, "
                     "identity and constant experts and shared_gate='softmax', or take TopKRouter"
                 )
+            if self.num_gated_experts and not self.router.takes_gated_experts:
+                raise ConfigError(
+                    "shared_gate='softmax' is a part of a softmax over what is chosen, and "
+                    f"{type(self.router).__qualname__} as it is set has none; give a learned router with "
+                    "score='softmax', normalize=True, or take shared_gate='sigmoid'"
+                )
 
         @property
         def free_experts(self) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class AttributeRouter(TopKRouter):
                     f"attributes_of_keys must be rows of 0 and 1 of one length, got {self.attributes_of_keys}"
                 )
             self.check_positive("width")
+            self.check_idle("attributes are read from the key and not from the row", "input_jitter")
 
         def router_params(self, hidden_size: int, num_experts: int, modality: int | None = None) -> int:
             return 0  # scored once for each key, not for each token

@@ -5,6 +5,7 @@ A coefficient of 0 leaves a loss out. All of them stand in one config, so that e
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,16 @@ from omnimoe.routers.losses import (
 SCOPES = ("batch", "sequence", "ranks")
 BIASES = ("none", "shared", "key")
 UPDATES = ("sign", "proportional")
+LOSS_COEFS = (
+    "load_balance_coef",
+    "z_loss_coef",
+    "importance_coef",
+    "load_coef",
+    "local_entropy_coef",
+    "global_entropy_coef",
+    "orthogonality_coef",
+    "mutual_information_coef",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +95,14 @@ class BalanceConfig(Router.Config):
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        self.check_not_negative(*LOSS_COEFS, "expert_bias_rate")
+        wanted = self.global_entropy_experts
+        if wanted is not None and not 1 <= wanted < math.inf:
+            raise ConfigError(f"global_entropy_experts must be at least 1, got {wanted}; None asks for all")
+        if self.expert_bias_target is not None and not 0 < self.expert_bias_target < math.inf:
+            raise ConfigError(
+                f"expert_bias_target must be positive, got {self.expert_bias_target}; None is an even share"
+            )
 
 
 class BalancedRouter(Router):

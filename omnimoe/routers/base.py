@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from omnimoe.config import Config as ConfigBase
-from omnimoe.config import Configurable, register
+from omnimoe.config import ConfigError, Configurable, register
 from omnimoe.registry import Registry
 
 ROUTERS: Registry = Registry("router")
@@ -103,7 +104,8 @@ class Router(nn.Module, Configurable):
 
     A router whose config says :attr:`Config.takes_free_experts` is also given ``free_experts``, the kinds of experts
     behind the bank's that cost nothing (``"zero"``, ``"identity"``, ``"constant"``), their ids E, E + 1, ..., and
-    ``num_gated_experts`` S, shared experts that it gives weights to; both only where there are some.
+    where it says :attr:`Config.takes_gated_experts`, ``num_gated_experts`` S, shared experts that it gives weights to; both
+    only where there are some.
     """
 
     registry: ClassVar[Registry] = ROUTERS
@@ -135,8 +137,24 @@ class Router(nn.Module, Configurable):
 
         @property
         def takes_free_experts(self) -> bool:
-            """Whether it may be given free and gated experts beside the bank's."""
+            """Whether it may be given free experts beside the bank's."""
             return False
+
+        @property
+        def takes_gated_experts(self) -> bool:
+            """Whether it may be given shared experts, to weigh them together with what it chose."""
+            return self.takes_free_experts
+
+        def check_idle(self, why: str, *names: str) -> None:
+            """Refuses fields that another router of the same base has a use for and this one has none.
+
+            Raises:
+                ConfigError: with ``why`` and those that are not as they are by default, with their values.
+            """
+            usual = {field.name: field.default for field in dataclasses.fields(self)}
+            idle = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != usual[name]]
+            if idle:
+                raise ConfigError(f"{why}, so {', '.join(idle)} would do nothing; leave it out")
 
         def experts_per_token(self, num_experts: int, modality: int) -> float:
             """Experts that a token of ``modality`` meets on average, for counting FLOPs."""

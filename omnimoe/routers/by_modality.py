@@ -33,6 +33,14 @@ class ByModalityRouter(Router):
         gate_lone_expert: bool = False
         """Whether the only expert of a group is routed and gated too; otherwise it is a plain feed-forward network."""
 
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if isinstance(self.router, ByModalityRouter.Config):
+                raise ConfigError(
+                    f"a group is of one modality and has none to choose by, got ByModalityRouter of "
+                    f"{self.router.experts} inside; give the router that stands in there"
+                )
+
         @property
         def is_causal(self) -> bool:
             return self.router.is_causal or self._plain() == set(range(len(self.experts)))
@@ -48,6 +56,10 @@ class ByModalityRouter(Router):
         @property
         def takes_free_experts(self) -> bool:
             return self.router.takes_free_experts and not self._plain()
+
+        @property
+        def takes_gated_experts(self) -> bool:
+            return self.router.takes_gated_experts and not self._plain()
 
         def _plain(self) -> set[int]:
             return set() if self.gate_lone_expert else {i for i, count in enumerate(self.experts) if count == 1}

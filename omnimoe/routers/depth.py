@@ -65,6 +65,7 @@ class DepthRouter(nn.Module, Configurable):
             for name, known in (("pool", DEPTH_POOLS), ("gate", GATES), ("causal_form", DEPTH_CAUSAL_FORMS)):
                 if getattr(self, name) not in known:
                     raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+            self.check_not_negative("auxiliary_coef")
 
         @property
         def has_causal_form(self) -> bool:

@@ -9,6 +9,7 @@ foretell the choice, says which rows it takes (MoMa). Either way the weight is t
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from omnimoe.routers.scores import SCORES, Scorer, check_score
 
 CAUSAL_FORMS = ("cutoff", "auxiliary", "none")
 CHOICE_POOLS = ("batch", "ranks")
+OF_EXPERT_CHOICE = ("gumbel_noise", "auxiliary_coef")
 
 
 @register_router("expert_choice")
@@ -63,8 +65,13 @@ class ExpertChoiceRouter(Router):
             check_score(self.score)
             if self.pool not in CHOICE_POOLS:
                 raise ConfigError(f"unknown pool {self.pool!r}; known: {', '.join(CHOICE_POOLS)}")
-            if self.capacity_factor <= 0:
+            if not 0 < self.capacity_factor < math.inf:
                 raise ConfigError(f"capacity_factor must be positive, got {self.capacity_factor}")
+            if not 0 <= self.cutoff_momentum < 1:
+                raise ConfigError(
+                    f"cutoff_momentum is a share and must lie in 0..1 and below 1, got {self.cutoff_momentum}"
+                )
+            self.check_not_negative("auxiliary_coef", "gumbel_noise")
             if self.causal_form not in CAUSAL_FORMS:
                 raise ConfigError(f"unknown causal_form {self.causal_form!r}; known: {', '.join(CAUSAL_FORMS)}")
 
@@ -207,6 +214,8 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
             super().__post_init__()
             if self.causal_form != "cutoff":
                 raise ConfigError(f"expert threshold routes by its cut-off; causal_form {self.causal_form!r} is none")
+            self.check_not_negative("warmup_steps")
+            self.check_idle("expert threshold draws no noise and has no auxiliary router", *OF_EXPERT_CHOICE)
 
     config: ExpertThresholdRouter.Config
 

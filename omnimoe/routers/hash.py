@@ -10,10 +10,26 @@ from torch import Tensor
 
 from omnimoe.config import ConfigError
 from omnimoe.layers import RowLayout
+from omnimoe.routers.balance import LOSS_COEFS
 from omnimoe.routers.base import Routing, register_router
 from omnimoe.routers.top_k import TopKRouter
 
 TABLES = ("balanced", "random")
+OF_THE_CHOICE = ("top_p", "num_groups", "num_groups_kept", "group_score", "expert_bias")
+OF_THE_SCORES = (
+    *LOSS_COEFS,
+    "score",
+    "normalize",
+    "normalize_min",
+    "logit_bias",
+    "keep_float32",
+    "zero_keeps_share",
+    "noise",
+    "later_choice_threshold",
+    "input_jitter",
+    "capacity_factor",
+    "capacity",
+)
 
 
 @register_router("hash")
@@ -51,6 +67,13 @@ class HashRouter(TopKRouter):
                 raise ConfigError(f"num_ids must be the size of the vocabulary, got {self.num_ids}")
             if self.table not in TABLES:
                 raise ConfigError(f"unknown table {self.table!r}; known: {', '.join(TABLES)}")
+            self.check_idle("a hash table chooses by the id alone", *OF_THE_CHOICE)
+            if not self.is_learned:
+                self.check_idle("without learned scores all choices weigh alike and none is dropped", *OF_THE_SCORES)
+
+        @property
+        def takes_gated_experts(self) -> bool:
+            return self.is_learned and super().takes_gated_experts
 
         @property
         def num_token_ids(self) -> int:

@@ -41,8 +41,8 @@ class SparseMixerRouter(TopKRouter):
                     f"SparseMixer's weights are of a softmax and sum to one; leave score {self.score!r} 'softmax' and "
                     f"normalize {self.normalize} True"
                 )
-            if self.nearness < 0:
-                raise ConfigError(f"nearness must be at least 0, got {self.nearness}")
+            self.check_not_negative("nearness")
+            self.check_idle("SparseMixer's weights are divided by the sum of all", "normalize_min", "zero_keeps_share")
 
     config: SparseMixerRouter.Config
 

@@ -5,6 +5,7 @@ Published routers are settings of this one; docs/routers.md has the table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,8 +97,15 @@ class TopKRouter(BalancedRouter):
                 raise ConfigError(f"top_p must lie above 0 and be at most 1, got {self.top_p}")
             for name in ("capacity_factor", "capacity"):
                 given = getattr(self, name)
-                if given is not None and given <= 0:
-                    raise ConfigError(f"{name} must be positive, got {given}; None sets no limit")
+                if given is not None and not 0 < given < math.inf:
+                    raise ConfigError(f"{name} must be finite and positive, got {given}; None sets no limit")
+            if not 0 < self.routed_scaling_factor < math.inf:
+                raise ConfigError(
+                    f"routed_scaling_factor must be finite and positive, got {self.routed_scaling_factor}; 1 leaves "
+                    "weights as they are"
+                )
+            if self.normalize_kept and not self.has_capacity:
+                raise ConfigError("normalize_kept=True asks what was dropped, and nothing is; set capacity_factor")
             if self.later_choice_threshold is not None and self.later_choice_threshold <= 0:
                 raise ConfigError(f"later_choice_threshold must be positive, got {self.later_choice_threshold}")
             if self.normalize_min < 0:
@@ -130,6 +138,10 @@ class TopKRouter(BalancedRouter):
         def takes_free_experts(self) -> bool:
             return True
 
+        @property
+        def takes_gated_experts(self) -> bool:
+            return self.score == "softmax" and self.normalize
+
         def experts_per_token(self, num_experts: int, modality: int) -> float:
             return float(self.top_k)
 
@@ -161,10 +173,6 @@ class TopKRouter(BalancedRouter):
             raise ConfigError(
                 f"top_k {config.top_k} exceeds the {size * config.num_groups_kept} experts{among}; "
                 "lower it or add experts"
-            )
-        if num_gated_experts and (config.score != "softmax" or not config.normalize):
-            raise ConfigError(
-                "shared experts take part in a softmax over what is chosen: score='softmax', normalize=True"
             )
         self.zero_ids = tuple(num_experts + i for i, kind in enumerate(free_experts) if kind == "zero")
         self.num_gated = num_gated_experts

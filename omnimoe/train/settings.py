@@ -81,9 +81,9 @@ class TrainSettings(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("steps", "batch_size", "sequence_length", "accumulate", "log_every", "keep")
-        for name in ("warmup", "clip", "weight_decay", "evaluate_every", "save_every", "evaluate_batches", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        self.check_not_negative(
+            "warmup", "clip", "weight_decay", "evaluate_every", "save_every", "evaluate_batches", "seed"
+        )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in 0..1 and below 1, got {getattr(self, name)}")

@@ -95,10 +95,11 @@ def test_what_the_table_writes_can_be_made():
             eval(code, names)  # noqa: S307 - our own page
         elif re.match(r"\w+=", code):
             given = eval(f"dict({code})", names)  # noqa: S307
-            for kind in (HashRouter, RoutedExperts):
+            of_a_table = {"num_ids": 1} if given.keys() & {"num_ids", "is_learned"} else {}
+            for kind, needed in ((HashRouter if of_a_table else TopKRouter, of_a_table), (RoutedExperts, {})):
                 known = {field.name for field in dataclasses.fields(kind.Config)}
                 own = {name: value for name, value in given.items() if name in known}
-                kind.Config(**({"num_ids": 1} if kind is HashRouter else {}), **own)
+                kind.Config(**{**needed, **own})
         else:
             continue
         made += 1

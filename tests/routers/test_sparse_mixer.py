@@ -73,7 +73,10 @@ def test_gradients_reach_the_scorer_through_what_is_near():
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"nearness": -0.1}, "nearness must be at least 0"), ({"score": "sigmoid"}, "leave score 'sigmoid'")],
+    [
+        ({"nearness": -0.1}, "nearness must be finite and not negative, got -0.1"),
+        ({"score": "sigmoid"}, "leave score 'sigmoid'"),
+    ],
 )
 def test_what_it_cannot_be(change, told):
     with pytest.raises(ConfigError, match=told):
