@@ -104,8 +104,8 @@ class Router(nn.Module, Configurable):
 
     A router whose config says :attr:`Config.takes_free_experts` is also given ``free_experts``, the kinds of experts
     behind the bank's that cost nothing (``"zero"``, ``"identity"``, ``"constant"``), their ids E, E + 1, ..., and
-    where it says :attr:`Config.takes_gated_experts`, ``num_gated_experts`` S, shared experts that it gives weights to; both
-    only where there are some.
+    where it says :attr:`Config.takes_gated_experts`, ``num_gated_experts`` S, shared experts that it gives weights to;
+    both only where there are some.
     """
 
     registry: ClassVar[Registry] = ROUTERS
