@@ -327,30 +327,46 @@ AUXILIARY_STAGE = "omnimoe train --from RUN --stage auxiliary --out OUT"
 
 
 def check_routers(model: nn.Module) -> None:
-    """Refuses to generate by auxiliary routers that were never trained, and points out cut-offs that never moved.
+    """Refuses to generate by auxiliary routers that were never trained and by cut-offs that never moved.
+
+    Where only some of a layer's cut-offs did not, as those of a modality that training never showed, it points them out.
 
     Raises:
         InputError: with their layers and what to do.
     """
-    untrained, unmoved = set(), set()
+    untrained: set[str] = set()
+    by_cutoff: dict[str, list[ExpertChoiceRouter]] = {}
     for path, module in model.named_modules():
         layer = path.partition(".layers.")[2].partition(".")[0]
         if isinstance(module, AuxiliaryRouter) and not module.is_trained:
             untrained.add(layer)
         elif isinstance(module, ExpertChoiceRouter) and module.config.causal_form == "cutoff":
-            start = module.initial_buffers()["cutoff"]
-            unmoved |= {layer} if torch.equal(module.cutoff.cpu(), start) else set()
+            by_cutoff.setdefault(layer, []).append(module)
     if untrained:
         raise InputError(
             f"auxiliary routers of layers {_numbers(untrained)} were never trained, so what takes a token is unknown, "
             f"and the model does not generate; train them with {AUXILIARY_STAGE}, or in a loop of your own with "
             "omnimoe.hold_all_but_auxiliary(model)"
         )
-    if unmoved:
-        logger.warning_once(
-            f"the running cut-offs of expert choice in layers {_numbers(unmoved)} never moved, so tokens meet other "
-            "experts here than in training; call model.update_routers(out.routings) after each step of training"
+    moved = {layer: [_has_moved(router) for router in routers] for layer, routers in by_cutoff.items()}
+    unset = {layer for layer, routers in by_cutoff.items() if not (any(moved[layer]) or routers[0].config.is_causal)}
+    if unset:
+        raise InputError(
+            f"the running cut-offs of expert choice in layers {_numbers(unset)} never moved, so what takes a token is "
+            "unknown, and the model does not generate; call model.update_routers(out.routings) after each step of "
+            "training, on its data for a model that was trained without, or give it auxiliary routers with "
+            f"{AUXILIARY_STAGE}"
         )
+    left = {layer for layer in moved if not all(moved[layer])}
+    if left:
+        logger.warning_once(
+            f"cut-offs of experts in layers {_numbers(left)} never moved, so their tokens meet other experts here than "
+            "in training; call model.update_routers(out.routings) after each step of training"
+        )
+
+
+def _has_moved(router: ExpertChoiceRouter) -> bool:
+    return not torch.equal(router.cutoff.cpu(), router.initial_buffers()["cutoff"])
 
 
 def _numbers(layers: set[str]) -> str:

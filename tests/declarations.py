@@ -113,6 +113,9 @@ def build(config: OmniMoeConfig, *, seed: int = 0) -> OmniMoeForCausalLM:
                 parameter.normal_(std=0.3)
             elif ".auxiliary.outer" in name:
                 parameter.normal_(std=2.0)  # it starts at zero, which says that it was never trained
+        for router in model.modules():
+            if isinstance(router, ExpertChoiceRouter):
+                router.cutoff += 1e-6  # where it starts says the same
     return model.eval()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
@@ -190,27 +188,6 @@ def test_a_model_without_them_is_left_as_it_was():
     with pytest.raises(ConfigError, match="add_auxiliary_routers"):
         omnimoe.hold_all_but_auxiliary(model)
     assert all(weight.requires_grad for weight in model.parameters())
-
-
-def test_cut_offs_that_never_moved_are_pointed_out(caplog):
-    model, ids = build(DECLARATIONS["moma"]), ids_like(DENSE)[:, :4]
-    model.set_attn_implementation("sdpa")
-    logger = logging.getLogger("transformers")
-    shown, logger.propagate = logger.propagate, True
-    own = logging.getLogger("omnimoe.inputs")
-    own.propagate = True
-    try:
-        omnimoe.inputs.logger.warning_once.cache_clear()
-        with caplog.at_level(logging.WARNING):
-            model.generate(ids, max_new_tokens=1)
-        assert "cut-offs of expert choice in layers 0, 1 never moved" in caplog.text
-        caplog.clear()
-        omnimoe.inputs.logger.warning_once.cache_clear()
-        model.update_routers(model(ids_like(DENSE)).routings)
-        model.generate(ids, max_new_tokens=1)
-        assert "never moved" not in caplog.text
-    finally:
-        logger.propagate = shown
 
 
 def test_experts_that_choose_generate_with_a_cache_alone():

@@ -163,6 +163,36 @@ def test_it_generates_or_says_why_not(name):
             model.generate(ids, max_new_tokens=2, use_cache=use_cache)
 
 
+def never_trained(router) -> OmniMoeForCausalLM:
+    torch.manual_seed(0)
+    return OmniMoeForCausalLM(DENSE.replace(experts=routed(6, router))).eval()
+
+
+@pytest.mark.parametrize("grown", [False, True], ids=["one pool", "groups"])
+def test_cut_offs_that_never_moved_do_not_generate(grown):
+    choice = ExpertChoiceRouter.Config()
+    model = never_trained(ByModalityRouter.Config(experts=(2, 2, 2), router=choice) if grown else choice)
+    ids = torch.full((1, 4), 9)
+    with pytest.raises(InputError, match=r"in layers 0, 1 never moved.*model.update_routers.*--stage auxiliary"):
+        model.generate(ids, max_new_tokens=2)
+    model.update_routers(model(ids).routings)  # of one modality alone
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 6)
+
+
+def test_of_those_of_a_modality_that_was_never_shown_and_of_thresholds_it_is_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(omnimoe.inputs.logger, "warning_once", told.append)
+    ids, choice = torch.full((1, 4), 9), ExpertChoiceRouter.Config()
+    model = never_trained(ByModalityRouter.Config(experts=(2, 2, 2), router=choice))
+    model.update_routers(model(ids).routings)
+    model.generate(ids, max_new_tokens=1)
+    never_trained(ExpertThresholdRouter.Config()).generate(ids, max_new_tokens=1)
+    assert [message.startswith("cut-offs of experts in layers 0, 1 never moved") for message in told] == [True] * 2
+    model.update_routers(model(ids_like(DENSE)).routings)
+    model.generate(ids, max_new_tokens=1)
+    assert len(told) == 2
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_its_config_and_buffers_are_saved_and_loaded(name, tmp_path):
     config = config_of(name)
