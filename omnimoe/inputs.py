@@ -329,7 +329,7 @@ AUXILIARY_STAGE = "omnimoe train --from RUN --stage auxiliary --out OUT"
 def check_routers(model: nn.Module) -> None:
     """Refuses to generate by auxiliary routers that were never trained and by cut-offs that never moved.
 
-    Where only some of a layer's cut-offs did not, as those of a modality that training never showed, it points them out.
+    Where only some of a layer did not, as those of a modality that training never showed, it points them out.
 
     Raises:
         InputError: with their layers and what to do.
