@@ -200,6 +200,26 @@ def test_the_causal_form_is_the_layer_on_what_the_auxiliary_router_takes(name):
     torch.testing.assert_close(model(ids).logits, wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("gate", ["sigmoid", "linear"])
+def test_the_auxiliary_router_says_which_rows_and_the_main_one_what_they_weigh(gate):
+    router, x = (
+        router_of(gate=gate, causal_form="auxiliary"),
+        torch.randn(40, 4, generator=torch.Generator().manual_seed(1)),
+    )
+    auxiliary = router.auxiliary
+    with torch.no_grad():
+        for weight in auxiliary.parameters():
+            weight.normal_(std=2.0, generator=torch.Generator().manual_seed(3))
+        auxiliary.outer.bias.fill_(0.1)
+        hidden = x @ auxiliary.inner.weight.T
+        foretold = (hidden * hidden.sigmoid() @ auxiliary.outer.weight.T + auxiliary.outer.bias).squeeze(1)
+        score = (x @ router.scorer.weight.T).squeeze(1)
+        index, weights = router.alone(x)
+    assert index.tolist() == (foretold > 0).nonzero().squeeze(1).tolist()
+    assert 5 < len(index) < 35
+    torch.testing.assert_close(weights, score[index].sigmoid() if gate == "sigmoid" else score[index])
+
+
 def _alone(router):
     whole = router.forward
     return lambda x, rows: whole(x, replace(rows, routes_causally=True))

@@ -179,6 +179,26 @@ def test_gumbel_noise_is_drawn_in_training_alone():
     assert torch.equal(router.eval()(x, rows_of(40)).token_index, router(x, rows_of(40)).token_index)
 
 
+def test_the_noise_is_the_difference_of_two_gumbel_draws_which_is_logistic():
+    """Every row is taken and every logit is zero, so weights show nothing but the noise."""
+    torch.manual_seed(0)
+    router = router_of(gumbel_noise=0.5, capacity_factor=3.0).train()
+    router.scorer.weight.data.zero_()
+    routing = router(torch.randn(20_000, 4), rows_of(20_000))
+    assert len(routing.expert_weights) == 60_000
+    noise = routing.expert_weights.detach().double().logit() / 0.5
+    for share in (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99):
+        error = math.sqrt(1 / (share * (1 - share) * 60_000))  # of a quantile of that many draws
+        assert float(noise.quantile(share)) == pytest.approx(math.log(share / (1 - share)), abs=4 * error)
+    assert float(noise.var()) == pytest.approx(math.pi**2 / 3, rel=0.03)
+    gumbel = -(-torch.rand(2, 60_000).double().clamp_min(1e-9).log()).log()
+    drawn = (gumbel[0] - gumbel[1]).sort().values
+    assert (noise.sort().values - drawn)[600:-600].abs().max() < 0.2
+    table = torch.zeros(20_000, 3, dtype=torch.float64).index_put((routing.token_index, routing.expert_ids), noise)
+    between = torch.corrcoef(table.T)
+    assert (between - torch.eye(3)).abs().max() < 0.03, "each expert draws its own"
+
+
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_it_is_the_loop_over_experts(score):
     """Expert by expert, row by row, each takes the best that is left until it is full."""
