@@ -56,33 +56,27 @@ def short_run(steps: int, **changes: Any) -> TrainSettings:
 
 @dataclass(frozen=True)
 class Size:
-    """Models of one size: groups of names, each measured in the steps of its first, and how they are trained."""
+    """How the models of one size are trained, and where."""
 
-    groups: tuple[tuple[str, ...], ...]
     settings: TrainSettings
     device: str = "cpu"
 
 
-def of_plan(size: str, settings: TrainSettings) -> Size:
-    """Every architecture at a size of ours; state spaces last, whose scan takes a processor longest."""
-    return Size((tuple(f"{name}_{size}" for name in ARCHITECTURES),), settings)
-
-
 SIZES = {
-    "pico": of_plan("pico", short_run(400)),
-    "nano": of_plan("nano", short_run(240, evaluate_every=15)),
-    "micro": of_plan("micro", short_run(120, evaluate_every=10)),
-    "94m": Size(
-        (
-            ("chameleon_94m", "mot_94m", "moe4x_94m"),
-            ("chameleon_90m", "moma_90m_1t1i", "moma_90m_2t2i", "moma_90m_4t4i", "momad_90m_4t4i", "moe_90m_8x"),
-            ("mamba_94m", "mixture_of_mamba_94m"),
-        ),
-        short_run(4000, batch_size=32, sequence_length=1024, learning_rate=1e-3, warmup=200, evaluate_batches=16),
+    "pico": Size(short_run(400)),
+    "nano": Size(short_run(240, evaluate_every=15)),
+    "micro": Size(short_run(120, evaluate_every=10)),
+    "small": Size(
+        short_run(4000, batch_size=128, learning_rate=1e-3, warmup=200, evaluate_batches=16, save_every=500),
         device="cuda",
     ),
 }
-"""Three sizes that a processor trains, and one for a GPU, which is of the published sizes and was not run here."""
+"""Three sizes that a processor trains, and one for a GPU, which was not run here."""
+
+
+def names_of(size: str) -> list[str]:
+    """Zoo names of a size, the baseline first."""
+    return [f"{name}_{size}" for name in ARCHITECTURES]
 
 
 def planned(sizes: list[str], only: list[str], num_seeds: int) -> list[tuple[str, str, int]]:
@@ -95,7 +89,7 @@ def planned(sizes: list[str], only: list[str], num_seeds: int) -> list[tuple[str
     """
     runs = []
     for size in sizes:
-        names = [name for group in SIZES[size].groups for name in group]
+        names = names_of(size)
         wanted = [name for name in names if not only or {name, name.removesuffix(f"_{size}"), size} & set(only)]
         for slow in (False, True):
             chosen = [name for name in wanted if ("mamba" in name) == slow]
@@ -160,16 +154,12 @@ def status(out: Path, runs: list[tuple[str, str, int]]) -> dict[str, list[str]]:
     return found
 
 
-def baselines(size: str) -> dict[str, str]:
-    """Models of a size that are measured in another one's steps than the first's."""
-    groups = SIZES[size].groups
-    return {name: group[0] for group in groups[1:] for name in group} | baselines_of(groups[0])
-
-
 def gather(out: Path, size: str) -> Comparison:
     """What is finished of a size."""
-    names = [name for group in SIZES[size].groups for name in group]
-    comparison = Comparison(names=names, seeds=list(SEEDS), settings=SIZES[size].settings, baselines=baselines(size))
+    names = names_of(size)
+    comparison = Comparison(
+        names=names, seeds=list(SEEDS), settings=SIZES[size].settings, baselines=baselines_of(names)
+    )
     for name in names:
         for seed in SEEDS:
             run = Run.load(folder_of(out, size, name, seed))
@@ -181,11 +171,11 @@ def gather(out: Path, size: str) -> Comparison:
 def clock(out: Path, sizes: list[str], only: list[str], rounds: int) -> None:
     """Times a step of each model beside its baseline's, in turns, and keeps what it finds."""
     for size in sizes:
-        path, first, settings = out / size / "times.json", SIZES[size].groups[0][0], SIZES[size].settings
+        path, names, settings = out / size / "times.json", names_of(size), SIZES[size].settings
         kept = json.loads(path.read_text()) if path.exists() else {}
         corpus = Corpus.load(settings.data)
         for _, name, _ in planned([size], only, 1):
-            base = baselines(size).get(name, first)
+            base = baselines_of(names).get(name, names[0])
             if name == base or name in kept:
                 continue
             kept[name] = seconds_per_step(name, base, settings, corpus=corpus, rounds=rounds, device=SIZES[size].device)
@@ -209,7 +199,7 @@ def save(out: Path, size: str, folder: Path, date: str) -> list[Path]:
     paths = [stem.with_suffix(".json"), stem.with_suffix(".png"), stem.with_name(f"{stem.name}-shares.png")]
     paths[0].write_text(json.dumps(compare_tables.rounded(plain)) + "\n")
     groups = {title: [f"{name}_{size}" for name in names] for title, names in compare_tables.PANELS.items()}
-    draw_curves(comparison, paths[1], groups=groups if size != "94m" else None)
+    draw_curves(comparison, paths[1], groups=groups)
     draw_shares(comparison.rows(), comparison.modalities, paths[2], title=f"{size}: share of the baseline's steps")
     return paths
 

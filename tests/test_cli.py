@@ -216,5 +216,5 @@ def test_numbers_as_people_read_them():
     ]
     assert known(None) == "unknown"
     assert spread(None) == "–"
-    assert spread({"mean": 0.5, "std": 0.1, "n": 3}, percent=True) == "50 ± 10 %"
-    assert spread({"mean": 1.25, "std": 0.0, "n": 1}) == "1.250"
+    assert spread({"mean": 0.5, "half": 0.1}, percent=True) == "50 ± 10 %"
+    assert spread({"mean": 1.25, "half": None}) == "1.250"

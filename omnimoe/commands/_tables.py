@@ -32,13 +32,14 @@ def known(number: float | None) -> str:
     return "unknown" if number is None else count(number)
 
 
-def spread(measured: dict[str, float] | None, *, percent: bool = False) -> str:
-    """A mean with its spread over seeds; a dash where nothing was measured."""
+def spread(measured: dict[str, Any] | None, *, percent: bool = False) -> str:
+    """A mean with half its 95 % interval over seeds; a dash where nothing was measured."""
     if measured is None:
         return "–"
     scale, digits, unit = (100, 0, " %") if percent else (1, 3, "")
     mean = f"{measured['mean'] * scale:.{digits}f}"
-    return mean + (f" ± {measured['std'] * scale:.{digits}f}" if measured["n"] > 1 else "") + unit
+    half = measured["half"]
+    return mean + ("" if half is None else f" ± {half * scale:.{digits}f}") + unit
 
 
 def comparison_table(rows: list[dict[str, Any]], modalities: list[str]) -> Group:

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     console().print(comparison_table(rows, comparison.modalities))
     measured = ", ".join(f"{name} in those of {base}" for name, base in comparison.baselines.items())
     print(
-        f"\nsteps: share of {names[0]}'s steps that a model needs to reach its held-out loss, mean ± standard "
-        f"deviation over {args.seeds} seeds{'; ' * bool(measured)}{measured}\n"
+        f"\nsteps: share of {names[0]}'s steps that a model needs to reach its held-out loss, mean ± half the "
+        f"95 % interval over {args.seeds} seeds{'; ' * bool(measured)}{measured}\n"
         f"FLOPs/token: forward, in sequences of {settings.sequence_length}"
     )
     if any(row["scored"] == LOOKS_AHEAD for row in rows):

@@ -58,7 +58,7 @@ def out(tmp_path):
 
 def test_the_plan_names_registered_models_each_once_with_slow_ones_last():
     runs = compare_flops.planned(list(compare_flops.SIZES), [], 3)
-    assert len(set(runs)) == len(runs) == 3 * (3 * len(ARCHITECTURES) + 11)
+    assert len(set(runs)) == len(runs) == 3 * 4 * len(ARCHITECTURES)
     assert all(name in MODELS for _, name, _ in runs)
     pico = [(name, seed) for size, name, seed in runs if size == "pico"]
     assert pico[0] == ("dense_pico", 0)
@@ -67,23 +67,6 @@ def test_the_plan_names_registered_models_each_once_with_slow_ones_last():
     assert ("pico", "mot_pico", 0) in chosen
     assert ("pico", "dense_pico", 0) not in chosen
     assert ("nano", "dense_nano", 0) in chosen
-
-
-@pytest.mark.parametrize("size", compare_flops.SIZES)
-def test_a_size_has_one_vocabulary_and_a_baseline_of_equal_cost(size):
-    from omnimoe.flops import flops
-
-    found = compare_flops.SIZES[size]
-    names = [name for group in found.groups for name in group]
-    configs = {name: MODELS.get(name)() for name in names}
-    assert len({str(config.token_ranges) for config in configs.values()}) == 1
-    length = found.settings.sequence_length
-    for name in names:
-        base = compare_flops.baselines(size).get(name, names[0])
-        cost, first = (flops(configs[held], sequence_length=length).per_token for held in (name, base))
-        # state spaces have no scores, and the published mixture of depths was matched in longer sequences
-        unequal = {"mamba": 0.13, "momad_90m": 0.05}
-        assert cost / first == pytest.approx(1, abs=next((unequal[held] for held in unequal if held in name), 0.01))
 
 
 def test_what_is_finished_running_and_left(out, capsys):
@@ -216,7 +199,6 @@ def test_the_corpus_fits_every_size(size):
     found = compare_flops.SIZES[size]
     short = found.settings.replace(batch_size=1, evaluate_batches=1)
     corpus = Corpus.load(short.data)
-    for group in found.groups:
-        (batch,) = held_out_batches(MODELS.get(group[0])(), short, corpus)
-        assert batch["input_ids"].shape == (1, short.sequence_length)
-        assert batch["modality_ids"].unique().numel() > 1
+    (batch,) = held_out_batches(MODELS.get(compare_flops.names_of(size)[0])(), short, corpus)
+    assert batch["input_ids"].shape == (1, short.sequence_length)
+    assert batch["modality_ids"].unique().numel() > 1

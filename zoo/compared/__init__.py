@@ -17,11 +17,11 @@ from omnimoe.backbone import LayerRange
 from omnimoe.routers import ByModalityRouter, DepthRouter, ExpertChoiceRouter
 from omnimoe.zoo.card import Card
 from omnimoe.zoo.mot import untied
-from omnimoe.zoo.nano import dense_micro, dense_nano, dense_pico
+from omnimoe.zoo.nano import dense_micro, dense_nano, dense_pico, dense_small
 
-SIZES = {"pico": dense_pico, "nano": dense_nano, "micro": dense_micro}
+SIZES = {"pico": dense_pico, "nano": dense_nano, "micro": dense_micro, "small": dense_small}
 """The dense model of each size."""
-DEPTHS = {"pico": (7, 288), "nano": (8, 544), "micro": (12, 816)}
+DEPTHS = {"pico": (7, 288), "nano": (8, 544), "micro": (12, 816), "small": (14, 1248)}
 """Layers and width of experts with which a mixture of depths costs what the dense model does."""
 
 

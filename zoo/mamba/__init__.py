@@ -266,3 +266,15 @@ def mamba_micro() -> OmniMoeConfig:
 def mixture_of_mamba_micro() -> OmniMoeConfig:
     """Mixture-of-Mamba, 10M active: projections for each of three modalities."""
     return mixture(mamba_micro())
+
+
+@register_model("mamba_small")
+def mamba_small() -> OmniMoeConfig:
+    """Dense state spaces, 28M: every weight serves all modalities; to be trained on a GPU."""
+    return mamba_layers(nano_base(), 512, 15)
+
+
+@register_model("mixture_of_mamba_small")
+def mixture_of_mamba_small() -> OmniMoeConfig:
+    """Mixture-of-Mamba, 28M active: projections for each of three modalities; to be trained on a GPU."""
+    return mixture(mamba_small())

@@ -1,8 +1,8 @@
 """Small models of our own over text, pictures and speech: four architectures at one count of active weights.
 
-They are made for our tokenizers, train in minutes on a CPU, and all generate: no router looks at a later token. Every
-token choice takes two experts of half the width. With one expert of full width, the norm after the experts
-("swin norm") would divide its gate away, and routers would learn from the balance loss alone.
+They are made for our tokenizers, train in minutes on a CPU (``small`` is for a GPU), and all generate: no router looks at a
+later token. Every token choice takes two experts of half the width. With one expert of full width, the norm after the
+experts ("swin norm") would divide its gate away, and routers would learn from the balance loss alone.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from omnimoe.zoo.mot import untied
 
 CARD = Card(
     family="nano",
-    title="Dense, MoT, MoMa and MoE at 1, 3 and 10 million active parameters, over text, pictures and speech",
+    title="Dense, MoT, MoMa and MoE at 1, 3, 10 and 28 million active parameters, over text, pictures and speech",
     paper="https://arxiv.org/abs/2411.04996",
     papers={
-        **dict.fromkeys(("dense_pico", "dense_nano", "dense_micro"), "https://arxiv.org/abs/2405.09818"),
-        **dict.fromkeys(("moma_pico", "moma_nano", "moma_micro"), "https://arxiv.org/abs/2407.21770"),
-        **dict.fromkeys(("moe_pico", "moe_nano", "moe_micro"), "https://arxiv.org/abs/2401.04088"),
+        **dict.fromkeys(("dense_pico", "dense_nano", "dense_micro", "dense_small"), "https://arxiv.org/abs/2405.09818"),
+        **dict.fromkeys(("moma_pico", "moma_nano", "moma_micro", "moma_small"), "https://arxiv.org/abs/2407.21770"),
+        **dict.fromkeys(("moe_pico", "moe_nano", "moe_micro", "moe_small"), "https://arxiv.org/abs/2401.04088"),
     },
 )
 
@@ -168,3 +168,32 @@ def moma_micro() -> OmniMoeConfig:
 def moe_micro() -> OmniMoeConfig:
     """Mixture of experts, 10M active: two of eight half-width experts, whatever the modality."""
     return token_choice(dense_micro())
+
+
+@register_model("dense_small")
+def dense_small() -> OmniMoeConfig:
+    """Dense, 28M: every weight serves all modalities; to be trained on a GPU."""
+    return nano_base().replace(
+        hidden_size=512,
+        num_layers=8,
+        attention=Attention.Config(num_heads=8, qk_norm="rms"),
+        experts=FeedForward.Config(intermediate_size=1408),
+    )
+
+
+@register_model("mot_small")
+def mot_small() -> OmniMoeConfig:
+    """Mixture-of-Transformers, 28M active: a tower for each of three modalities; to be trained on a GPU."""
+    return untied(dense_small())
+
+
+@register_model("moma_small")
+def moma_small() -> OmniMoeConfig:
+    """MoMa with token choice, 28M active: two of four half-width experts of the token's modality."""
+    return modality_experts(dense_small())
+
+
+@register_model("moe_small")
+def moe_small() -> OmniMoeConfig:
+    """Mixture of experts, 28M active: two of eight half-width experts, whatever the modality."""
+    return token_choice(dense_small())
