@@ -164,8 +164,8 @@ def _with_experts(part: Any, asked: ExpertsAsked, router: Router.Config | None, 
     if router is None:
         router = _router_of(held, counts, pools)
     if isinstance(asked, Mapping) and not isinstance(router, ByModalityRouter.Config):
-        is_grouped = isinstance(held, ByModalityRouter.Config)
-        router = (held if is_grouped else ByModalityRouter.Config()).replace(experts=counts, router=router)
+        groups = held if isinstance(held, ByModalityRouter.Config) else ByModalityRouter.Config()
+        router = groups.replace(experts=counts, router=router)
     if isinstance(part, FeedForward.Config):
         return RoutedExperts.Config(
             num_experts=sum(counts),
