@@ -1,8 +1,8 @@
 """Small models of our own over text, pictures and speech: four architectures at one count of active weights.
 
-They are made for our tokenizers, train in minutes on a CPU (``small`` is for a GPU), and all generate: no router looks at a
-later token. Every token choice takes two experts of half the width. With one expert of full width, the norm after the
-experts ("swin norm") would divide its gate away, and routers would learn from the balance loss alone.
+They are made for our tokenizers, train in minutes on a CPU (``small`` is for a GPU), and all generate: no router looks
+at a later token. Every token choice takes two experts of half the width. With one expert of full width, the norm after
+the experts ("swin norm") would divide its gate away, and routers would learn from the balance loss alone.
 """
 
 from __future__ import annotations
