@@ -53,7 +53,8 @@ def _train(args: argparse.Namespace, device) -> int:
     # a seed's data go on where they were, so they are read as they were
     base = load_settings(folder if resume else seed) if resume or seed is not None else TrainSettings()
     if not resume:
-        base = base.replace(stage="whole", **({"freeze": ""} if getattr(args, "stage", "") == "auxiliary" else {}))
+        held = {"freeze": ""} if getattr(args, "stage", "") == "auxiliary" else {}
+        base = base.replace(stage="whole", auxiliary_threshold="set", **held)
     settings = read_settings(args, base)
     if settings.stage == "auxiliary" and args.source is None:
         raise ValueError("--stage auxiliary is for a model that is trained; name it with --from RUN")

@@ -50,6 +50,11 @@ class AuxiliaryRouter(nn.Module):
         """Whether any training step moved it; read back to the host."""
         return bool(self.outer.weight.detach().any())
 
+    def drop_bias(self) -> None:
+        """Leaves the threshold at one half for good, as MoMa has it: a bias of zero, which is not trained."""
+        assert self.outer.bias is not None
+        nn.init.zeros_(self.outer.bias.requires_grad_(False))
+
     def forward(self, x: Tensor) -> Tensor:
         """``(N, D)`` to ``(N, E)`` float32, the logit of each choice."""
         return self.outer(F.silu(self.inner(x)))

@@ -18,6 +18,7 @@ from omnimoe.auxiliary import hold_all_but_auxiliary
 from omnimoe.data import Corpus
 from omnimoe.freeze import freeze
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
+from omnimoe.routers import AuxiliaryRouter
 from omnimoe.routing_trace import record_routing
 from omnimoe.train.checkpoint import ResumeError, load_checkpoint, load_state, save_checkpoint
 from omnimoe.train.data import Batch, held_out_batches, training_batches
@@ -109,6 +110,10 @@ class Training:
             freeze(model, settings.frozen)
         if settings.stage == "auxiliary":
             hold_all_but_auxiliary(model)
+            if settings.auxiliary_threshold == "half_unbiased":
+                for module in model.modules():
+                    if isinstance(module, AuxiliaryRouter):
+                        module.drop_bias()
         self.optimizer = make_optimizer(model, settings)
         self.processes = Processes.current()
         self.processes.check(settings.batch_size)
@@ -266,7 +271,7 @@ class Training:
                 if self.step % settings.log_every == 0 or self.step == settings.steps:
                     self._log_training(log, values)
                 ends = self.step == settings.steps
-                if ends and settings.stage == "auxiliary":
+                if ends and settings.stage == "auxiliary" and settings.auxiliary_threshold == "set":
                     self._set_thresholds()
                 if self.held_out and (ends or (settings.evaluate_every and self.step % settings.evaluate_every == 0)):
                     self._evaluate(log)

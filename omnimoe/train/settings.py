@@ -10,6 +10,7 @@ from omnimoe.config import Config, ConfigError
 PRECISIONS = ("fp32", "bf16")
 ROUTER_NAN = ("raise", "warn", "off")
 STAGES = ("whole", "auxiliary")
+THRESHOLDS = ("set", "half", "half_unbiased")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,9 @@ class TrainSettings(Config):
     """Keys whose weights stay as they are, as in text or text,image; see :func:`omnimoe.freeze`."""
     stage: str = "whole"
     """``"whole"`` trains the model, ``"auxiliary"`` its auxiliary routers alone, which is MoMa's second stage."""
+    auxiliary_threshold: str = "set"
+    """Where that stage leaves thresholds: ``"set"`` at its end so that as many tokens are taken as the batch chose,
+    ``"half"`` at one half, a trained bias inside, ``"half_unbiased"`` at one half without a bias, as MoMa has it."""
     seed: int = 0
     """Seed of weights and data order."""
     evaluate_every: int = 100
@@ -101,9 +105,19 @@ class TrainSettings(Config):
             raise ConfigError(
                 f"stage 'auxiliary' freezes all else by itself, got freeze={self.freeze!r} beside it; drop it"
             )
-        for name, known in (("precision", PRECISIONS), ("router_nan", ROUTER_NAN), ("stage", STAGES)):
+        for name, known in (
+            ("precision", PRECISIONS),
+            ("router_nan", ROUTER_NAN),
+            ("stage", STAGES),
+            ("auxiliary_threshold", THRESHOLDS),
+        ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        if self.auxiliary_threshold != "set" and self.stage != "auxiliary":
+            raise ConfigError(
+                f"auxiliary_threshold {self.auxiliary_threshold!r} is of stage 'auxiliary', got stage {self.stage!r}; "
+                "drop it"
+            )
 
     @property
     def mixture(self) -> dict[str, float] | None:

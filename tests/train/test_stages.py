@@ -72,6 +72,39 @@ def test_it_trains_auxiliary_routers_alone_and_evaluates_by_them(seed_run, corpu
     assert made.generate(torch.tensor([[1, 20, 30]]), max_new_tokens=3, min_new_tokens=3).shape == (1, 6)
 
 
+def biases_of(run: Training) -> dict[str, torch.Tensor]:
+    return {name: held for name, held in run.model.state_dict().items() if name.endswith(".auxiliary.outer.bias")}
+
+
+def test_thresholds_are_left_at_one_half_where_that_is_asked_for_with_a_bias_or_as_moma_has_it(seed_run, corpus):
+    runs = []
+    for threshold in ("set", "half", "half_unbiased"):
+        torch.manual_seed(0)
+        runs.append(second(seed_run, corpus, steps=3, evaluate_batches=0, auxiliary_threshold=threshold))
+        runs[-1].run()
+    left, half, none = map(biases_of, runs)
+    assert left.keys() == half.keys() == none.keys()
+    assert len(left) == 2 * 3 + 1, "a group of each layer, and depth"
+    steps = 3 * 1e-2 * 1.01  # no bias is trained further than that, while setting it moves it to where tokens lie
+    assert all(0 < held.abs().max() < steps for held in half.values())
+    assert any(not torch.equal(left[name], half[name]) for name in left)
+    assert not any(held.any() for held in none.values())
+    states = [run.model.state_dict() for run in runs]
+    weights = [name for name in states[0] if ".auxiliary." in name and name.endswith("weight")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in weights)
+    assert all(states[2][name].any() for name in weights)
+
+
+def test_a_bias_that_was_trained_before_is_taken_away(seed_run, corpus):
+    model = omnimoe.add_auxiliary_routers(from_pretrained(seed_run / "checkpoint"))
+    for name, held in model.named_parameters():
+        if name.endswith(".auxiliary.outer.bias"):
+            held.data.fill_(0.5)
+    asked = settings(stage="auxiliary", auxiliary_threshold="half_unbiased")
+    run = Training(model, asked, corpus=corpus, show_progress=False)
+    assert not any(held.any() for held in biases_of(run).values())
+
+
 def test_what_is_foretold_is_the_choice_without_noise(seed_run, corpus):
     run, modes = second(seed_run, corpus, steps=1, evaluate_batches=0), set()
     run.model.register_forward_pre_hook(lambda module, given: modes.add(module.training))
@@ -100,6 +133,10 @@ def test_a_model_without_auxiliary_routers_and_a_freeze_beside_it_are_refused(co
         settings(stage="auxiliary", freeze="text")
     with pytest.raises(ConfigError, match="unknown stage 'second'; known: whole, auxiliary"):
         settings(stage="second")
+    with pytest.raises(ConfigError, match="unknown auxiliary_threshold 'third'; known: set, half, half_unbiased"):
+        settings(stage="auxiliary", auxiliary_threshold="third")
+    with pytest.raises(ConfigError, match="auxiliary_threshold 'half' is of stage 'auxiliary', got stage 'whole'"):
+        settings(auxiliary_threshold="half")
 
 
 def test_at_the_command_line(seed_run, corpus, tmp_path, capsys):
@@ -108,11 +145,13 @@ def test_at_the_command_line(seed_run, corpus, tmp_path, capsys):
     assert main(["generate", "--model", str(seed_run / "checkpoint"), *asked]) != 0
     assert "--stage auxiliary" in capsys.readouterr().err
     called = ["train", "--from", str(seed_run), "--stage", "auxiliary", "--out", str(run), *QUICK]
+    called += ["--auxiliary-threshold", "half"]
     assert main([*called, "--steps", "2"]) == 0
     told = capsys.readouterr().out
     assert "auxiliary routers, which alone are trained" in told
     assert "every token routed by itself" in told
     assert load_settings(run / "checkpoint").stage == "auxiliary"
+    assert load_settings(run / "checkpoint").auxiliary_threshold == "half"
     before, after = (from_pretrained(folder / "checkpoint").state_dict() for folder in (seed_run, run))
     assert all(torch.equal(after[name], held) for name, held in before.items())
     assert any(after[name].any() for name in after if ".auxiliary.outer" in name)
@@ -120,5 +159,6 @@ def test_at_the_command_line(seed_run, corpus, tmp_path, capsys):
     # training goes on whole from there, unless it is asked not to
     assert main(["train", "--from", str(run), "--out", str(more), *QUICK, "--steps", "1"]) == 0
     assert load_settings(more / "checkpoint").stage == "whole"
+    assert load_settings(more / "checkpoint").auxiliary_threshold == "set"
     assert main(["train", "dense_nano", "--stage", "auxiliary", "--out", str(tmp_path / "none")]) != 0
     assert "name it with --from RUN" in capsys.readouterr().err
