@@ -68,6 +68,11 @@ class DepthRouter(nn.Module, Configurable):
             self.check_not_negative("auxiliary_coef")
 
         @property
+        def is_causal(self) -> bool:
+            """Whether a row's choice depends on that row alone: never, but where that is asked for."""
+            return False
+
+        @property
         def has_causal_form(self) -> bool:
             """Whether it can choose a row by that row alone."""
             return self.causal_form != "none"

@@ -129,6 +129,9 @@ def test_all_rows_at_weight_one_are_the_plain_layer():
 def test_a_later_token_changes_an_earlier_one_so_it_does_not_generate():
     config = with_depth("dense")
     assert not config.is_causal
+    for form in ("none", "auxiliary"):
+        depth = DepthRouter.Config(causal_form=form)
+        assert (depth.is_causal, depth.has_causal_form) == (False, form == "auxiliary")
     model = build(config)
     one, moved = ids_like(config, seed=1), []
     for seed in range(2, 8):
