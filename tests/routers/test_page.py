@@ -17,6 +17,7 @@ from omnimoe.experts import FeedForward, RoutedExperts, SoftExperts
 from omnimoe.model import MODELS
 from omnimoe.routers import ROUTERS, DepthRouter, HashRouter, TopKRouter
 from omnimoe.routers.balance import BalanceConfig
+from omnimoe.train import TrainSettings
 from tests.train.runs import settings, tiny
 
 PAGE = (Path(__file__).parents[2] / "docs" / "routers.md").read_text(encoding="utf-8")
@@ -75,7 +76,7 @@ def test_every_router_and_field_is_on_the_page():
 def test_every_setting_on_the_page_exists():
     """Those written ``field=value``."""
     configs = [ROUTERS.get(name).Config for name in ROUTERS.names()]
-    configs += [RoutedExperts.Config, SoftExperts.Config, DepthRouter.Config]
+    configs += [RoutedExperts.Config, SoftExperts.Config, DepthRouter.Config, TrainSettings]
     known = {field.name for config in configs for field in dataclasses.fields(config)}
     known |= {"step", "depth", "by", "path", "use_cache", "router", "towers", "router_aux_loss_coef"}
     quoted = " ".join(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)))
