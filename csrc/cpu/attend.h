@@ -106,6 +106,18 @@ Accumulator<T> share_row(const Scores<T>& s, int64_t row, Accumulator<T> top, ty
   return sum<A>(total);
 }
 
+// One past the last key that a query may see.
+inline int64_t end_of_keys(const Attend& a, int64_t sequence, int64_t query) {
+  if (a.is_causal) return least(a.keys, query + 1 + a.keys - a.queries);
+  if (!a.mask) return a.keys;
+  const bool* seen = a.mask + sequence * a.mask_batch_stride + query * a.mask_row_stride;
+  int64_t end = a.keys;
+  uint64_t eight;
+  while (end >= 8 && (std::memcpy(&eight, seen + end - 8, 8), !eight)) end -= 8;
+  while (end && !seen[end - 1]) --end;
+  return end;
+}
+
 template <class T>
 void attend(const Attend& a) {
   using A = Accumulator<T>;
@@ -113,7 +125,7 @@ void attend(const Attend& a) {
   using Unit = typename Scheme<T>::Unit;
   using Share = typename ShareOf<T>::type;
   constexpr int64_t lanes = kLanes<T>, panel = kPanel<T>;
-  const int64_t group = a.heads / a.kv_heads, rows = a.queries * group, late = a.keys - a.queries;
+  const int64_t group = a.heads / a.kv_heads, rows = a.queries * group;
   int64_t at_once = least(kQueriesAtOnce, rows);
   const auto tasks_of = [&] { return a.batch * a.kv_heads * ceil_div(rows, at_once); };
   while (at_once > kFewQueries && tasks_of() < 2 * a.threads.count) at_once = ceil_div(at_once, 2);
@@ -125,11 +137,11 @@ void attend(const Attend& a) {
       (at_once * query_stride + key_panels * key_units * panel + value_panels * value_units * panel +
        kMostRows * share_stride) * int64_t{sizeof(Unit)} +
       (key_panels * kMostRows * panel + at_once * (value_panels * panel + 2)) * int64_t{sizeof(A)} +
-      at_once * int64_t{sizeof(int64_t)} + 1024;
+      2 * at_once * int64_t{sizeof(int64_t)} + 1024;
   for_each_task(a.threads, tasks_of(), bytes, [&](int64_t task, Scratch& scratch) {
     const int64_t first = task % chunks * at_once, count = least(at_once, rows - first);
     const int64_t kv_head = task / chunks % a.kv_heads, b = task / chunks / a.kv_heads;
-    int64_t* place = scratch.take<int64_t>(at_once);
+    int64_t *place = scratch.take<int64_t>(at_once), *ends = scratch.take<int64_t>(at_once);
     Unit* copy = scratch.take<Unit>(at_once * query_stride);
     Unit* packed_keys = scratch.take<Unit>(key_panels * key_units * panel);
     Unit* packed_values = scratch.take<Unit>(value_panels * value_units * panel);
@@ -143,6 +155,7 @@ void attend(const Attend& a) {
     const auto head_of = [&](int64_t r) { return kv_head * group + (first + r) % group; };
     for (int64_t r = 0; r < count; ++r) {
       place[r] = head_of(r) * a.query.head_stride + query_of(r) * a.query.row_stride;
+      ends[r] = r && query_of(r) == query_of(r - 1) ? ends[r - 1] : end_of_keys(a, b, query_of(r));
       top[r] = kLowest<A>;
       total[r] = 0;
     }
@@ -150,8 +163,12 @@ void attend(const Attend& a) {
     const T* keys = static_cast<const T*>(a.key.data) + b * a.key.batch_stride + kv_head * a.key.head_stride;
     const T* values = static_cast<const T*>(a.value.data) + b * a.value.batch_stride + kv_head * a.value.head_stride;
     const Staged<T> left = stage<T>({queries, 1, place}, 0, count, a.width, copy);
-    const auto end_of = [&](int64_t r) { return a.is_causal ? least(a.keys, query_of(r) + 1 + late) : a.keys; };
-    const int64_t end = end_of(count - 1);
+    const auto last_end = [&](int64_t start, int64_t size) {
+      int64_t last = 0;
+      for (int64_t r = start; r < start + size; ++r) last = ends[r] > last ? ends[r] : last;
+      return last;
+    };
+    const int64_t end = last_end(0, count);
     for (int64_t block = 0; block < end; block += kKeysAtOnce) {
       const int64_t held = least(kKeysAtOnce, end - block);
       for (int64_t key = 0; key < held; key += lanes)
@@ -164,13 +181,13 @@ void attend(const Attend& a) {
                        int(least(lanes, c < a.value_width ? a.value_width - c : 0)), held,
                        packed_values + c / panel * value_units * panel + c % panel, panel);
       in_blocks(count, kMostRows, [&](int64_t start, int64_t size) {
-        const int64_t seen = least(held, end_of(start + size - 1) - block);
+        const int64_t seen = least(held, last_end(start, size) - block);
         if (seen <= 0) return;
         for (int64_t p = 0; p < ceil_div(seen, panel); ++p)
           panel_tile<T>(size, left.data + start * left.stride, left.stride, 1, packed_keys + p * key_units * panel,
                         key_units, tiles + p * kMostRows * panel);
         for (int64_t i = 0; i < size; ++i) {
-          const int64_t r = start + i, own = least(seen, end_of(r) - block);
+          const int64_t r = start + i, own = least(seen, ends[r] - block);
           const bool* mask = a.mask ? a.mask + b * a.mask_batch_stride + query_of(r) * a.mask_row_stride + block : nullptr;
           const Scores<T> scores{tiles, own < 0 ? 0 : own, ceil_div(seen, lanes) * lanes, mask, A(a.scale)};
           const A found = scale_row<T>(scores, i), most = found > top[r] ? found : top[r];

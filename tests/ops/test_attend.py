@@ -87,6 +87,31 @@ def test_the_kernel_at_any_size(dtype, kind, shape):
 
 
 @pytest.mark.usefixtures("compiled")
+@settings(max_examples=30)
+@given(
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    ends=st.lists(st.integers(0, 1100), min_size=1, max_size=40),
+    keys=st.integers(1, 1100),
+    seed=st.integers(0, 9),
+)
+def test_masks_that_end_anywhere(heads, ends, keys, seed):
+    query, key, value = parts(1, *heads, len(ends), keys, 5, 6, torch.float32, seed)
+    last = torch.tensor(ends).clamp_max(keys)
+    mask = drawn_mask(1, len(ends), keys, seed) & (torch.arange(keys) < last[:, None])
+    mask[0, 0, torch.arange(len(ends)), (last - 1).clamp_min(0)] = last > 0  # the last that is seen
+    exact = plain_softmax(query.double(), key.double(), value.double(), mask)
+    found = cpp.attend(query, key, value, mask, 1.0, False)
+    assert not found[:, last == 0].any()
+    assert (found.double() - exact).norm() <= 1e-5 * exact.norm() + 1e-12
+
+
+def plain_softmax(query, key, value, mask):
+    """The reference, with zeros for a query that sees nothing."""
+    seen = mask | ~mask.any(-1, keepdim=True)
+    return reference.attend(query, key, value, seen, 1.0, False) * mask.any(-1)[:, 0, :, None, None]
+
+
+@pytest.mark.usefixtures("compiled")
 @settings(max_examples=40)
 @given(
     heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
