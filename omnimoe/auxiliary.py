@@ -27,7 +27,7 @@ from omnimoe.freeze import Frozen, takes_nothing_in
 from omnimoe.layers import RowLayout
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.model_config import OmniMoeConfig
-from omnimoe.routers import DepthRouter, ExpertChoiceRouter, Router
+from omnimoe.routers import AuxiliaryRouter, DepthRouter, ExpertChoiceRouter, Router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def _has_auxiliary(part: Any) -> bool:
     return inner is not None and _has_auxiliary(inner)
 
 
-def hold_all_but_auxiliary(model: nn.Module) -> Frozen:
+def hold_all_but_auxiliary(model: nn.Module, *, with_bias: bool = True) -> Frozen:
     """Keeps every weight but those of auxiliary routers, and what routers adapt outside of the gradient.
 
     :func:`omnimoe.unfreeze` undoes it. Train in evaluation mode, so that what they learn to foretell is the choice
@@ -144,6 +144,7 @@ def hold_all_but_auxiliary(model: nn.Module) -> Frozen:
 
     Args:
         model: changed in place.
+        with_bias: train a bias, which sets the threshold; else it is taken away, as MoMa has it.
 
     Returns:
         What stays and what is trained.
@@ -160,7 +161,9 @@ def hold_all_but_auxiliary(model: nn.Module) -> Frozen:
     for module in model.modules():
         if isinstance(module, Router):
             module.update = takes_nothing_in  # type: ignore[method-assign]
-    count = sum(parameters[name].numel() for name in trained)
+        elif isinstance(module, AuxiliaryRouter) and not with_bias:
+            module.drop_bias()
+    count = sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in parameters.values())
     return Frozen(names=("all but auxiliary routers",), kept=total - count, trained=count, partly=())
 

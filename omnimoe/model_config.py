@@ -570,3 +570,7 @@ class OmniMoeConfig(PreTrainedConfig):
         for name in _LISTS:
             plain[name] = [item.to_dict() for item in getattr(self, name)]
         return plain
+
+    def declaration(self) -> dict[str, Any]:
+        """Plain values of the fields alone, without what saving adds."""
+        return {name: held for name, held in self.to_dict().items() if name in OmniMoeConfig.__annotations__}

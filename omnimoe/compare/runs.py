@@ -176,7 +176,7 @@ def train_run(
         model=name,
         settings=settings,
         history=history,
-        config=_declared(config),
+        config=config.declaration(),
         is_causal=config.is_causal,
         forward_flops=flops_of(config, settings, corpus),
         total_params=info.total_params,
@@ -213,18 +213,13 @@ def environment(corpus: Corpus, device: str | torch.device) -> dict[str, str]:
     }
 
 
-def _declared(config: OmniMoeConfig) -> dict[str, Any]:
-    """What a config says of the model, without what saving adds."""
-    return {name: held for name, held in config.to_dict().items() if name in OmniMoeConfig.__annotations__}
-
-
 def _check_same(kept: Run, name: str, settings: TrainSettings, config: OmniMoeConfig, folder: Path) -> None:
     was, now = kept.settings.to_dict(), settings.to_dict()
     changed = [f"{key} was {was.get(key)!r} and is {now[key]!r}" for key in now if was.get(key) != now[key]]
     if kept.model != name:
         changed = [f"it is of {kept.model}, not of {name}"]
     # read again, so that a config from before a field was there has its default
-    elif _declared(OmniMoeConfig.from_dict(kept.config)) != _declared(config):
+    elif OmniMoeConfig.from_dict(kept.config).declaration() != config.declaration():
         changed.append(f"{name} is declared otherwise since")
     if changed:
         raise RunError(f"{folder} holds another run: {', '.join(changed)}; take another folder, or remove it")

@@ -17,8 +17,7 @@ from tqdm import tqdm
 from omnimoe.auxiliary import hold_all_but_auxiliary
 from omnimoe.data import Corpus
 from omnimoe.freeze import freeze
-from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
-from omnimoe.routers import AuxiliaryRouter
+from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.routing_trace import record_routing
 from omnimoe.train.checkpoint import ResumeError, load_checkpoint, load_state, save_checkpoint
 from omnimoe.train.data import Batch, held_out_batches, training_batches
@@ -109,11 +108,7 @@ class Training:
         if settings.frozen:
             freeze(model, settings.frozen)
         if settings.stage == "auxiliary":
-            hold_all_but_auxiliary(model)
-            if settings.auxiliary_threshold == "half_unbiased":
-                for module in model.modules():
-                    if isinstance(module, AuxiliaryRouter):
-                        module.drop_bias()
+            hold_all_but_auxiliary(model, with_bias=settings.auxiliary_threshold != "half_unbiased")
         self.optimizer = make_optimizer(model, settings)
         self.processes = Processes.current()
         self.processes.check(settings.batch_size)
@@ -151,7 +146,7 @@ class Training:
         if changed:
             told = ", ".join(f"{key} was {was.get(key)!r} and is {now[key]!r}" for key in changed)
             raise ResumeError(f"{folder} is of a run with other settings: {told}; give the same ones, or another out=")
-        if _declaration(saved.config) != _declaration(self.model.config):
+        if saved.config.declaration() != self.model.config.declaration():
             raise ResumeError(
                 f"{folder} holds a model that is declared otherwise; resume with that one, or another out="
             )
@@ -394,11 +389,3 @@ class Training:
 def _random_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _declaration(config: OmniMoeConfig) -> dict[str, Any]:
-    """What a config says of the model, without what saving adds."""
-    return {name: value for name, value in config.to_dict().items() if name in _FIELDS}
-
-
-_FIELDS = frozenset(OmniMoeConfig.__annotations__)
