@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
-        "arguments": {name: str(held) if isinstance(held, Path) else held for name, held in vars(args).items()},
+        "arguments": {name: held for name, held in vars(args).items() if name not in ("out", "runs")},
         "omnimoe": omnimoe.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
