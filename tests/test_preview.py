@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import wave
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_a_built_folder_shows_the_original_beside_it(tmp_path: Path) -> None:
     assert seconds(tmp_path / "out" / "clips" / "000.wav") == pytest.approx(len(clip) / 16_000)
     # Two pictures of 128 pixels side by side.
     assert Image.open(tmp_path / "out" / "sheet.png").width >= 2 * 128
-    with pytest.raises(CorpusError, match="split 'val' of .* has no rows"):
+    with pytest.raises(CorpusError, match="split 'val' of .* has no rows to show; choose test$"):
         preview_corpus(built, tmp_path / "none", split="val")
 
 
@@ -77,6 +78,44 @@ def test_the_command_builds_and_shows_ones_own_data(
     assert main(["data", "preview", str(source), "--out", str(tmp_path / "page"), "--count", "2"]) == 0
     assert (tmp_path / "page" / "sheet.png").is_file()
     assert not (tmp_path / "page" / "clips").exists()
+
+
+def test_interleaved_documents_alone_are_told_and_shown_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, built = tmp_path / "stories", tmp_path / "built"
+    source.mkdir()
+    Image.fromarray(load_tokenizer("picture").decode(Corpus.load("p").images[0])).save(source / "a.png")
+    tone = (9_000 * np.sin(np.arange(8_000) / 9)).astype("<i2")
+    with wave.open(str(source / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(tone.tobytes())
+    spans = ["A thing ", {"image": "a.png"}, " & sings: ", {"audio": "a.wav"}]
+    lines = [{"spans": spans, "split": "train"}, {"text": "Words alone. " * 100, "split": "test"}]
+    (source / "stories.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["data", "build", "--folder", str(source), "--out", str(built), "--tokenize"]) == 0
+    assert main(["data", "info", str(built)]) == 0
+    assert "and 1 interleaved documents" in capsys.readouterr().out
+
+    page = tmp_path / "page"
+    assert main(["data", "preview", str(built), "--out", str(page)]) == 0
+    names = ["01_text.txt", "02_image.png", "03_image-decoded.png", "04_text.txt", "05_speech.wav"]
+    assert sorted(path.name for path in (page / "documents").iterdir()) == [
+        f"001_{name}" for name in (*names, "06_speech-decoded.wav")
+    ]
+    text = (page / "index.html").read_text(encoding="utf-8")
+    assert re.findall("<img|<audio|A thing|&amp; sings", text) == [
+        "A thing", "<img", "<img", "&amp; sings", "<audio", "<audio"
+    ]  # fmt: skip
+    assert "<table" not in text
+    of_tokens = preview_corpus(built / "tokens", tmp_path / "tokens").read_text(encoding="utf-8")
+    assert re.findall("<img|<audio|A thing|&amp; sings", of_tokens) == ["A thing", "<img", "&amp; sings", "<audio"]
+    texts = preview_corpus(built, tmp_path / "texts", split="test").read_text(encoding="utf-8")
+    assert "Words alone. Words" in texts
+    assert "…" in texts
+    for folder in (built, built / "tokens"):
+        with pytest.raises(CorpusError, match="split 'val' of .* has no rows to show; choose train or test$"):
+            preview_corpus(folder, tmp_path / "none", split="val")
 
 
 @pytest.mark.parametrize(

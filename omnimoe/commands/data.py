@@ -65,9 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     preview = _action(actions, "preview", "write a contact sheet, clips to play and a page of both")
     preview.add_argument("data", nargs="?", default="p", help="a shipped corpus, a built folder, or your own data")
     preview.add_argument("--out", type=Path, required=True, help="folder to write")
-    preview.add_argument("--split", default="train", help="rows of this split")
-    preview.add_argument("--count", type=int, default=24, help="rows to show")
-    preview.add_argument("--seed", type=int, default=0, help="of the choice of rows")
+    preview.add_argument("--split", default="train", help="rows and documents of this split")
+    preview.add_argument("--count", type=int, default=24, help="most rows, and most documents, to show")
+    preview.add_argument("--seed", type=int, default=0, help="of the choice")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -202,6 +202,11 @@ class Corpus:
         """Modality to ``(rows, columns)`` of a span, for those laid out in space."""
         return {key: (int(rows), int(columns)) for key, (rows, columns) in self.meta["grids"].items()}
 
+    @property
+    def main_languages(self) -> tuple[str, ...] | None:
+        """What :meth:`select` is to be asked for where nobody named a language: English, or all where there is none."""
+        return ("en",) if "en" in self.meta["languages"] else None
+
     def select(
         self,
         split: str,
@@ -258,11 +263,12 @@ class Corpus:
         return list(dict.fromkeys(tokenizer.decode(self.texts[index]) for index in chosen))
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """Split to counts: rows, English rows with all three modalities, concepts, pictures, clips, running tokens."""
+        """Split to counts: rows, those of :attr:`main_languages` with all three modalities, concepts, pictures, clips,
+        running tokens."""
         counts = {}
         for number, split in enumerate(SPLITS):
             rows = self.rows["split"] == number
-            triples = self.select(split, having=MODALITIES)
+            triples = self.select(split, languages=self.main_languages, having=MODALITIES)
             texts = self.documents["text"][self.documents["split"] == number]
             counts[split] = {
                 "rows": int(rows.sum()),

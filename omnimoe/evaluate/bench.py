@@ -97,8 +97,7 @@ class Bench:
 
     def rows(self, *having: str, split: str | None = None) -> np.ndarray:
         """``(n,)`` int64: rows of a split in English, or in all languages of a corpus without English."""
-        languages = ("en",) if "en" in self.corpus.meta["languages"] else None
-        return self.corpus.select(split or self.split, languages=languages, having=having)
+        return self.corpus.select(split or self.split, languages=self.corpus.main_languages, having=having)
 
     def concepts(self, *having: str, split: str | None = None, num: int | None = -1) -> list[Example]:
         """One row, as :meth:`rows` has them, for each held-out concept that has all of some modalities.

@@ -68,16 +68,28 @@ def write_page(
             report.text(f"given {modality}: {told}", quiet=True)
         if not spans:
             report.text("The model ended the document at once.", quiet=True)
-        for made, file in zip(spans, written, strict=True):
-            kind = kind_of(made)
-            if kind == "text":
-                report.text(made.raw)
-            elif kind == "sound":
-                rate = made.sample_rate or 1
-                report.sound(file, f"{made.modality}, {len(made.raw) / rate:.1f} s")
-            else:
-                report.picture(file, f"generated {made.modality}, {_size(file)}")
+        add_spans(report, spans, written, told="generated ")
     return report.write(path)
+
+
+def add_spans(report: Report, spans: Sequence[Generated], files: Sequence[Path], *, told: str = "") -> None:
+    """Puts the spans of a document, as :func:`write_spans` wrote them, on a page.
+
+    Args:
+        report: the page.
+        spans: of one document, in order.
+        files: of each.
+        told: what stands before "image, 64 x 64" where a picture cannot be shown.
+    """
+    for made, file in zip(spans, files, strict=True):
+        kind = kind_of(made)
+        if kind == "text":
+            report.text(made.raw)
+        elif kind == "sound":
+            rate = made.sample_rate or 1
+            report.sound(file, f"{made.modality}, {len(made.raw) / rate:.1f} s")
+        else:
+            report.picture(file, f"{told}{made.modality}, {_size(file)}")
 
 
 def _size(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -104,6 +105,14 @@ def test_other_languages_name_the_same_pictures(corpus: Corpus) -> None:
     assert len(german) > 1_000
     assert (corpus.rows["image"][german] >= 0).all()
     assert len(corpus.select("train", languages=None)) > len(corpus.select("train")) + len(german)
+
+
+def test_a_corpus_without_english_is_counted_in_what_it_has(corpus: Corpus) -> None:
+    names = [name.replace("en", "xx") for name in corpus.meta["languages"]]
+    german = dataclasses.replace(corpus, meta={**corpus.meta, "languages": names})
+    assert (german.main_languages, corpus.main_languages) == (None, ("en",))
+    counts = german.summary()["test"]
+    assert counts["triples"] == len(german.select("test", languages=None, having=("text", "image", "speech"))) > 0
 
 
 def test_unknown_names_are_told(corpus: Corpus) -> None:
