@@ -1,8 +1,9 @@
 """Every direction from one model: pictures and speech from words, words and speech from a picture, a mixed document.
 
-    python examples/generate.py my-run/checkpoint --text "a red apple" --out generated
+    python examples/generate.py --text "red heart" --out generated
+    python examples/generate.py my-run/checkpoint --text "red heart" --out generated
 
-The folder is what ``model.save_pretrained`` or ``omnimoe train`` wrote.
+The folder is what ``model.save_pretrained`` or ``omnimoe train`` wrote; without one, the model that ships.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from omnimoe import from_pretrained
+from omnimoe import from_pretrained, load
 from omnimoe.generate import generate, interleave
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a saved model, or a Hub id")
-    parser.add_argument("--text", default="a red apple")
+    parser.add_argument("model", nargs="?", help="folder of a saved model, or a Hub id; omni_nano where none is given")
+    parser.add_argument("--text", default="red heart")
     parser.add_argument("--out", type=Path, default=Path("generated"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    model = from_pretrained(args.model)
+    model = load("omni_nano", pretrained=True) if args.model is None else from_pretrained(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
-    options = {"seed": args.seed, "temperature": 0.9, "top_k": 100}
+    options = {"seed": args.seed}  # how it is sampled is saved with the model, else passed here
 
     pictures = generate(model, {"text": args.text}, to="image", num_samples=4, **options)
     for number, picture in enumerate(pictures, 1):

@@ -28,6 +28,8 @@ ANY = "anything"
 """The target that lets the model choose."""
 MOST = 8
 """Samples that can be asked for."""
+SAMPLING = {"guidance": 1.0, "temperature": 0.9, "top_k": 100}
+"""How the page samples from a model that does not say how."""
 EXAMPLES = ("a red apple", "a lion", "the digit 7", "a blue car", "Flag: Japan")
 
 _CSS = """
@@ -75,7 +77,7 @@ def build_page(
                 targets = [*session.tokenizers, ANY]
                 first = "image" if "image" in targets else targets[0]
                 target = gradio.Radio(targets, value=first, label="Make", elem_id="target")
-                choices = _choices(gradio, session)
+                choices = _choices(gradio, session, first)
                 button = gradio.Button("Generate", variant="primary", size="lg", elem_id="generate")
             with gradio.Column(scale=6, min_width=380):
                 note = gradio.Markdown("Say what you want and press *Generate*.", elem_id="note")
@@ -86,6 +88,8 @@ def build_page(
                 whole = gradio.HTML(visible=False, elem_id="page")
                 players = _players(gradio)
         outputs = [pictures, text, whole, note, *players]
+        moved = [choices[name] for name in SAMPLING]
+        target.change(lambda chosen: list(session.sampling(chosen).values()), target, moved, api_visibility="private")
         gradio.on(
             [button.click, *([given["text"].submit] if "text" in given else [])],
             session.handler(list(given), list(choices)),
@@ -181,20 +185,32 @@ class _Session:
             found.append((name, value.strip() if isinstance(value, str) else value))
         return found
 
+    def sampling(self, target: str) -> dict[str, float]:
+        """What the sliders show for a target: as the model was saved to be sampled, where it was."""
+        saved = self._saved(target)
+        usual = {"guidance": 1.0, "temperature": 1.0, "top_k": 0} if saved else SAMPLING
+        return {name: saved.get(name, value) for name, value in usual.items()}
+
+    def _saved(self, target: str) -> dict[str, float]:
+        saved = getattr(self.model.generation_config, "sampling", None) or {}
+        return saved.get(next(iter(saved), "") if target == ANY else target, {})
+
     def answers(self, target: str, document: list[tuple[str, Any]], options: Mapping[str, Any]) -> Iterator[list[Any]]:
         """What to show, text as it is written."""
         seed = options.get("seed")
         usual: dict[str, Any] = {
             "tokenizers": self.tokenizers,
             "seed": int(torch.randint(2**31, ())) if seed is None else int(seed),
-            "temperature": options["temperature"],
-            "top_k": int(options["top_k"]) or None,
             "num_samples": 1 if options["temperature"] == 0 else int(options["samples"]),
         }
         if "steps" in options:
             usual["steps"] = int(options["steps"])
-        if target == ANY or target in self.guided:
-            usual["guidance"] = options["guidance"]
+        shown = self.sampling(target) if self._saved(target) else {}
+        for name in SAMPLING:
+            # what was not moved is as saved, which may differ by modality and say more than the sliders do
+            if options[name] != shown.get(name) and (name != "guidance" or target == ANY or target in self.guided):
+                every = self.model.config.vocab_size
+                usual[name] = (int(options[name]) or every) if name == "top_k" else options[name]
         note = f"seed {usual['seed']}"
         if target == ANY:
             told = interleave(self.model, document, **usual)
@@ -268,8 +284,8 @@ def _players(gradio: Any) -> list[Any]:
     return found
 
 
-def _choices(gradio: Any, session: _Session) -> dict[str, Any]:
-    own = (getattr(session.model.generation_config, "sampling", None) or {}).get("image", {})
+def _choices(gradio: Any, session: _Session, target: str) -> dict[str, Any]:
+    own = session.sampling(target)
     with gradio.Group():
         with gradio.Row():
             found = {
@@ -277,7 +293,7 @@ def _choices(gradio: Any, session: _Session) -> dict[str, Any]:
                 "guidance": gradio.Slider(
                     0,
                     10,
-                    value=own.get("guidance", 1),
+                    value=own["guidance"],
                     step=0.5,
                     label="Guidance",
                     info="1 is none",
@@ -288,13 +304,15 @@ def _choices(gradio: Any, session: _Session) -> dict[str, Any]:
             found["temperature"] = gradio.Slider(
                 0,
                 2,
-                value=own.get("temperature", 0.9),
+                value=own["temperature"],
                 step=0.05,
                 label="Temperature",
                 info="0 is the likeliest",
                 elem_id="temperature",
             )
-            found["top_k"] = gradio.Slider(0, 500, value=100, step=5, label="Top-k", info="0 is all", elem_id="top_k")
+            found["top_k"] = gradio.Slider(
+                0, 500, value=own["top_k"], step=5, label="Top-k", info="0 is all", elem_id="top_k"
+            )
         with gradio.Row():
             found["seed"] = gradio.Number(
                 value=0, precision=0, minimum=0, label="Seed", info="empty draws a new one", elem_id="seed"

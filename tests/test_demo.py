@@ -16,7 +16,8 @@ from tests.narrow import PICTURE, eager_model, narrow_tokenizers
 gradio = pytest.importorskip("gradio", reason="the page needs the extra 'demo'")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
 
-from omnimoe.demo import build_page, serve  # noqa: E402
+from omnimoe.demo import SAMPLING, _Session, build_page, serve  # noqa: E402
+from omnimoe.generation.sampling import set_sampling  # noqa: E402
 
 TOKENIZERS = {name: held for name, held in narrow_tokenizers().items() if name != "latent"}
 USUAL = {"tokenizers": TOKENIZERS, "seed": 0, "temperature": 0.9, "top_k": 100}
@@ -84,7 +85,6 @@ def pictures(page, count: int) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")) for source in sources]
 
 
-@pytest.mark.slow
 def test_a_caption_is_drawn_as_generate_draws_it(page, model):
     page.fill("#words textarea", "a red apple")
     choose(page, "image", samples=2, guidance=3)
@@ -139,6 +139,42 @@ def test_a_mistake_is_told_on_the_page(page):
     choose(page, "image", samples=1)
     page.click("#generate")
     page.get_by_text("the model was made for 512; shorten the input").first.wait_for()
+
+
+def test_a_page_samples_as_the_model_was_saved_to_be_sampled():
+    model = eager_model()
+    set_sampling(model, {"image": {"guidance": 3.0, "top_k": 7}, "text": {"temperature": 0.5, "top_p": 0.8}})
+    session = _Session(model, TOKENIZERS)
+    assert session.sampling("image") == {"guidance": 3.0, "temperature": 1.0, "top_k": 7}
+    assert session.sampling("text") == {"guidance": 1.0, "temperature": 0.5, "top_k": 0}
+    assert session.sampling("speech") == SAMPLING
+    rest = {"samples": 1, "seed": 0}
+    for target, field, moved in (("image", 0, {"guidance": 1.0, "top_k": 0}), ("text", 1, {"temperature": 1.5})):
+        for changes in ({}, moved):
+            options = session.sampling(target) | rest | changes
+            (*_, shown) = session.answers(target, [("text", "a lion")], options)
+            asked = {**changes, **({"top_k": model.config.vocab_size} if "top_k" in changes else {})}
+            (wanted,) = generate(model, {"text": "a lion"}, target, tokenizers=TOKENIZERS, seed=0, **asked)
+            found = shown[field]["value"]
+            assert np.array_equal(found[0], wanted.raw) if target == "image" else found == wanted.raw
+
+
+@pytest.mark.slow
+def test_sliders_follow_the_target(browser):
+    model = eager_model()
+    set_sampling(model, {"speech": {"guidance": 2.0, "temperature": 0.6, "top_k": 20}})
+    built = build_page(model, tokenizers=TOKENIZERS)
+    opened = browser.new_page()
+    try:
+        opened.goto(serve(built, in_background=True))
+        opened.locator("#target").get_by_label("speech", exact=True).check()
+        for name, value in (("guidance", "2"), ("temperature", "0.6"), ("top_k", "20")):
+            opened.wait_for_function(
+                f"wanted => document.querySelector('#{name} input[type=number]').value === wanted", arg=value
+            )
+    finally:
+        opened.close()
+        built.close()
 
 
 def test_a_taken_port_is_refused(address, model):

@@ -77,6 +77,18 @@ def test_it_runs(name, monkeypatch, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_model_that_ships_generates_in_every_direction(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["generate", "--out", str(tmp_path)])
+    runpy.run_path(str(FOLDER / "generate.py"), run_name="__main__")
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in told] == [
+        *["text -> image"] * 4, "text -> speech", "image -> text", "speech -> text", "image -> speech",
+        "speech -> image", "continued by",
+    ]  # fmt: skip
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {*(f"picture_{number}.png" for number in range(1, 5)), "spoken.wav", "described.wav", "seen.png"}
+
+
 @pytest.mark.parametrize("example", NEEDED)
 def test_an_example_says_what_to_install(example, monkeypatch):
     monkeypatch.setattr(sys, "argv", [example])
