@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +18,33 @@ from omnimoe.spans import span_positions, span_processors
 
 class Generates(GenerationMixin):
     """Generation of a model with ``config`` and the stack ``model``."""
+
+    def generate(self, inputs: Any = None, *args: Any, to: str | None = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``, from ids to ids; with ``to``, from raw inputs to what is seen or heard.
+
+        Args:
+            inputs: ``(B, T)`` ids; with ``to`` a document or several, as :func:`omnimoe.generate` takes them.
+            args: of transformers' ``generate``.
+            to: a modality.
+            kwargs: of transformers' ``generate``, or of :func:`omnimoe.generate`.
+
+        Returns:
+            What transformers' ``generate`` gives; with ``to`` a list of :class:`omnimoe.Generated`.
+
+        Raises:
+            GenerationError: with ``to``, as :func:`omnimoe.generate`.
+
+        Example:
+            >>> from omnimoe import load
+            >>> model = load("omni_nano", pretrained=True)
+            >>> (picture,) = model.generate({"text": "red heart"}, to="image", seed=0)
+            >>> picture.raw.shape
+            (64, 64, 3)
+        """
+        if to is None:
+            return super().generate(inputs, *args, **kwargs)
+        # tokenizers and files are of a tier above the model, which is looked up when it is asked for
+        return importlib.import_module("omnimoe.generate").generate(self, inputs, to, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

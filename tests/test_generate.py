@@ -321,3 +321,13 @@ def test_a_prompt_longer_than_the_model_was_made_for_is_refused(model, tokenizer
         generate(model, long, "image", tokenizers=tokenizers)
     with pytest.raises(GenerationError, match=message):
         interleave(model, long, tokenizers=tokenizers)
+
+
+def test_the_model_s_own_method_is_the_same():
+    model = eager_model()
+    options = {"tokenizers": narrow_tokenizers(), "seed": 3, "num_samples": 2}
+    wanted = generate(model, {"text": "a lion"}, "image", **options)
+    found = model.generate({"text": "a lion"}, to="image", **options)
+    assert all(np.array_equal(one.raw, other.raw) for one, other in zip(found, wanted, strict=True))
+    with pytest.raises(GenerationError, match="img"):
+        model.generate({"text": "a lion"}, to="img", **options)
