@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 from omnimoe.commands._model import DEFAULT, add_model, by_modality, default_device, read_model, read_tokenizers
 
 if TYPE_CHECKING:
+    from omnimoe.model import OmniMoeConfig
     from omnimoe.pipelines import Pipeline
 
 ENDINGS = {"image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"), "speech": (".wav",), "video": (".gif", ".webp")}
 """What an output file may be called."""
+PAGES = (".html", ".htm")
+"""What a page of interleaved documents may be called."""
 ANY = "any"
 """The target that lets the model choose."""
 
@@ -64,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance", type=number, metavar="X", help="classifier-free guidance of pictures and sounds; 1 is none"
     )
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="steps of denoising, where it is denoised; 50 if left out"
+        "--steps", type=int, metavar="N", help="steps of denoising, for what is denoised; 50 if left out"
     )
     parser.add_argument(
         "--size", metavar="HEIGHTxWIDTH", help="of pictures in pixels, for published models that draw any size"
@@ -97,17 +100,20 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--size is for published models that draw any size; {args.model} draws one")
     if args.frames is not None:
         raise ValueError(f"--frames is for published models that film; {args.model} does not")
-    options: dict[str, Any] = {"tokenizers": tokenizers, "num_samples": args.num, "steps": args.steps or 50}
+    options: dict[str, Any] = {"tokenizers": tokenizers, "num_samples": args.num}
     options |= {
         name: getattr(args, name)
         for name in ("seed", "temperature", "top_k", "top_p", "min_p", "guidance", "batch_size")
     }
+    options |= {name: getattr(args, name) for name in ("steps", "max_new_tokens") if getattr(args, name) is not None}
+    config = _config(args.model)
+    if config is not None:
+        _check_modalities(config, documents, args)
     model = read_model(args.model, args.device)
+    _check_modalities(model.config, documents, args)
     is_streamed = sys.stdout.isatty() and not args.json and args.to in ("text", ANY) and len(documents) * args.num == 1
     if is_streamed and args.best_of is None:
         options["on_text"] = lambda text: print(text, end="", flush=True)
-    if args.max_new_tokens is not None:
-        options["max_new_tokens"] = args.max_new_tokens
     if args.to == ANY:
         made = interleave(model, documents, **options)
         told = _write_documents(made, documents, args)
@@ -144,6 +150,9 @@ def _run_published(kind: type[Pipeline], source: str, documents: list, args: arg
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if args.frames is not None and args.to != "video":
         raise ValueError(f"--frames is for --to video, not for --to {args.to}; leave it out")
+    unheard = {"text": ("size", "steps", "guidance"), ANY: ("size", "steps")}.get(args.to, ())
+    if given := [name for name in unheard if getattr(args, name) is not None]:
+        raise ValueError(f"--{given[0]} changes nothing of --to {args.to} with {source}; leave it out")
     if args.to != "text":
         makes: Any = {"image": kind.draw, "video": kind.film}.get(args.to, kind.interleave)
         if unused := sorted(set(chosen) - set(inspect.signature(makes).parameters)):
@@ -193,10 +202,45 @@ def _size(given: str) -> tuple[int, int]:
     return int(tall), int(wide)
 
 
+def _config(name: str) -> OmniMoeConfig | None:
+    """The config of a model of ours, where it is at hand before the weights are read; else None."""
+    from omnimoe.model import MODELS, OmniMoeConfig
+
+    if not Path(name).is_dir():
+        return MODELS.get(name)() if name in MODELS else None
+    try:
+        held = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
+        return OmniMoeConfig.from_pretrained(name) if held.get("model_type") == OmniMoeConfig.model_type else None
+    except (OSError, ValueError):
+        return None  # whoever loads it says what is wrong with it
+
+
+def _check_modalities(config: OmniMoeConfig, documents: list, args: argparse.Namespace) -> None:
+    """Refuses modalities that the model has not, and steps where nothing is denoised."""
+    from omnimoe.generation.prompts import check_modality, check_target
+
+    for name in (name for document in documents for name, _ in document):
+        check_modality(config, name)
+    if args.to != ANY:
+        check_target(config, args.to)
+    denoised = [name for name in config.modality_names if name not in config.token_ranges]
+    if args.steps is not None and not (denoised if args.to == ANY else args.to in denoised):
+        raise ValueError(f"--steps is for what is denoised; {args.model} makes {args.to} token by token; leave it out")
+
+
 def _check(args: argparse.Namespace, *, kind: str) -> None:
     """Refuses wrong calls; ``kind`` is what the target is: ``"image"``, whatever the model calls it."""
-    if args.num < 1:
-        raise ValueError(f"--num must be at least 1, got {args.num}")
+    for name in ("num", "best_of", "steps", "frames", "max_new_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    _check_files(args, kind)
+    for option, path in (("--out", args.out), ("--sheet", args.sheet)):
+        if path is not None:
+            _check_place(option, path)
+
+
+def _check_files(args: argparse.Namespace, kind: str) -> None:
     if args.prompts is not None and args.sources:
         raise ValueError("--prompts holds all inputs; leave --from out, or write it into each document of a .jsonl")
     if args.to == ANY:
@@ -204,9 +248,18 @@ def _check(args: argparse.Namespace, *, kind: str) -> None:
             raise ValueError("--to any needs a folder or a page to write: --out made, or --out made.html")
         if args.best_of is not None or args.sheet is not None:
             raise ValueError("--best-of and --sheet are for one modality, not for --to any; leave them out")
+        if args.out.suffix.lower() not in ("", *PAGES) and not args.out.is_dir():
+            raise ValueError(
+                f"--to any writes a folder or a page, and --out {args.out} is called as neither; write --out "
+                f"{args.out.with_suffix('')} or --out {args.out.with_suffix('.html')}"
+            )
+        if args.out.is_file() and not args.out.suffix:
+            raise ValueError(f"--out {args.out} is a file; name a folder, or a page that ends in .html")
         return
     if args.sheet is not None and kind in ("text", "speech"):
         raise ValueError(f"--sheet shows pictures, not {args.to}; use --out")
+    if args.sheet is not None and args.sheet.suffix.lower() not in ENDINGS["image"]:
+        raise ValueError(f"--sheet must end in {', '.join(ENDINGS['image'])}, got {str(args.sheet)!r}")
     if args.out is None:
         if kind in ENDINGS and args.sheet is None:
             raise ValueError(f"--to {args.to} needs a file to write: --out {args.to}{ENDINGS[kind][0]}")
@@ -215,6 +268,18 @@ def _check(args: argparse.Namespace, *, kind: str) -> None:
         raise ValueError(f"--out must end in {', '.join(ENDINGS[kind])} for {args.to}, got {str(args.out)!r}")
     if args.out.is_dir():
         raise ValueError(f"--out {args.out} is a folder; name a file")
+
+
+def _check_place(option: str, path: Path) -> None:
+    """Refuses a path that cannot be written, before anything is made to be written there; it leaves nothing behind."""
+    try:
+        if path.is_file():
+            path.open("ab").close()
+            return
+        nearest = next(place for place in (path, *path.parents, Path()) if place.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be written: {error.strerror}; choose another place") from None
 
 
 def _write(made: list, documents: list, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -247,7 +312,7 @@ def _write_documents(made: list, documents: list, args: argparse.Namespace) -> l
 
     prompts = [document for document in documents for _ in range(args.num)]
     title = f"omnimoe generate --model {args.model} --to any"
-    if args.out.suffix.lower() in (".html", ".htm"):
+    if args.out.suffix.lower() in PAGES:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             files = [write_spans(spans, Path(folder), str(number)) for number, spans in enumerate(made, 1)]

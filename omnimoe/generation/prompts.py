@@ -25,7 +25,7 @@ Document = Mapping[str, Any] | Sequence[tuple[str, Any]]
 """Modality and raw input, in order: ``{"text": "a red apple"}`` or ``[("text", "a red"), ("image", pixels)]``."""
 
 PICTURES = {64: "picture", 256: "picture_128"}
-"""Picture tokenizers that ship, by the codes of a picture."""
+"""Picture tokenizers by the codes of a picture. The first ships; the second says where weights of it are to lie."""
 CONTINUOUS = {"image": "picture_latents"}
 """Continuous tokenizers that ship."""
 
@@ -82,14 +82,23 @@ def check_model(config: OmniMoeConfig) -> None:
         )
 
 
+def check_modality(config: OmniMoeConfig, name: str) -> None:
+    """Refuses names that are no modality of the model.
+
+    Raises:
+        GenerationError: with the modalities there are.
+    """
+    if name not in config.modality_names:
+        raise GenerationError(f"the model has no modality {name!r}; it has {', '.join(config.modality_names)}")
+
+
 def check_target(config: OmniMoeConfig, to: str) -> None:
     """Refuses modalities that have no first token to sample and no rows to denoise.
 
     Raises:
         GenerationError: with the modalities there are.
     """
-    if to not in config.modality_names:
-        raise GenerationError(f"the model has no modality {to!r}; it has {', '.join(config.modality_names)}")
+    check_modality(config, to)
     held = config.modalities[config.modality_names.index(to)]
     if not held.is_discrete:
         if held.num_tokens is None or held.placeholder_id is None:
@@ -125,8 +134,7 @@ def load_tokenizers(
     """
     loaded = {}
     for name in sorted(set(names)):
-        if name not in config.modality_names:
-            raise GenerationError(f"the model has no modality {name!r}; it has {', '.join(config.modality_names)}")
+        check_modality(config, name)
         tokenizer = (given or {}).get(name)
         if tokenizer is None:
             ships = shipped_tokenizer(config, name)
@@ -189,7 +197,7 @@ def encode_document(
     """Raw inputs to local ids ``(n,)``, or to rows ``(n, C)`` where the modality is continuous.
 
     Raises:
-        GenerationError: if an input is empty.
+        GenerationError: if an input is empty, or a text of blanks.
         TokenizerError: if it is not of its modality.
     """
     spans = []
@@ -197,7 +205,7 @@ def encode_document(
         tokenizer = tokenizers[name]
         encode = tokenizer.encode if name in config.token_ranges else tokenizer.encode_rows
         held = encode(*raw) if isinstance(raw, tuple) else encode(raw)
-        if not len(held):
+        if not len(held) or (isinstance(raw, str) and not raw.strip()):
             raise GenerationError(f"the {name} input {str(raw)[:40]!r} is empty; leave it out to generate without it")
         spans.append((name, held))
     return spans

@@ -100,6 +100,7 @@ def test_the_command_reads_pictures_and_sounds(folder, tmp_path, capsys):
         ({"--from": ("speech", __file__)}, "is not a PCM WAV file"),
         ({"--from": ("image", __file__)}, "is not a picture"),
         ({"--from": ("text", "")}, "is empty"),
+        ({"--from": ("text", " \t\n ")}, "is empty; leave it out"),
         ({"--from": ("smell", "roses")}, "no modality 'smell'"),
         ({"--from": ("text",)}, "--from text takes an input, got 0; put words"),
         ({"--from": ("text", "a", "red")}, "--from text takes an input, got 2; put words of a text into quotes"),
@@ -108,6 +109,18 @@ def test_the_command_reads_pictures_and_sounds(folder, tmp_path, capsys):
         ({"--from": None, "--prompts": "captions.txt"}, "no file of prompts at captions.txt"),
         ({"--to": "any", "--out": None}, "--to any needs a folder or a page"),
         ({"--to": "any", "--out": "made", "--best-of": "3"}, "are for one modality, not for --to any"),
+        ({"--to": "any", "--out": "x.txt"}, "--out x.txt is called as neither; write --out x or --out x.html"),
+        ({"--to": "any", "--out": "file"}, "--out file is a file; name a folder"),
+        ({"--to": "any", "--out": "made", "--steps": "10"}, "--steps is for what is denoised; .* makes any token by"),
+        ({"--steps": "10"}, "--steps is for what is denoised; .* makes image token by token; leave it out"),
+        ({"--steps": "0"}, "--steps must be at least 1, got 0"),
+        ({"--batch-size": "0"}, "--batch-size must be at least 1, got 0"),
+        ({"--max-new-tokens": "0"}, "--max-new-tokens must be at least 1, got 0"),
+        ({"--out": "file/x.png"}, "--out file/x.png cannot be written: Not a directory; choose another place"),
+        ({"--out": "/proc/x.png"}, "--out /proc/x.png cannot be written: .*; choose another place"),
+        ({"--to": "any", "--out": "/proc/made"}, "--out /proc/made cannot be written: "),
+        ({"--sheet": "file/x.png"}, "--sheet file/x.png cannot be written: "),
+        ({"--sheet": "x.wav"}, "--sheet must end in .png"),
         ({"--to": "text", "--out": None, "--sheet": "x.png"}, "--sheet shows pictures, not text"),
         ({"--temperature": "image=-1"}, "temperature must be 0 or more, got -1.0"),
         ({"--top-k": "smell=3"}, "top_k names 'smell'; the modalities are text, image, speech"),
@@ -118,6 +131,7 @@ def test_the_command_reads_pictures_and_sounds(folder, tmp_path, capsys):
 )
 def test_a_wrong_call_is_one_clear_error(folder, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
     usual = {"--model": folder, "--from": ("text", "a"), "--to": "image", "--out": "x.png"}
     arguments = []
     for option, value in {**usual, **changes}.items():
@@ -126,6 +140,24 @@ def test_a_wrong_call_is_one_clear_error(folder, tmp_path, monkeypatch, changes,
     with pytest.raises(ValueError, match=message) as caught:
         call(*arguments)
     assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "a refusal leaves nothing behind"
+
+
+@pytest.mark.parametrize("named", ["a folder", "omni_nano"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--to", "img"], "no modality 'img'; it has text, image, speech"),
+        (["--from", "txt", "a"], "no modality 'txt'"),
+        (["--out", "/proc/x.png"], "cannot be written"),
+        (["--steps", "3"], "--steps is for what is denoised"),
+    ],
+)
+def test_what_can_be_told_before_the_weights_are_read_is(folder, monkeypatch, named, changes, message):
+    monkeypatch.setattr(command, "read_model", lambda name, device: pytest.fail("the weights are read"))
+    model = folder if named == "a folder" else named
+    with pytest.raises(ValueError, match=message):
+        call("--model", model, "--to", "image", "--out", "x.png", *changes)
 
 
 def test_a_file_of_captions_makes_a_sheet_and_numbered_files(folder, tmp_path, capsys):
