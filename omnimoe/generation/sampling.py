@@ -245,6 +245,7 @@ def sample(
     is_greedy = sampling.is_greedy(list(config.token_ranges))
     sampler = Sampler(config, sampling, None if is_greedy else generators)
     scales = {name: sampling.guidance_of(name) for name in guided if name in bounded_ranges(config)}
+    given: dict[str, Any] = {"features": features} if features else {}
     made = model.generate(
         batch["input_ids"].to(device),
         attention_mask=batch["attention_mask"].to(device),
@@ -261,7 +262,7 @@ def sample(
         grids=grids,
         suppress_tokens=list(silent) or None,
         streamer=streamer,
-        **({"features": features} if features else {}),
+        **given,
     )
     found: list[tuple[Tensor, int | None]] = []
     for new in made[:, batch["input_ids"].shape[1] :].cpu():
