@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omnimoe.commands._model import by_modality
+
 if TYPE_CHECKING:
     from omnimoe.evaluate.run import Evaluation
     from omnimoe.model import OmniMoeForCausalLM
@@ -38,9 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("omnimoe-eval"), metavar="DIR", help="folder for the report")
     parser.add_argument("--seed", type=int, default=0, help="draws concepts, candidates and samples")
-    parser.add_argument("--temperature", type=float, metavar="X", help="of pictures and speech, not 0.9 and 0.8")
-    parser.add_argument("--top-k", type=int, metavar="K", help="of pictures and speech, not 100 and 50")
-    parser.add_argument("--guidance", type=float, metavar="X", help="of pictures; 1 is none")
+    parser.add_argument(
+        "--sampling",
+        choices=("even", "saved"),
+        default="even",
+        help="of pictures and speech: even is all models alike, saved is each as it was saved to be, as in generate",
+    )
+    number, whole = by_modality(float), by_modality(int)
+    parser.add_argument(
+        "--temperature", type=number, metavar="X", help="of pictures and speech, or image=X,speech=Y; not 0.9 and 0.8"
+    )
+    parser.add_argument(
+        "--top-k", type=whole, metavar="K", help="of pictures and speech, or image=K,speech=L; not 100 and 50"
+    )
+    parser.add_argument(
+        "--guidance", type=number, metavar="X", help="of pictures, or image=X,speech=Y; 1 is none, as if left out"
+    )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences, pictures or clips at once")
     parser.add_argument("--untrained", action="store_true", help="evaluate zoo names without weights too, fresh")
     parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda; the fastest there is if left out")
@@ -52,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.num != "all" and not args.num.isdecimal():
         raise ValueError(f"--num must be a number of concepts or 'all', got {args.num!r}")
     labelled = labels(args.models)
+    sampling = _sampling(args)
 
     from omnimoe.evaluate.base import METRICS
     from omnimoe.evaluate.run import evaluate
@@ -61,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
     raw = args.raw
     if raw is None and (Path(args.data) / "images.npy").is_file():
         raw = Path(args.data)
-    given = {name: getattr(args, name) for name in ("temperature", "top_k") if getattr(args, name) is not None}
-    drawn = given if args.guidance is None else {**given, "guidance": args.guidance}
     models = {label: _model(source, args.device, args.untrained, args.seed) for label, source in labelled.items()}
     evaluation = evaluate(
         models,
@@ -74,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
         candidates=args.candidates,
         seed=args.seed,
         out=args.out,
-        sampling={"image": drawn, "speech": given},
+        sampling=sampling,
+        saved_sampling=args.sampling == "saved",
         batch_size=args.batch_size,
         show_progress=True,
     )
@@ -104,6 +119,19 @@ def labels(models: list[str]) -> dict[str, str]:
             raise ValueError(f"two models are called {label!r}; write LABEL=DIR with a label for each")
         numbered = (label if i == 1 else f"{label}-{i}" for i in itertools.count(1))
         found[next(name for name in numbered if name not in found)] = source
+    return found
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What was asked for, by modality; one number holds for pictures and speech, one of guidance for pictures."""
+    found: dict[str, dict[str, float]] = {"image": {}, "speech": {}}
+    for what, usual in (("temperature", ("image", "speech")), ("top_k", ("image", "speech")), ("guidance", ("image",))):
+        given = getattr(args, what)
+        named = given if isinstance(given, dict) else dict.fromkeys(usual if given is not None else (), given)
+        for modality, value in named.items():
+            if modality not in found:
+                raise ValueError(f"--{what.replace('_', '-')} takes image=X and speech=X, got {modality!r}")
+            found[modality][what] = value
     return found
 
 

@@ -55,6 +55,7 @@ class Bench:
         out: folder for contact sheets and clips; None writes none.
         tokenizers: modality to tokenizer; those that ship with the package where a name is missing.
         sampling: options of ``omnimoe.generate.generate`` by modality, over :data:`SAMPLING`.
+        saved_sampling: sample each model as it was saved to be, and not by :data:`SAMPLING`.
         device: where encoders run; models stay where they are.
         show_progress: draw bars on a terminal.
         notes: what the reader of a metric must know; metrics add to it with :meth:`note`.
@@ -74,6 +75,7 @@ class Bench:
     out: Path | None = None
     tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
     sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    saved_sampling: bool = False
     device: torch.device | str = "cpu"
     show_progress: bool = False
     notes: list[str] = field(default_factory=list)
@@ -181,7 +183,8 @@ class Bench:
         self, model: OmniMoeForCausalLM, documents: Sequence[Any], to: str, *, what: str = "", **options: Any
     ) -> list[Generated]:
         """:func:`omnimoe.generate.generate` in batches, with the sampling of the bench; one output a document."""
-        wanted = {**_UNCUT, **SAMPLING.get(to, {}), **self.sampling.get(to, {}), **options}
+        usual = {} if self.saved_sampling else {**_UNCUT, **SAMPLING.get(to, {})}
+        wanted = {**usual, **self.sampling.get(to, {}), **options}
         given = {name: self.tokenizer(name) for name in self.modalities(model)}
         made: list[Generated] = []
         for start in self.progress(range(0, len(documents), self.batch_size), what or f"generating {to}"):

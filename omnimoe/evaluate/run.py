@@ -128,6 +128,7 @@ def evaluate(
     out: str | os.PathLike[str] | None = None,
     tokenizers: Mapping[str, Tokenizer] | None = None,
     sampling: Mapping[str, Mapping[str, Any]] | None = None,
+    saved_sampling: bool = False,
     batch_size: int = 16,
     show_progress: bool = False,
 ) -> Evaluation:
@@ -145,6 +146,8 @@ def evaluate(
         out: folder for tables, contact sheets and the report; None writes nothing.
         tokenizers: modality to tokenizer, where they are not those that ship with the package.
         sampling: options of ``omnimoe.generate.generate`` by modality: ``{"image": {"temperature": 1.0}}``.
+        saved_sampling: for the rest, sample each model as it was saved to be (``omnimoe.generate.set_sampling``);
+            otherwise all models alike.
         batch_size: sequences, pictures or clips at once.
         show_progress: draw bars on a terminal.
 
@@ -177,6 +180,7 @@ def evaluate(
         out=folder,
         tokenizers=tokenizers or {},
         sampling=sampling or {},
+        saved_sampling=saved_sampling,
         device=device,
         show_progress=show_progress,
         loaded={},
@@ -191,7 +195,7 @@ def evaluate(
             "candidates": sorted(set(candidates)),
             "seed": seed,
             "batch_size": batch_size,
-            "sampling": {to: {**given, **(sampling or {}).get(to, {})} for to, given in SAMPLING.items()},
+            **_sampling(models, sampling or {}, saved_sampling),
         },
         environment={
             "date": time.strftime("%Y-%m-%d"),
@@ -214,6 +218,16 @@ def evaluate(
     if folder is not None:
         evaluation.save(folder)
     return evaluation
+
+
+def _sampling(
+    models: Mapping[str, OmniMoeForCausalLM], asked: Mapping[str, Mapping[str, Any]], is_saved: bool
+) -> dict[str, Any]:
+    """What is kept of how models were sampled: one choice for all, or what was asked for and what each brought."""
+    if not is_saved:
+        return {"sampling": {to: {**given, **asked.get(to, {})} for to, given in SAMPLING.items()}}
+    own = {label: getattr(model.generation_config, "sampling", None) or {} for label, model in models.items()}
+    return {"sampling": dict(asked), "saved_sampling": own}
 
 
 def _run(name: str, bench: Bench, evaluation: Evaluation) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from omnimoe.evaluate import Bench, EvaluationError
+from omnimoe.generate import generate, set_sampling
 
 
 @pytest.fixture
@@ -78,3 +81,18 @@ def test_generation_in_batches_has_one_output_for_each_document_and_repeats(benc
     assert [picture.raw.shape for picture in found] == [(64, 64, 3)] * 5
     again = bench.generate(fresh, captions, "image")
     assert all(torch.equal(one.ids, other.ids) for one, other in zip(found, again, strict=True))
+
+
+def test_models_are_sampled_alike_or_as_each_was_saved(bench, fresh):
+    saved = copy.deepcopy(fresh)
+    set_sampling(saved, {"image": {"temperature": 0}})
+    caption = [[("text", "a red apple")]]
+    (alike,) = bench.generate(saved, caption, "image")
+    assert torch.equal(alike.ids, bench.generate(fresh, caption, "image")[0].ids)
+    bench.saved_sampling = True
+    (own,) = bench.generate(saved, caption, "image")
+    (likeliest,) = generate(fresh, caption, "image", temperature=0)
+    assert torch.equal(own.ids, likeliest.ids)
+    bench.sampling = {"image": {"temperature": 1.0}}
+    (asked,) = bench.generate(saved, caption, "image")
+    assert not torch.equal(asked.ids, own.ids)
