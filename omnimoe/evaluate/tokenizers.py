@@ -12,11 +12,14 @@ from PIL import Image
 from omnimoe.evaluate.base import Measure, register_metric
 from omnimoe.evaluate.bench import Bench, at_16k
 from omnimoe.evaluate.statistics import Z95, psnr, ssim
+from omnimoe.generate import Generated
 from omnimoe.tokenizers.speech import SAMPLE_RATE
 
 COLUMN, SECOND = "round trip", "second round trip"
 SHOWN = 12
 """Pictures on the contact sheet."""
+HEARD = 6
+"""Clips that are written, each as it was and as it comes back."""
 FLOOR = 1e-5
 """Least power of a mel band that counts."""
 
@@ -78,9 +81,14 @@ def _pictures(bench: Bench, of: str) -> Iterator[Measure]:
 def _clips(bench: Bench, of: str) -> Iterator[Measure]:
     tokenizer = bench.tokenizer("speech")
     errors = []
-    for example in bench.progress(bench.concepts("speech"), "clips, round trip"):
+    for place, example in enumerate(bench.progress(bench.concepts("speech"), "clips, round trip"), 1):
         clip = bench.clip(example)
-        errors.append(mel_distance(clip, at_16k(tokenizer.decode(tokenizer(clip, SAMPLE_RATE).ids), tokenizer)))
+        again = at_16k(tokenizer.decode(tokenizer(clip, SAMPLE_RATE).ids), tokenizer)
+        errors.append(mel_distance(clip, again))
+        if place <= HEARD:
+            for name, sound in (("original", clip), ("decoded", again)):
+                made = Generated(modality="speech", raw=sound, sample_rate=SAMPLE_RATE)
+                bench.sound(f"tokenizers-{place}-{name}", f"{bench.caption(example)}: {name}", made)
     yield mean(of, "speech, mel distance", errors, unit="nats", better="lower")
 
 

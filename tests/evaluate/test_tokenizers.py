@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omnimoe.evaluate import evaluate, psnr, ssim
+from omnimoe.evaluate import Bench, RawCorpus, evaluate, psnr, ssim
 from omnimoe.evaluate.tokenizers import fit, mel_distance
+from omnimoe.generate import read_wave
 from omnimoe.tokenizers import load_tokenizer
 
 
@@ -17,8 +18,6 @@ def found(raw_folder, small, fresh, tmp_path_factory):
 
 
 def test_a_round_trip_is_what_the_tokenizer_does(found, raw_folder, small, fresh):
-    from omnimoe.evaluate import Bench, RawCorpus
-
     bench = Bench(models={"m": fresh}, corpus=small, raw=RawCorpus(raw_folder, small), num=5)
     tokenizer = load_tokenizer("picture")
     real = [bench.picture(example) for example in bench.concepts("image")]
@@ -36,6 +35,21 @@ def test_it_leaves_a_contact_sheet(found):
     ((file, caption),) = found.sheets["tokenizers"]
     assert file.read_bytes().startswith(b"\x89PNG")
     assert "above" in caption
+
+
+def test_it_leaves_clips_beside_what_comes_back(found, raw_folder, small):
+    files = [file for file, _ in found.sounds["tokenizers"]]
+    names = [f"tokenizers-{place}-{name}.wav" for place in range(1, 6) for name in ("original", "decoded")]
+    assert [file.name for file in files] == names
+    raw = RawCorpus(raw_folder, small)
+    first = Bench(models={}, corpus=small, num=5).concepts("speech")[0]
+    (original, rate), (decoded, _) = (read_wave(file) for file in files[:2])
+    assert rate == 16_000
+    assert np.abs(original - raw.clip(first.index)).max() < 1e-3
+    assert 0 < mel_distance(original, decoded) < 3
+    captions = [caption for _, caption in found.sounds["tokenizers"][:2]]
+    assert [caption.rpartition(": ")[2] for caption in captions] == ["original", "decoded"]
+    assert files[0].name in found.to_dict()["metrics"]["tokenizers"]["files"]
 
 
 def test_without_raw_it_is_a_second_round_trip_and_says_so(small, fresh):
