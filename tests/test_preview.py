@@ -15,6 +15,7 @@ from omnimoe.cli import main
 from omnimoe.data import Corpus, CorpusError
 from omnimoe.preview import preview_corpus
 from omnimoe.tokenizers.base import load_tokenizer
+from omnimoe.tokenizers.picture import LargePictureTokenizer
 
 
 def seconds(path: Path) -> float:
@@ -78,6 +79,31 @@ def test_the_command_builds_and_shows_ones_own_data(
     assert main(["data", "preview", str(source), "--out", str(tmp_path / "page"), "--count", "2"]) == 0
     assert (tmp_path / "page" / "sheet.png").is_file()
     assert not (tmp_path / "page" / "clips").exists()
+
+
+def test_tokens_of_a_size_that_pictures_have_not_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "photos"
+    source.mkdir()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (200, 150), colour).save(source / f"{colour}.png")
+        (source / f"{colour}.txt").write_text(f"a {colour} thing")
+    large = LargePictureTokenizer(LargePictureTokenizer.Config(hidden_size=40, encoder_blocks=1, decoder_blocks=1))
+    large.save_pretrained(tmp_path / "large.safetensors")
+    build = ["data", "build", "--folder", str(source), "--image-size", "128"]
+    assert main([*build, "--out", str(tmp_path / "a"), "--tokenize"]) == 0
+    assert "have 128 x 128 pixels, and the tokenizer 'picture' reads and draws 64 x 64" in caplog.text
+    caplog.clear()
+    own = ["--tokenizer", f"image=picture_128:{tmp_path / 'large.safetensors'}"]
+    assert main([*build, "--out", str(tmp_path / "b"), "--tokenize", *own]) == 0
+    assert "reads and draws" not in caplog.text
+    assert Corpus.load(tmp_path / "b").images.shape == (2, 256)
+    capsys.readouterr()
+    for given, told in ((own, "add --tokenize"), (["--tokenize", "--tokenizer", "video=video"], "got 'video'")):
+        assert main([*build, "--out", str(tmp_path / "c"), *given]) == 2
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "c").exists()
 
 
 def test_interleaved_documents_alone_are_told_and_shown_in_order(

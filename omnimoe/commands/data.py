@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from omnimoe.commands._model import read_tokenizers
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -43,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--tokenize", action="store_true", help="also write the token ids that training reads")
     build.add_argument(
+        "--tokenizer",
+        action="append",
+        default=[],
+        metavar="MODALITY=NAME[:PATH]",
+        help="with --tokenize: another one than that which ships, such as image=picture_128:FILE of your own training; "
+        "those that ship draw 64 pixels; may be repeated",
+    )
+    build.add_argument(
         "--versions",
         type=int,
         default=0,
@@ -79,16 +89,24 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from omnimoe.data import build_corpus, tokenize_corpus
     from omnimoe.data.own import build_own
+    from omnimoe.data.tokenize import TOKENIZERS
+    from omnimoe.tokenizers import load_tokenizer
 
     if args.versions and not args.tokenize:
         raise ValueError(f"--versions {args.versions} is of tokens; add --tokenize")
+    if args.tokenizer and not args.tokenize:
+        raise ValueError(f"--tokenizer {args.tokenizer[0]} is of tokens; add --tokenize")
+    chosen = read_tokenizers(args.tokenizer)
+    if unknown := sorted(set(chosen) - set(TOKENIZERS)):
+        raise ValueError(f"--tokenizer takes {', '.join(TOKENIZERS)}, got {unknown[0]!r}")
     if args.folder is None:
         folder = build_corpus(name=args.name, out=args.out, image_size=args.image_size)
     else:
         columns = _columns(args.column)
         folder = build_own(args.folder, args.out, image_size=args.image_size, columns=columns, on_error=args.on_error)
     if args.tokenize:
-        tokenize_corpus(folder, folder / "tokens", versions=args.versions)
+        tokenizers = {name: chosen.get(name) or load_tokenizer(known) for name, known in TOKENIZERS.items()}
+        tokenize_corpus(folder, folder / "tokens", tokenizers=tokenizers, versions=args.versions)
     page = folder / "LICENSES.md"
     print(f"corpus      {folder}\nlicences    {page}")
     if "may be done with weights" in page.read_text(encoding="utf-8"):

@@ -78,6 +78,7 @@ def tokenize_corpus(
     pictures, picture_index = _used(rows, parts, "image")
     clips, clip_index = _used(rows, parts, "audio")
     images = np.load(folder / "images.npy", mmap_mode="r")
+    _tell_size(images, tokenizers["image"])
     audio, offsets = np.load(folder / "audio.npy", mmap_mode="r"), np.load(folder / "audio_offsets.npy")
     sounds = [np.asarray(audio[offsets[i] : offsets[i + 1]]) for i in clips]
     codes = encode_all(tokenizers["image"], [images[i] for i in pictures], "pictures")
@@ -211,6 +212,17 @@ def _check(rows: list[dict[str, Any]], documents: list[dict[str, Any]], about: d
             raise
         # Splits that somebody set are theirs to answer for, but they should know.
         logger.warning("the splits that the data name overlap: %s", error)
+
+
+def _tell_size(images: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Warns of pictures that the tokenizer reads at another size than the folder has them in."""
+    side, drawn = images.shape[1], getattr(tokenizer, "image_size", None)
+    if len(images) and drawn not in (None, side):
+        logger.warning(
+            "the pictures have %d x %d pixels, and the tokenizer %r reads and draws %d x %d, so they are scaled; for "
+            "another one: --tokenizer image=NAME:PATH, or tokenizers={'image': ...}",
+            *(side, side, tokenizer.registered_name, drawn, drawn),
+        )
 
 
 def _used(rows: list[dict[str, Any]], parts: list[tuple[str, Any]], key: str) -> tuple[list[int], dict[int, int]]:
