@@ -113,6 +113,21 @@ def test_what_is_no_picture_is_refused(tokenizer, raw, message):
         tokenizer.encode(raw)
 
 
+def test_a_huge_picture_is_scaled_and_one_beyond_the_limit_of_pillow_refused(tokenizer, tmp_path, monkeypatch):
+    small = np.asarray(Image.open(PICTURES[0]).convert("RGB").resize((64, 64)))
+    huge = small.repeat(47, 0).repeat(47, 1)
+    assert huge.shape == (3_008, 3_008, 3)
+    ids = tokenizer.encode(huge)
+    assert len(ids) == 64
+    assert psnr(tokenizer.decode(ids), tokenizer.decode(tokenizer.encode(small))) > 25
+    assert len(tokenizer.encode(huge[:2])) == 64
+    Image.new("1", (3_000, 3_000)).save(tmp_path / "huge.png")
+    assert psnr(tokenizer.decode(tokenizer.encode(tmp_path / "huge.png")), np.zeros((64, 64, 3))) > 25
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000_000)
+    with pytest.raises(TokenizerError, match="exceeds limit"):
+        tokenizer.encode(tmp_path / "huge.png")
+
+
 def test_a_file_cut_short_is_refused(tokenizer, tmp_path):
     whole = PICTURES[0].read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
