@@ -273,8 +273,10 @@ def _check_files(args: argparse.Namespace, kind: str) -> None:
 def _check_place(option: str, path: Path) -> None:
     """Refuses a path that cannot be written, before anything is made to be written there; it leaves nothing behind."""
     try:
-        if path.is_file():
-            path.open("ab").close()
+        if path.exists() and not path.is_dir():
+            # a device or a pipe is left alone: opening one can wait for whoever reads it
+            if path.is_file():
+                path.open("ab").close()
             return
         nearest = next(place for place in (path, *path.parents, Path()) if place.exists())
         tempfile.TemporaryFile(dir=nearest).close()

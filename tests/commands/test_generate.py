@@ -15,6 +15,7 @@ from omnimoe.generate import read_wave
 from omnimoe.generation import prompts
 from omnimoe.hub import list_models
 from omnimoe.model import MODELS
+from omnimoe.pipelines.bagel import Bagel
 from tests.generation.test_media import write_wave
 from tests.narrow import PICTURE, SOUND, TRANSFUSION, eager_model, narrow_model, narrow_tokenizers
 
@@ -158,6 +159,26 @@ def test_what_can_be_told_before_the_weights_are_read_is(folder, monkeypatch, na
     model = folder if named == "a folder" else named
     with pytest.raises(ValueError, match=message):
         call("--model", model, "--to", "image", "--out", "x.png", *changes)
+
+
+def test_text_may_go_to_a_device(folder):
+    common = ("--model", folder, "--from", "text", "a", "--to", "text", "--max-new-tokens", "3")
+    assert call(*common, "--out", "/dev/null") == 0
+
+
+@pytest.mark.parametrize(
+    ("to", "given", "message"),
+    [
+        ("text", ("--steps", "3"), "--steps changes nothing of --to text with bagel; leave it out"),
+        ("text", ("--size", "32x32"), "--size changes nothing of --to text with bagel"),
+        ("text", ("--guidance", "3"), "--guidance changes nothing of --to text with bagel"),
+        ("image", ("--frames", "3", "--out", "x.png"), "--frames is for --to video, not for --to image"),
+    ],
+)
+def test_what_a_published_model_has_no_use_for_is_refused(monkeypatch, to, given, message):
+    monkeypatch.setattr("omnimoe.pipelines.find_pipeline", lambda source: (Bagel, source))
+    with pytest.raises(ValueError, match=message):
+        call("--model", "bagel", "--from", "text", "a", "--to", to, *given)
 
 
 def test_a_file_of_captions_makes_a_sheet_and_numbered_files(folder, tmp_path, capsys):
