@@ -109,6 +109,15 @@ def test_the_contract_of_the_chunks():
     torch.library.opcheck(torch.ops.omnimoe.chunked_scan.default, (*given, None))
 
 
+def test_shapes_foretold_past_one_chunk_and_one_group_of_channels(compiled):
+    given = operands(70, dtype=torch.float32, channels=300)
+    op = torch.ops.omnimoe.selective_scan
+    torch.library.opcheck(op.default, (*given, None), test_utils="test_faketensor")
+    y, last, kept = op(*given, None)
+    asked = (torch.ones_like(y), torch.ones_like(last), *given[:5], None, kept)
+    torch.library.opcheck(torch.ops.omnimoe.selective_scan_backward.default, asked, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_sums_in_float32(compiled, backend):
     *given, state = operands(30, dtype=torch.float32)
