@@ -18,9 +18,10 @@ from omnimoe.checkpoint import CheckpointError, read_json
 from omnimoe.checkpoint.folder import inside
 from omnimoe.checkpoint.route import CONFIG_OF_ADAPTERS
 from omnimoe.inputs import InputError, check_arguments, check_tensor, is_readable
-from omnimoe.model import OmniMoeForCausalLM, OmniMoeModel, OmniMoePreTrainedModel
+from omnimoe.model import OmniMoeForCausalLM, OmniMoeModel
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.outputs import OmniMoeClassifierOutput, as_asked
+from omnimoe.pretrained import OmniMoePreTrainedModel
 from omnimoe.scoring import aux_loss_of
 
 

@@ -39,7 +39,8 @@ from omnimoe.config import ConfigError
 from omnimoe.convert import CONVERTERS, find_converter
 from omnimoe.convert.licence import tell
 from omnimoe.convert.load import fetch_below, load_converted
-from omnimoe.model import MODELS, OmniMoeConfig, OmniMoePreTrainedModel
+from omnimoe.model import MODELS, OmniMoeConfig
+from omnimoe.pretrained import OmniMoePreTrainedModel
 from omnimoe.registry import RegistryError
 from omnimoe.towers import load_pieces, pieces, select
 

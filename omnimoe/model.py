@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,19 +19,14 @@ from transformers import (
     DynamicCache,
     GenerationMixin,
 )
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from omnimoe.aligned import Aligned, Aligns, Pooled
-from omnimoe.attend import attention_function, check_attention, xformers_attention
+from omnimoe.attend import attention_function, xformers_attention
 from omnimoe.backbone import Backbone, Block
 from omnimoe.blocks import block_ids_of, block_positions, span_counts
-from omnimoe.encode import Encodes
-from omnimoe.experts_interface import NAME as OWN_EXPERTS
-from omnimoe.experts_interface import check_experts, experts_function
+from omnimoe.experts_interface import experts_function
 from omnimoe.grids import grid_positions
-from omnimoe.guarded import GuardedFiles
 from omnimoe.inputs import (
     InputError,
     check_arguments,
@@ -46,14 +39,13 @@ from omnimoe.inputs import (
     rotary_positions,
     valid_positions,
 )
-from omnimoe.layers import KEY_RULES, Attention, AttentionMask, BaseAttention, Head, RowLayout, SineGrid
+from omnimoe.layers import KEY_RULES, Attention, AttentionMask, Head, RowLayout
 from omnimoe.layers.embedding import HeadLayer, LearnedPositions, NormedEmbedding, ScaledEmbedding
 from omnimoe.layers.masks import uncached_facts
 from omnimoe.layers.uneven import build_norm
 from omnimoe.model_config import OmniMoeConfig
 from omnimoe.outputs import OmniMoeModelOutput, OmniMoeOutput, as_asked, router_logits_of, selected
-from omnimoe.parallel import ParallelMixin
-from omnimoe.recompute import recompute
+from omnimoe.pretrained import Layer, OmniMoePreTrainedModel
 from omnimoe.registry import Registry
 from omnimoe.routers import Router, Routing, Scorer
 from omnimoe.scoring import Scores, aux_loss_of
@@ -63,66 +55,6 @@ MODELS: Registry[Callable[[], OmniMoeConfig]] = Registry("model")
 register_model = MODELS.register
 Later = dict[int, list[tuple[Tensor, Tensor]]]
 """Of a layer, the rows to which something is added before it, and what."""
-
-
-class Layer(GradientCheckpointingLayer, Block):
-    """A block of the backbone; what transformers asks of one is that it can be recomputed in backward."""
-
-
-class OmniMoePreTrainedModel(ParallelMixin, Encodes, GuardedFiles):
-    """Loading, saving and initialisation, from transformers."""
-
-    config: OmniMoeConfig
-    config_class = OmniMoeConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Layer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Block, "attentions": BaseAttention, "router_logits": Router}
-    _can_compile_fullgraph = True
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        """Transformers looks for ``@use_experts_implementation`` in this file; our experts are in another."""
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Our own ops unless another implementation is asked for."""
-        check_experts(requested_experts)
-        return super().get_correct_experts_implementation(requested_experts or OWN_EXPERTS)
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
-    ) -> None:
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
-        for module in self.modules():
-            if isinstance(module, Layer):
-                module._gradient_checkpointing_func = partial(recompute, gradient_checkpointing_func)
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        check_attention(attn_implementation, {*ALL_ATTENTION_FUNCTIONS})
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        for name, start in getattr(module, "initial", {}).items():
-            parameter = getattr(module, name, None)
-            if parameter is None:
-                continue
-            if callable(start):
-                init.copy_(parameter, start(parameter))
-            elif start == "normal":
-                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-            else:
-                init.constant_(parameter, float(start))
-        if isinstance(module, Router | SineGrid):
-            for name, start in module.initial_buffers().items():
-                init.copy_(getattr(module, name), start)
 
 
 class OmniMoeModel(OmniMoePreTrainedModel):
