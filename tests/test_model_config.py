@@ -271,7 +271,7 @@ FIELDS = {
     "score": (lambda: TopKRouter.Config(score="relu"), "unknown score 'relu'; known: softmax, sigmoid"),
     "top k": (lambda: TopKRouter.Config(top_k=0), "top_k must be at least 1, got 0"),
     "choice score": (lambda: ExpertChoiceRouter.Config(score="relu"), "unknown score 'relu'"),
-    "capacity": (lambda: ExpertChoiceRouter.Config(capacity_factor=0), "capacity_factor must be positive, got 0"),
+    "capacity": (lambda: ExpertChoiceRouter.Config(capacity_factor=0), "at least 0.0001, and finite, got 0"),
     "experts": (lambda: routed(0, TopKRouter.Config()), "num_experts must be at least 1, got 0"),
     "soft experts": (lambda: SoftExperts.Config(num_experts=0), "num_experts must be at least 1, got 0"),
     "slots": (lambda: SoftExperts.Config(num_slots=0), "num_slots must be at least 1, got 0"),

@@ -13,7 +13,6 @@ reordered and repeated as any other.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from omnimoe.config import ConfigError, Configurable
 from omnimoe.layers import AttentionMask, RowLayout
 from omnimoe.routers.auxiliary import AuxiliaryRouter
 from omnimoe.routers.base import Routing
-from omnimoe.routers.pool import best_of_ranks, share_of
+from omnimoe.routers.pool import LEAST_SHARE, best_of_ranks, share_of
 from omnimoe.routers.scores import Scorer
 
 GATES = ("sigmoid", "linear")
@@ -60,8 +59,10 @@ class DepthRouter(nn.Module, Configurable):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if not 0 < self.capacity <= 1:
-                raise ConfigError(f"capacity must lie above 0 and be at most 1, got {self.capacity}")
+            if not LEAST_SHARE <= self.capacity <= 1:
+                raise ConfigError(
+                    f"capacity must lie above 0, at {LEAST_SHARE} or more, and be at most 1, got {self.capacity}"
+                )
             for name, known in (("pool", DEPTH_POOLS), ("gate", GATES), ("causal_form", DEPTH_CAUSAL_FORMS)):
                 if getattr(self, name) not in known:
                     raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
@@ -100,11 +101,12 @@ class DepthRouter(nn.Module, Configurable):
         """
         score = self.scorer(x).squeeze(1)
         taken = torch.zeros_like(score, dtype=torch.bool)
+        share = share_of(self.config.capacity, 1)
         if self.config.pool == "batch":
-            taken[score.topk(math.ceil(self.config.capacity * len(score))).indices] = True
+            taken[score.topk(-(-len(score) * share.numerator // share.denominator)).indices] = True
         elif self.config.pool == "ranks":
             room = rows.batch_size * rows.sequence_length
-            taken = best_of_ranks(score.unsqueeze(1), None, share_of(self.config.capacity, 1), room)[0].squeeze(1)
+            taken = best_of_ranks(score.unsqueeze(1), None, share, room)[0].squeeze(1)
         else:
             sequence = rows.sequence_ids()
             # best first inside each sequence: stable sorts, the last by sequence
@@ -112,7 +114,7 @@ class DepthRouter(nn.Module, Configurable):
             order = order[sequence[order].argsort(stable=True)]
             sizes = torch.bincount(sequence, minlength=rows.batch_size)
             place = torch.arange(len(score), device=x.device) - (sizes.cumsum(0) - sizes)[sequence[order]]
-            room = (self.config.capacity * sizes.double()).ceil().long()
+            room = (sizes * share.numerator + share.denominator - 1) // share.denominator
             taken[order] = place < room[sequence[order]]
         return self._kept(taken, score, x.dtype)
 

@@ -20,7 +20,7 @@ from omnimoe.config import ConfigError
 from omnimoe.layers import RowLayout
 from omnimoe.routers.auxiliary import AuxiliaryRouter
 from omnimoe.routers.base import Router, Routing, register_router
-from omnimoe.routers.pool import best_of_ranks, share_of
+from omnimoe.routers.pool import LEAST_SHARE, best_of_ranks, share_of
 from omnimoe.routers.scores import SCORES, Scorer, check_score
 
 CAUSAL_FORMS = ("cutoff", "auxiliary", "none")
@@ -65,8 +65,10 @@ class ExpertChoiceRouter(Router):
             check_score(self.score)
             if self.pool not in CHOICE_POOLS:
                 raise ConfigError(f"unknown pool {self.pool!r}; known: {', '.join(CHOICE_POOLS)}")
-            if not 0 < self.capacity_factor < math.inf:
-                raise ConfigError(f"capacity_factor must be positive, got {self.capacity_factor}")
+            if not LEAST_SHARE <= self.capacity_factor < math.inf:
+                raise ConfigError(
+                    f"capacity_factor must be positive, at least {LEAST_SHARE}, and finite, got {self.capacity_factor}"
+                )
             if not 0 <= self.cutoff_momentum < 1:
                 raise ConfigError(
                     f"cutoff_momentum is a share and must lie in 0..1 and below 1, got {self.cutoff_momentum}"
@@ -112,7 +114,8 @@ class ExpertChoiceRouter(Router):
     def forward(self, x: Tensor, rows: RowLayout) -> Routing:
         """``(N, D)`` rows; entries come expert by expert."""
         logits = self.scorer(x)
-        noise = _logistic_like(logits) * self.config.gumbel_noise if self.training and self.config.gumbel_noise else 0.0
+        is_noisy = self.training and self.config.gumbel_noise > 0
+        noise = _logistic_like(logits) * self.config.gumbel_noise if is_noisy else 0.0
         scores = SCORES[self.config.score](logits + noise)
         if rows.routes_causally:
             return self._entries(scores, self._alone(x, scores), logits, rows, x.dtype)
@@ -128,6 +131,8 @@ class ExpertChoiceRouter(Router):
                 weights.reshape(-1).to(x.dtype),
                 logits,
             )
+        if is_noisy:  # what is compared with it later has no noise
+            cutoff = self._lowest(SCORES[self.config.score](logits), rows)
         losses = {}
         if self.auxiliary is not None:
             places = routing.token_index, routing.expert_ids.clamp_min(0)
@@ -135,6 +140,10 @@ class ExpertChoiceRouter(Router):
             chosen = torch.zeros_like(scores).index_put(places, is_choice, accumulate=True)
             losses["auxiliary"] = self.config.auxiliary_coef * self.auxiliary.loss(x, chosen, rows.counted)
         return dataclasses.replace(routing, losses=losses, cutoff=cutoff)
+
+    def _lowest(self, scores: Tensor, rows: RowLayout) -> Tensor | None:
+        """The score ``(E,)`` that would give each expert its capacity."""
+        return self._best_of_ranks(scores, rows)[1] if self.config.pool == "ranks" else self._best(scores, rows)[3]
 
     def _best_of_ranks(self, scores: Tensor, rows: RowLayout) -> tuple[Tensor, Tensor]:
         share, room = share_of(self.config.capacity_factor, self.num_experts), rows.batch_size * rows.sequence_length
@@ -233,8 +242,7 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
         scores = SCORES[self.config.score](logits)
         cutoff, reached = self.cutoff, None
         if self.training and not rows.routes_causally:
-            whole = self.config.pool == "ranks"
-            reached = self._best_of_ranks(scores, rows)[1] if whole else self._best(scores, rows)[3]
+            reached = self._lowest(scores, rows)
             if reached is not None:
                 warm = (self.steps < self.config.warmup_steps) & reached.isfinite()
                 cutoff = torch.where(warm, reached, cutoff)

@@ -33,7 +33,8 @@ def load_balance_loss(
 
     * ``"choices"``: the share of all choices; perfect balance gives 1 for any ``top_k`` (Switch, OLMo-core);
     * ``"choices_per_token"``: choices a token; perfect balance gives ``top_k``, so a coefficient counts ``top_k`` times
-      as much (transformers' Mixtral, OLMoE, Qwen-MoE and the models made after them);
+      as much, or as many times as a token makes choices, where that differs (transformers' Mixtral, OLMoE, Qwen-MoE
+      and the models made after them);
     * ``"first_choice"``: the share of first choices alone; perfect balance gives 1 (GShard, NLLB-MoE, DeepSpeed).
 
     Args:
@@ -65,9 +66,11 @@ def load_balance_loss(
     counts = router_probs.new_zeros(num_groups * num_experts).index_add(0, cells, taken).view(num_groups, num_experts)
     if across_ranks:
         counts = all_ranks(counts)
-    load = counts / counts.sum(-1, keepdim=True).clamp_min(1)
     if form == "choices_per_token":
-        load = load * top_k
+        rows = all_ranks(sizes) if across_ranks else sizes
+        load = counts / rows.unsqueeze(1).clamp_min(1)
+    else:
+        load = counts / counts.sum(-1, keepdim=True).clamp_min(1)
     each = num_experts * (load * sums / sizes.unsqueeze(1).clamp_min(1)).sum(-1)
     return (each * sizes).sum() / present.sum().clamp_min(1)
 

@@ -8,10 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_FINEST = 10_000
+LEAST_SHARE = 1 / _FINEST
+"""Factors below are taken for nothing."""
+
 
 def share_of(factor: float, num_experts: int) -> Fraction:
     """An expert's share of the rows, exactly: 0.1 of 80 rows are 8, and open sizes of a graph have no ceiling."""
-    return Fraction(factor).limit_denominator(10_000) / num_experts
+    return Fraction(factor).limit_denominator(_FINEST) / num_experts
 
 
 def best_of_ranks(scores: Tensor, counted: Tensor | None, share: Fraction, room: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import omnimoe
+from omnimoe import NoExperts, StateSpace
 from omnimoe.backbone import LayerRange
 from omnimoe.config import ConfigError
 from omnimoe.flops import flops, formulas
@@ -58,6 +59,14 @@ def test_the_best_rows_of_the_pool_are_kept_with_their_gate(pool, gate, sort):
         own = [row for row in range(len(rows)) if pools[row] == held]
         wanted += sorted(own, key=lambda row: -score[row].item())[: math.ceil(0.25 * len(own))]
     assert sorted(wanted) == index.tolist()
+
+
+@pytest.mark.parametrize(("capacity", "count", "kept"), [(0.07, 100, 7), (0.55, 100, 55), (0.28, 25, 7), (0.3, 7, 3)])
+@pytest.mark.parametrize("pool", ["batch", "sequence", "ranks"])
+def test_a_share_is_taken_exactly(pool, capacity, count, kept):
+    """As floats, 0.07 of 100 is more than 7, and would be rounded up to 8."""
+    rows = RowLayout.build(torch.zeros(1, count, dtype=torch.int64), num_keys=1)
+    assert len(router_of(pool=pool, capacity=capacity)(torch.randn(count, 4), rows)[0]) == kept
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -142,6 +151,14 @@ def test_a_later_token_changes_an_earlier_one_so_it_does_not_generate():
         model.generate(one, max_new_tokens=1)
     with pytest.raises(ValueError, match="use_cache=False"):
         model(one, use_cache=True)
+
+
+def test_a_state_space_under_depth_is_named_and_not_the_router():
+    depth = DepthRouter.Config(causal_form="auxiliary")
+    parts = {"attention": StateSpace.Config(), "experts": NoExperts.Config()}
+    model = build(KINDS["dense"].replace(layers=(LayerRange(step=2, depth=depth, **parts),)))
+    with pytest.raises(InputError, match=r"StateSpace in layers 0 stands in a mixture of depths"):
+        model.generate(ids_like(model.config), max_new_tokens=1)
 
 
 def causal(name: str, **fields):

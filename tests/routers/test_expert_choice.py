@@ -87,6 +87,21 @@ def test_after_training_the_cutoff_gives_about_the_capacity():
     assert ((load > 0.85) & (load < 1.15)).all()
 
 
+@pytest.mark.parametrize("pool", ["batch", "ranks"])
+def test_the_cutoff_is_of_scores_without_noise(pool):
+    """Noise moves which rows are best, and the best of noisy scores score higher; what is routed alone has none."""
+    router = router_of(cutoff_momentum=0.9, capacity_factor=1.0, gumbel_noise=1.0, pool=pool)
+    for _ in range(60):
+        x = torch.randn(300, 4)
+        routing = router(x, rows_of(300))
+        router.update(routing)
+    lowest = (x @ router.scorer.weight.T).sigmoid().topk(100, dim=0).values[-1]
+    torch.testing.assert_close(routing.cutoff, lowest)
+    alone = router.eval()(torch.randn(3000, 4), rows_of(3000, routes_causally=True))
+    load = torch.bincount(alone.expert_ids, minlength=3) / 1000
+    assert ((load > 0.85) & (load < 1.15)).all()
+
+
 @pytest.mark.parametrize(("score", "start"), [("sigmoid", 0.5), ("softmax", 1 / 3)])
 def test_the_cutoff_starts_at_the_score_of_an_untrained_router(score, start):
     torch.testing.assert_close(router_of(score=score).cutoff, torch.full((3,), start))

@@ -30,6 +30,22 @@ def test_the_balance_loss_is_the_product_of_shares_and_means():
     torch.testing.assert_close(load_balance_loss(probs, chosen, 2), 4 * (share * probs.mean(0)).sum())
 
 
+def test_choices_a_token_are_counted_where_tokens_make_fewer_than_top_k():
+    probs = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    ids = probs.topk(2).indices
+    ids[::2, 1] = -1
+    counted, groups = torch.arange(50) % 5 > 0, torch.arange(50) % 2
+    wanted = 0.0
+    for group in (0, 1):
+        rows = [row for row in range(50) if counted[row] and groups[row] == group]
+        load = torch.stack([(ids[rows] == expert).sum() / len(rows) for expert in range(6)])
+        wanted += 6 * (load * probs[rows].mean(0)).sum() * len(rows) / 40
+    found = load_balance_loss(
+        probs, ids.flatten(), 2, form="choices_per_token", groups=groups, num_groups=2, counted=counted
+    )
+    torch.testing.assert_close(found, wanted)
+
+
 def test_its_gradient_pushes_down_what_is_chosen_too_often():
     logits = torch.zeros(8, 3, requires_grad=True)
     load_balance_loss(logits.softmax(-1), torch.zeros(8, dtype=torch.int64)).backward()
