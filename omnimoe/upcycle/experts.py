@@ -75,6 +75,7 @@ class _Pool:
         old: the router of the pool in the seed; None where there was none.
         path: of the router inside of the experts.
         old_path: of the seed's.
+        is_split: the seed's router met rows of other pools too.
     """
 
     index: list[int]
@@ -83,6 +84,7 @@ class _Pool:
     old: Router | None
     path: str
     old_path: str
+    is_split: bool = False
     fresh: set[str] = field(default_factory=set)
 
     def gate(self, new: RoutedExperts, old: nn.Module, choices: Choices) -> Gate:
@@ -94,7 +96,7 @@ class _Pool:
         counts = {self.index.count(expert) for expert in self.pool}
         times = counts.pop() if len(counts) == 1 else 0
         noise = choices.router_noise if times > 1 else 0.0
-        return copied_gate(config, _config_of(old), times, new.config, noise)
+        return copied_gate(config, _config_of(old), times, new.config, noise, is_split=self.is_split)
 
     def router_starts(self, choices: Choices) -> Iterator[tuple[str, Start]]:
         """Rows of a router for copies of an expert are those of the expert; the rest of it stays."""
@@ -123,11 +125,12 @@ class _Pool:
 def _pools(new: RoutedExperts, old: FeedForward | RoutedExperts, origin: tuple[int, ...]) -> Iterator[_Pool]:
     router = new.router
     if isinstance(router, ByModalityRouter):
+        is_split = len(set(origin)) > 1 and not isinstance(getattr(old, "router", None), ByModalityRouter)
         for key, count in enumerate(router.config.experts):
             inner, path = _router_at(old, origin[key])
             pool = _pool_of(old, origin[key])
             own = router.routers[key]
-            yield _Pool(_spread(count, pool), pool, own, inner, f"router.routers.{key}.", path)
+            yield _Pool(_spread(count, pool), pool, own, inner, f"router.routers.{key}.", path, is_split)
         return
     if isinstance(router, StaticRouter):
         index = [-1] * new.num_experts

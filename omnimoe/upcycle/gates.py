@@ -28,19 +28,22 @@ class Gate:
         is_even: every row has that sum.
         reaches_all: every row is taken by some expert.
         why: in words.
+        keeps_shares: the copies of an expert weigh what it did beside the others, whatever the sum.
     """
 
     gain: float | None
     is_even: bool
     reaches_all: bool
     why: str
+    keeps_shares: bool = True
 
     def outcome(self, placement: str) -> tuple[str, float]:
         """What can be said of the function, and what the last matrix of the copies is to be multiplied by."""
         if self.gain is None:
             return CHANGED, 1.0
         if placement == "post" and self.gain > 0:
-            return (EXACT if self.reaches_all else CHANGED), 1.0
+            kept = EXACT if self.keeps_shares else RESCALED
+            return (kept if self.reaches_all else CHANGED), 1.0
         if self.is_even:
             return EXACT, 1 / self.gain
         return (RESCALED if self.reaches_all else CHANGED), 1 / self.gain
@@ -82,7 +85,13 @@ def fresh_gate(router: Router.Config, count: int, config: RoutedExperts.Config) 
 
 
 def copied_gate(
-    router: Router.Config, old: Router.Config, times: int, config: RoutedExperts.Config, noise: float
+    router: Router.Config,
+    old: Router.Config,
+    times: int,
+    config: RoutedExperts.Config,
+    noise: float,
+    *,
+    is_split: bool = False,
 ) -> Gate:
     """The weights under a router that has a row for each copy of an expert that was routed before.
 
@@ -92,7 +101,10 @@ def copied_gate(
         times: copies of each expert; 0 where it is not the same for all.
         config: of the experts.
         noise: on the rows of copies.
+        is_split: rows that met one router in the seed meet several.
     """
+    if is_split and not old.is_causal:
+        return Gate(None, False, False, "rows that competed with each other compete inside their own group")
     if times == 1 and router == old:
         return Gate(1.0, True, True, "the seed's router")
     if type(router) is not type(old) or times == 0:
@@ -106,7 +118,8 @@ def copied_gate(
         if odd:
             return Gate(None, False, False, odd)
     if noise:
-        return Gate(1.0, False, True, f"the seed's router, the rows of copies apart by {noise:g} of their spread")
+        told = f"the seed's router, the rows of copies apart by {noise:g} of their spread"
+        return Gate(1.0, False, True, told, keeps_shares=False)
     if isinstance(router, ExpertChoiceRouter.Config) and router.score != "softmax":
         return Gate(float(times), True, True, f"{times} copies weigh a row what one did")
     return Gate(1.0, True, True, f"{times} copies share what one had")
