@@ -30,6 +30,17 @@ PUBLISHED: dict[str, tuple[str, str, str, str]] = {
 """Share of the dense model's training FLOPs: text, image, speech, and at what size. Training losses throughout, so
 experts that choose look ahead; MoMa's factors are given as their inverse."""
 
+PUBLISHED_TIME: dict[str, tuple[str, str, str, str]] = {
+    "mot": ("–", "76 %", "47 %", "256 A100"),
+    "moe4x": ("–", "none saved", "170 %", "256 A100"),
+    "moma_1t1i1s": ("1.06", "–", "–", "435M, two modalities, 256 A100"),
+    "moma_4t4i4s": ("1.21", "–", "–", "435M, two modalities, 256 A100"),
+    "moe12x": ("1.10", "–", "–", "435M, eight experts, two modalities, 256 A100"),
+    "momad_4t4i4s": ("1.45", "–", "–", "435M, two modalities, 256 A100"),
+}
+"""Time of a step over the dense model's, and share of its time for text and for image; MoMa's words a second are given
+as their inverse."""
+
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 """Marks of a page, between which the tables stand."""
 
@@ -71,7 +82,7 @@ def page(results: dict[str, dict[str, Any]], num_seeds: int) -> str:
         num_seeds: seeds that are planned.
     """
     parts = [table(size, plain, num_seeds) for size, plain in results.items()]
-    return "\n".join([findings(results), beside_papers(results), *parts]).strip() + "\n"
+    return "\n".join([findings(results), beside_papers(results), time_beside_papers(results), *parts]).strip() + "\n"
 
 
 def write(path: Path, tables: str) -> None:
@@ -89,7 +100,7 @@ def write(path: Path, tables: str) -> None:
 
 
 def table(size: str, plain: dict[str, Any], num_seeds: int) -> str:
-    """Shares, final losses and time of one size; a line a model and form."""
+    """Shares and final losses of one size, a line a model and form; the time of each model."""
     comparison = Comparison.from_dict(plain)
     rows, kinds = comparison.rows(), comparison.modalities
     settings, times = comparison.settings, plain["times"]
@@ -101,30 +112,37 @@ def table(size: str, plain: dict[str, Any], num_seeds: int) -> str:
         f"{settings.steps} steps of {settings.tokens_per_step:,} tokens; {done} of {num_seeds * len(plain['planned'])} "
         f"runs are finished.",
         "",
-        f"| model | scored | n | FLOPs | {' | '.join(f'steps: {name}' for name in names)} | loss less baseline's: all "
-        "| s a step | time: all |",
-        "|" + "---|" * (7 + len(names)),
+        f"| model | scored | n | FLOPs | {' | '.join(f'steps: {name}' for name in names)} "
+        "| loss less baseline's: all |",
+        "|" + "---|" * (5 + len(names)),
     ]
     for row in rows:
         is_base = row["model"] == row["baseline"]
         shares = ["100 %" if is_base else percent(row["share"][kind]) for kind in kinds]
-        clock = times.get(row["model"])
-        pace = "1" if is_base else "–" if clock is None else f"{clock['ratio']:.2f}"
-        share = row["share"][ALL]
-        is_known = clock is not None and share is not None
-        spent = "100 %" if is_base else f"{100 * share['mean'] * clock['ratio']:.0f} %" if is_known else "–"
         gap = f"{row['loss'][ALL]['mean']:.3f} itself" if is_base else signed(row["gap"][ALL])
         cost = "–" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}"
-        cells = [f"`{row['model']}`", row["scored"], str(len(row["seeds"])), cost, *shares, gap, pace, spent]
+        cells = [f"`{row['model']}`", row["scored"], str(len(row["seeds"])), cost, *shares, gap]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"| model | a step, of the baseline's time | {' | '.join(f'time: {name}' for name in names)} |",
+        "|" + "---|" * (2 + len(names)),
+    ]
+    told: set[str] = set()
+    for row in rows:
+        clock = times.get(row["model"])
+        if clock is not None and row["model"] not in told:
+            told.add(row["model"])
+            spent = [percent(times_as_long(row["share"][kind], clock["ratio"])) for kind in kinds]
+            lines.append(f"| `{row['model']}` | {clock['ratio']:.2f} | {' | '.join(spent)} |")
     pictures = {"share of the baseline's steps": "-shares", "held-out loss against steps": ""}
-    shown = [f"![{size}: {told}](../benchmarks/results/{plain['stem']}{tail}.png)" for told, tail in pictures.items()]
+    shown = [f"![{size}: {what}](../benchmarks/results/{plain['stem']}{tail}.png)" for what, tail in pictures.items()]
     return "\n".join([*lines, "", *shown, ""])
 
 
 def beside_papers(results: dict[str, dict[str, Any]]) -> str:
     """The published shares and ours, in the papers' form: training-time routing, which looks ahead."""
-    compared = {size: Comparison.from_dict(plain) for size, plain in results.items() if size != "94m"}
+    compared = {size: Comparison.from_dict(plain) for size, plain in results.items()}
     kinds = ("text", "image", "speech")
     lines = [
         "### Beside the papers",
@@ -143,9 +161,34 @@ def beside_papers(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def time_beside_papers(results: dict[str, dict[str, Any]]) -> str:
+    """The published times and ours: of a step, and for the dense model's loss."""
+    compared = {size: Comparison.from_dict(plain) for size, plain in results.items()}
+    heads = ("a step", "text", "image")
+    lines = [
+        "### Time beside the papers",
+        "",
+        f"| architecture | {' | '.join(f'paper: {head}' for head in heads)} | on | "
+        + " | ".join(f"{size}: {head}" for size in compared for head in heads)
+        + " |",
+        "|" + "---|" * (5 + 3 * len(compared)),
+    ]
+    for architecture, (*figures, where) in PUBLISHED_TIME.items():
+        ours = []
+        for size, comparison in compared.items():
+            name = f"{architecture}_{size}"
+            clock = results[size]["times"].get(name)
+            ours.append("–" if clock is None else f"{clock['ratio']:.2f}")
+            for kind in heads[1:]:
+                share = spread([*shares_of(comparison, name, kind).values()])
+                ours.append("–" if clock is None else percent(times_as_long(share, clock["ratio"])))
+        lines.append(f"| `{architecture}` | {' | '.join(figures)} | {where} | {' | '.join(ours)} |")
+    return "\n".join([*lines, ""])
+
+
 def findings(results: dict[str, dict[str, Any]]) -> str:
     """Which published findings appear: a difference of shares, seed by seed, with its interval."""
-    compared = {size: Comparison.from_dict(plain) for size, plain in results.items() if size != "94m"}
+    compared = {size: Comparison.from_dict(plain) for size, plain in results.items()}
     lines = ["### Findings", "", f"| finding | {' | '.join(compared)} |", "|" + "---|" * (1 + len(compared))]
     words: dict[str, list[str]] = {size: [] for size in compared}
     for sentence, left, right in CLAIMS:
@@ -186,6 +229,11 @@ def verdict(found: list[float]) -> str:
         return f"one seed, {100 * mean:+.0f}"
     word = "yes" if mean + half < 0 else "no, the opposite" if mean - half > 0 else "not told"
     return f"{word}, {100 * mean:+.0f} ± {100 * half:.0f}"
+
+
+def times_as_long(share: dict[str, float | None] | None, ratio: float) -> dict[str, float | None] | None:
+    """A share of steps as one of time, where a step takes so many times as long."""
+    return share and {name: None if value is None else value * ratio for name, value in share.items()}
 
 
 def percent(told: dict[str, float | None] | None) -> str:
