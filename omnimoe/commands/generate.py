@@ -203,14 +203,16 @@ def _size(given: str) -> tuple[int, int]:
 
 
 def _config(name: str) -> OmniMoeConfig | None:
-    """The config of a model of ours, where it is at hand before the weights are read; else None."""
+    """The config of a model of ours, before the weights are read or fetched; else None."""
+    from omnimoe.checkpoint import Hub, Source
     from omnimoe.model import MODELS, OmniMoeConfig
 
-    if not Path(name).is_dir():
-        return MODELS.get(name)() if name in MODELS else None
+    if name in MODELS and not Path(name).is_dir():
+        return MODELS.get(name)()
     try:
-        held = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
-        return OmniMoeConfig.from_pretrained(name) if held.get("model_type") == OmniMoeConfig.model_type else None
+        folder = Source.find(name, hub=Hub()).fetch()
+        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return OmniMoeConfig.from_pretrained(folder) if held.get("model_type") == OmniMoeConfig.model_type else None
     except (OSError, ValueError):
         return None  # whoever loads it says what is wrong with it
 
