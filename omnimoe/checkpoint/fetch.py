@@ -170,7 +170,8 @@ class Source:
 
         cache = Path(self.hub.cache_dir or constants.HF_HUB_CACHE).expanduser()
         try:
-            return (cache / repo_folder_name(repo_id=self.name, repo_type="model")).is_dir()
+            # a refused fetch leaves a folder too, without this one
+            return (cache / repo_folder_name(repo_id=self.name, repo_type="model") / "snapshots").is_dir()
         except HFValidationError:
             return False
 

@@ -77,13 +77,5 @@ class PooledMLP(nn.Module):
         is_empty = run.rows is not None and run.rows.start == run.rows.stop
         return is_empty and not torch.is_grad_enabled() and "forward" not in vars(pool)
 
-    def pool_of(self, expert: int) -> tuple[int, int]:
-        """The pool of an expert, and its place there."""
-        for pool, count in enumerate(self.counts):
-            if expert < count:
-                return pool, expert
-            expert -= count
-        raise IndexError(f"there are {sum(self.counts)} experts, counted from 0")
-
 
 __all__ = ["PooledMLP"]

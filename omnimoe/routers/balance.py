@@ -120,6 +120,11 @@ class BalancedRouter(Router):
         self.num_experts, self.num_free, self.num_keys = num_experts, num_free, num_keys
         if max(config.entropy_keys, default=0) >= num_keys or min(config.entropy_keys, default=0) < 0:
             raise ConfigError(f"entropy_keys {config.entropy_keys} must be among the {num_keys} keys, counted from 0")
+        if (config.global_entropy_experts or 0) > num_experts + num_free:
+            raise ConfigError(
+                f"global_entropy_experts {config.global_entropy_experts} is more than the {num_experts + num_free} "
+                "experts that there are; None asks for all"
+            )
         self.register_buffer("expert_bias", self.initial_buffers().get("expert_bias"))
 
     def initial_buffers(self) -> dict[str, Tensor]:

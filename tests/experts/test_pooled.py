@@ -38,7 +38,8 @@ def make(router: Router.Config, **fields) -> RoutedExperts:
 
 
 def expert(layer: RoutedExperts, number: int, x: torch.Tensor) -> torch.Tensor:
-    pool, place = layer.experts.pool_of(int(number))
+    places = [(pool, place) for pool, count in enumerate(layer.experts.counts) for place in range(count)]
+    pool, place = places[int(number)]
     gate, up = F.linear(x, layer.experts.pools[pool].gate_up_proj[place]).chunk(2, -1)
     return F.linear(F.silu(gate) * up, layer.experts.pools[pool].down_proj[place])
 

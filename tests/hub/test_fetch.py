@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from omnimoe import OmniMoeForCausalLM, from_pretrained, list_models, load, model_info, register_model
+from omnimoe.checkpoint import Hub, Source
 from omnimoe.model import MODELS
 from tests.hub.conftest import same
 from tests.hub.server import Fault
@@ -109,7 +110,7 @@ def test_a_gated_repository_with_a_token(hub, saved, model, tmp_path, monkeypatc
     hub.tokens["good"] = {NAME}
     monkeypatch.setenv("HF_TOKEN", "good")
     assert same(from_pretrained(NAME, cache_dir=tmp_path / "other"), model)
-    assert (tmp_path / "other" / "models--org--tiny").is_dir()
+    assert Source(name=NAME, is_folder=False, hub=Hub(cache_dir=tmp_path / "other")).is_in_cache()
     assert not (tmp_path / "hub-cache").exists()
 
 

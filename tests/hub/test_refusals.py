@@ -12,6 +12,7 @@ from huggingface_hub import constants, hf_hub_download
 from transformers import AutoModelForCausalLM
 
 from omnimoe import OmniMoeForCausalLM, from_pretrained, load
+from omnimoe.checkpoint import Hub, Source
 from tests.hub.cache import cache, untrue
 from tests.hub.server import Fault
 from tests.refusals import refused, unchanged
@@ -72,6 +73,7 @@ def test_a_gated_repository(hub, saved, begun, token):
     hub.tokens["stranger"] = set()
     told = not_loaded("'org/tiny' is gated: ask for access at", "`hf auth login`", token=token, of=begun)
     assert f"{hub.endpoint}/org/tiny" in told
+    assert not Source(name=NAME, is_folder=False, hub=Hub()).is_in_cache(), "a refusal fetched nothing"
 
 
 def test_a_token_that_is_no_more(hub, saved):

@@ -296,6 +296,7 @@ def test_entropies_of_chosen_keys_alone():
         ({"expert_bias": "expert"}, "known: none, shared, key"),
         ({"expert_bias_update": "adam"}, "known: sign, proportional"),
         ({"entropy_keys": (2,)}, "among the 2 keys"),
+        ({"global_entropy_experts": 99.0}, "99.0 is more than the . experts that there are"),
         ({"load_coef": 0.1}, "set noise > 0"),
     ],
 )
