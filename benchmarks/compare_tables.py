@@ -102,77 +102,65 @@ def write(path: Path, tables: str) -> None:
 def table(size: str, plain: dict[str, Any], num_seeds: int) -> str:
     """Shares and final losses of one size, a line a model and form; the time of each model."""
     comparison = Comparison.from_dict(plain)
-    rows, kinds = comparison.rows(), comparison.modalities
-    settings, times = comparison.settings, plain["times"]
+    settings, kinds = comparison.settings, comparison.modalities
     done = sum(len(runs) for runs in comparison.histories.values())
     names = ["all" if kind == ALL else kind for kind in kinds]
+    shares = [["model", "scored", "n", "FLOPs", *(f"steps: {name}" for name in names), "loss less baseline's: all"]]
+    times = [["model", "a step, of the baseline's time", *(f"time: {name}" for name in names)]]
+    told: set[str] = set()
+    for row in comparison.rows():
+        name, is_base, clock = row["model"], row["model"] == row["baseline"], plain["times"].get(row["model"])
+        cost = "–" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}"
+        found = ["100 %" if is_base else percent(row["share"][kind]) for kind in kinds]
+        gap = f"{row['loss'][ALL]['mean']:.3f} itself" if is_base else signed(row["gap"][ALL])
+        shares.append([f"`{name}`", row["scored"], str(len(row["seeds"])), cost, *found, gap])
+        if clock is not None and name not in told:
+            told.add(name)
+            spent = [percent(times_as_long(row["share"][kind], clock["ratio"])) for kind in kinds]
+            times.append([f"`{name}`", f"{clock['ratio']:.2f}", *spent])
+    pictures = {"share of the baseline's steps": "-shares", "held-out loss against steps": ""}
     lines = [
         f"### {size}",
         "",
         f"{settings.steps} steps of {settings.tokens_per_step:,} tokens; {done} of {num_seeds * len(plain['planned'])} "
         f"runs are finished.",
         "",
-        f"| model | scored | n | FLOPs | {' | '.join(f'steps: {name}' for name in names)} "
-        "| loss less baseline's: all |",
-        "|" + "---|" * (5 + len(names)),
-    ]
-    for row in rows:
-        is_base = row["model"] == row["baseline"]
-        shares = ["100 %" if is_base else percent(row["share"][kind]) for kind in kinds]
-        gap = f"{row['loss'][ALL]['mean']:.3f} itself" if is_base else signed(row["gap"][ALL])
-        cost = "–" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}"
-        cells = [f"`{row['model']}`", row["scored"], str(len(row["seeds"])), cost, *shares, gap]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
+        *in_markdown(shares),
         "",
-        f"| model | a step, of the baseline's time | {' | '.join(f'time: {name}' for name in names)} |",
-        "|" + "---|" * (2 + len(names)),
+        *(in_markdown(times) if told else ["Steps were not timed."]),
+        "",
+        *(f"![{size}: {what}](../benchmarks/results/{plain['stem']}{tail}.png)" for what, tail in pictures.items()),
+        "",
     ]
-    told: set[str] = set()
-    for row in rows:
-        clock = times.get(row["model"])
-        if clock is not None and row["model"] not in told:
-            told.add(row["model"])
-            spent = [percent(times_as_long(row["share"][kind], clock["ratio"])) for kind in kinds]
-            lines.append(f"| `{row['model']}` | {clock['ratio']:.2f} | {' | '.join(spent)} |")
-    pictures = {"share of the baseline's steps": "-shares", "held-out loss against steps": ""}
-    shown = [f"![{size}: {what}](../benchmarks/results/{plain['stem']}{tail}.png)" for what, tail in pictures.items()]
-    return "\n".join([*lines, "", *shown, ""])
+    return "\n".join(lines)
+
+
+def in_markdown(rows: list[list[str]]) -> list[str]:
+    """Lines of a table, whose first row is its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
 def beside_papers(results: dict[str, dict[str, Any]]) -> str:
     """The published shares and ours, in the papers' form: training-time routing, which looks ahead."""
     compared = {size: Comparison.from_dict(plain) for size, plain in results.items()}
     kinds = ("text", "image", "speech")
-    lines = [
-        "### Beside the papers",
-        "",
-        f"| architecture | {' | '.join(f'paper: {kind}' for kind in kinds)} | at | "
-        + " | ".join(f"{size}: {kind}" for size in compared for kind in kinds)
-        + " |",
-        "|" + "---|" * (5 + 3 * len(compared)),
-    ]
+    rows = [["architecture", *(f"{who}: {kind}" for who in ("paper", *compared) for kind in kinds), "the paper's size"]]
     for architecture, (*figures, where) in PUBLISHED.items():
-        ours = []
-        for size, comparison in compared.items():
-            for kind in kinds:
-                ours.append(percent(spread([*shares_of(comparison, f"{architecture}_{size}", kind).values()])))
-        lines.append(f"| `{architecture}` | {' | '.join(figures)} | {where} | {' | '.join(ours)} |")
-    return "\n".join([*lines, ""])
+        ours = [
+            percent(spread([*shares_of(comparison, f"{architecture}_{size}", kind).values()]))
+            for size, comparison in compared.items()
+            for kind in kinds
+        ]
+        rows.append([f"`{architecture}`", *figures, *ours, where])
+    return "\n".join(["### Beside the papers", "", *in_markdown(rows), ""])
 
 
 def time_beside_papers(results: dict[str, dict[str, Any]]) -> str:
     """The published times and ours: of a step, and for the dense model's loss."""
     compared = {size: Comparison.from_dict(plain) for size, plain in results.items()}
     heads = ("a step", "text", "image")
-    lines = [
-        "### Time beside the papers",
-        "",
-        f"| architecture | {' | '.join(f'paper: {head}' for head in heads)} | on | "
-        + " | ".join(f"{size}: {head}" for size in compared for head in heads)
-        + " |",
-        "|" + "---|" * (5 + 3 * len(compared)),
-    ]
+    rows = [["architecture", *(f"{who}: {head}" for who in ("paper", *compared) for head in heads), "the paper's size"]]
     for architecture, (*figures, where) in PUBLISHED_TIME.items():
         ours = []
         for size, comparison in compared.items():
@@ -182,18 +170,18 @@ def time_beside_papers(results: dict[str, dict[str, Any]]) -> str:
             for kind in heads[1:]:
                 share = spread([*shares_of(comparison, name, kind).values()])
                 ours.append("–" if clock is None else percent(times_as_long(share, clock["ratio"])))
-        lines.append(f"| `{architecture}` | {' | '.join(figures)} | {where} | {' | '.join(ours)} |")
-    return "\n".join([*lines, ""])
+        rows.append([f"`{architecture}`", *figures, *ours, where])
+    return "\n".join(["### Time beside the papers", "", *in_markdown(rows), ""])
 
 
 def findings(results: dict[str, dict[str, Any]]) -> str:
     """Which published findings appear: a difference of shares, seed by seed, with its interval."""
     compared = {size: Comparison.from_dict(plain) for size, plain in results.items()}
-    lines = ["### Findings", "", f"| finding | {' | '.join(compared)} |", "|" + "---|" * (1 + len(compared))]
+    rows = [["finding", *compared]]
     words: dict[str, list[str]] = {size: [] for size in compared}
     for sentence, left, right in CLAIMS:
         told = [verdict(differences(comparison, size, left, right)) for size, comparison in compared.items()]
-        lines.append(f"| {sentence} | {' | '.join(told)} |")
+        rows.append([sentence, *told])
         for size, found in zip(words, told, strict=True):
             words[size].append(found.partition(",")[0])
     sums = []
@@ -203,7 +191,7 @@ def findings(results: dict[str, dict[str, Any]]) -> str:
             f"{size}: of {len(CLAIMS)} findings {found.count('yes')} appear, {found.count('no')} are reversed, "
             f"{found.count('not told')} cannot be told from chance, {few} have too few runs"
         )
-    return "\n".join([*lines, "", *(f"{told}.\n" for told in sums)])
+    return "\n".join(["### Findings", "", *in_markdown(rows), "", *(f"{told}.\n" for told in sums)])
 
 
 def differences(comparison: Comparison, size: str, left: Side, right: Side | None) -> list[float]:
