@@ -2,6 +2,7 @@
 
 Only pictures of the train split are seen. The loss is L1 on pixels, on two halved copies and on pixel differences: the
 halved copies fix colour areas early, the differences keep outlines, and no borrowed perceptual network is needed.
+``--adversarial`` adds an opponent; ``--decoder-only`` leaves the encoder, and so every id, as it is.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from omnimoe.tokenizers.autoencoder import PictureAutoencoder
 from omnimoe.tokenizers.base import TOKENIZERS
+from omnimoe.tokenizers.training.adversarial import Opponent
 from omnimoe.tokenizers.training.common import epochs, fit, indices_by_split, parser, prepare
 
 logger = logging.getLogger(__name__)
 
 _DIVERGENCE_WEIGHT = 3e-3
+_DECODER = ("from_codes.", "decoder_")
 
 
 def to_batch(pictures: Tensor) -> Tensor:
@@ -116,6 +119,10 @@ def train(options) -> dict[str, dict[str, float]]:
     network = tokenizer.network.train().requires_grad_(True).to(options.device, memory_format=torch.channels_last)
     if options.init is not None:
         start_from(network, options.init)
+    if options.decoder_only:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name.startswith(_DECODER))
+    opponent = Opponent(network.decoder_head[-2].weight, options.adversarial) if options.adversarial else None
     logger.info("pictures: %s", {name: len(indices) for name, indices in splits.items()})
     generator = torch.Generator().manual_seed(options.seed)
 
@@ -124,6 +131,8 @@ def train(options) -> dict[str, dict[str, float]]:
         with torch.autocast(real.device.type, torch.bfloat16):
             made, extra = network(real)
         loss = reconstruction_loss(made, real)
+        if opponent is not None:
+            loss = loss + opponent.loss(made, real, loss)
         return loss + _DIVERGENCE_WEIGHT * extra if extra.is_floating_point() else loss
 
     held_out = pictures[splits["val"][:256] or splits["train"][:256]]
@@ -156,8 +165,20 @@ def main(arguments: list[str] | None = None) -> int:
         choices=("picture", "picture_128", "picture_latents"),
         help="which form (%(default)s)",
     )
-    options.add_argument("--init", type=Path, help="weights of another form to start from (none)")
-    train(options.parse_args(arguments))
+    options.add_argument("--init", type=Path, help="weights to start from, of this form or another (none)")
+    options.add_argument("--decoder-only", action="store_true", help="leave the encoder of --init as it is")
+    options.add_argument(
+        "--adversarial",
+        type=float,
+        default=0.0,
+        help="size of an opponent's gradient beside that of the reconstruction; 0 for none (%(default)s)",
+    )
+    asked = options.parse_args(arguments)
+    if asked.decoder_only and asked.init is None:
+        options.error("--decoder-only needs the weights of an encoder: --init FILE")
+    if not 0 <= asked.adversarial < math.inf:
+        options.error(f"--adversarial must be finite and not negative, got {asked.adversarial}")
+    train(asked)
     return 0
 
 
