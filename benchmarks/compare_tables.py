@@ -160,7 +160,7 @@ def time_beside_papers(results: dict[str, dict[str, Any]]) -> str:
     """The published times and ours: of a step, and for the dense model's loss."""
     compared = {size: Comparison.from_dict(plain) for size, plain in results.items()}
     heads = ("a step", "text", "image")
-    rows = [["architecture", *(f"{who}: {head}" for who in ("paper", *compared) for head in heads), "the paper's size"]]
+    rows = [["architecture", *(f"{who}: {head}" for who in ("paper", *compared) for head in heads), "the paper's, on"]]
     for architecture, (*figures, where) in PUBLISHED_TIME.items():
         ours = []
         for size, comparison in compared.items():
