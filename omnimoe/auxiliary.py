@@ -37,7 +37,7 @@ class Foretold:
     Args:
         layer: which.
         key: of the rows, where the router is of one key; None for all.
-        kind: ``"experts"``, or ``"depth"``.
+        kind: ``"experts"``, ``"attention"`` for those in its projections, or ``"depth"``.
         accuracy: share of the answers, one a row and choice, that are right.
         precision: share of what it takes that the main router takes.
         recall: share of what the main router takes that it takes.
@@ -99,16 +99,19 @@ def add_auxiliary_routers(model: OmniMoeForCausalLM) -> OmniMoeForCausalLM:
 
 def with_auxiliary_routers(config: OmniMoeConfig) -> OmniMoeConfig:
     """The config of such a model; see :func:`add_auxiliary_routers`."""
-    new = config.replace(experts=_of_part(config.experts), layers=tuple(map(_of_range, config.layers)))
+    parts = {"attention": _of_part(config.attention), "experts": _of_part(config.experts)}
+    new = config.replace(**parts, layers=tuple(map(_of_range, config.layers)))
     stuck = [layer for layer, block in enumerate(new.blocks) if not block.has_causal_form]
     if stuck:
         block = new.blocks[stuck[0]]
-        part = block.attention if block.experts.has_causal_form else block.experts
+        part = block.experts if not block.experts.has_causal_form else block.attention
         raise ConfigError(
             f"{type(part).__qualname__} in layers {', '.join(map(str, stuck))} has no form that routes a token by "
             "itself, so auxiliary routers would not make the model generate; take another part there"
         )
-    if not any(_has_auxiliary(block.experts) or block.depth is not None for block in new.blocks):
+    parts_of = [(block.attention, block.experts) for block in new.blocks]
+    has_depth = any(block.depth is not None for block in new.blocks)
+    if not has_depth and not any(_has_auxiliary(part) for parts in parts_of for part in parts):
         raise ConfigError(
             "no router of this model chooses by looking at other rows, as expert choice and a mixture of depths do; it "
             "needs no auxiliary ones"
@@ -118,11 +121,11 @@ def with_auxiliary_routers(config: OmniMoeConfig) -> OmniMoeConfig:
 
 def _of_range(held: LayerRange) -> LayerRange:
     depth = None if held.depth is None else held.depth.replace(causal_form="auxiliary")
-    return held.replace(experts=_of_part(held.experts), depth=depth)
+    return held.replace(attention=_of_part(held.attention), experts=_of_part(held.experts), depth=depth)
 
 
 def _of_part(part: Any) -> Any:
-    """The config of experts or of a router with auxiliary ones inside; what has none stays as it is."""
+    """The config of a part or of a router with auxiliary ones inside; what has none stays as it is."""
     if isinstance(part, ExpertChoiceRouter.Config):
         return part if part.is_causal else part.replace(causal_form="auxiliary")
     inner = getattr(part, "router", None)
@@ -273,7 +276,7 @@ def _record(path: str, total: list[float], keys: tuple[str, ...]) -> Foretold:
     return Foretold(
         layer=layer,
         key=keys[int(last)] if above and last.isdigit() else None,
-        kind="depth" if is_depth else "experts",
+        kind="depth" if is_depth else "attention" if ".self_attn." in path else "experts",
         accuracy=right / answers,
         precision=both / found if found else 0.0,
         recall=both / wanted if wanted else 0.0,

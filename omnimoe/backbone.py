@@ -1,4 +1,4 @@
-"""Tier 5: the stack of blocks. ``x, routing = block(x, rows, mask, cache)``, as many times as there are layers."""
+"""Tier 5: the stack of blocks. ``x, routings, weights = block(x, rows, mask, cache)``, once a layer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from omnimoe.routers import DepthRouter, Routing
 from omnimoe.routers.depth import lengthened, shortened, thinned
 
 PLACEMENTS = ("pre", "post")
+
+Routings = tuple[Routing | None, ...]
+"""Of a layer: that of its experts, None where nothing is routed, and that of its attention where it routes."""
 
 
 class LayerScale(nn.Module):
@@ -81,14 +84,15 @@ class Block(nn.Module, Configurable):
         @property
         def is_causal(self) -> bool:
             """Whether a row's routing depends on that row alone; masks have a say of their own."""
-            return self.depth is None and self.experts.is_causal
+            chosen = self.depth is None or self.depth.is_causal
+            return chosen and self.attention.is_causal and self.experts.is_causal
 
         @property
         def has_causal_form(self) -> bool:
             """Whether that can be asked for, as generation does."""
             # a cache that marks the rows a layer left out is read by attention over keys and values alone
             chosen = self.depth is None or (self.depth.has_causal_form and issubclass(self.attention.target, Attention))
-            return chosen and self.experts.has_causal_form
+            return chosen and self.attention.has_causal_form and self.experts.has_causal_form
 
     def __init__(
         self,
@@ -116,7 +120,7 @@ class Block(nn.Module, Configurable):
 
     def forward(
         self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any = None
-    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+    ) -> tuple[Tensor, Routings, Tensor | None]:
         """One layer.
 
         Args:
@@ -126,13 +130,13 @@ class Block(nn.Module, Configurable):
             cache: keys and values of what came before, or None.
 
         Returns:
-            ``(N, D)`` rows, the routing where one was made, and the attention weights where they were kept.
+            ``(N, D)`` rows, the routings of the layer, and the attention weights where they were kept.
         """
         if self.depth is None:
             return self._work(x, rows, mask, cache)
         losses = {}
         if cache is not None or rows.routes_causally:
-            index, weights = self.depth.alone(x)
+            index, weights = self.depth.alone(x, rows)
             placed = thinned(rows, mask, index, cache)
         else:
             with rows.choosing():
@@ -140,24 +144,25 @@ class Block(nn.Module, Configurable):
             losses = self.depth.losses(x, index)
             placed = *shortened(rows, mask, index), None
         kept = x[index]
-        worked, routing, attention = self._work(kept, *placed)
+        worked, routings, weights_of_keys = self._work(kept, *placed)
         x = x.index_add(0, index, (worked - kept) * weights.unsqueeze(1))
         towers = torch.tensor(getattr(self.mlp, "towers", (0,) * len(rows.offsets)), device=x.device)
-        return x, lengthened(routing, index, weights, towers, rows, losses), attention
+        whole = lengthened(routings[0], index, weights, towers, rows, losses)
+        return x, (whole, *(lengthened(part, index, weights, towers, rows) for part in routings[1:])), weights_of_keys
 
     def _work(
         self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any
-    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+    ) -> tuple[Tensor, Routings, Tensor | None]:
         is_pre = self.norm_placement == "pre"
         mixed = self.self_attn(self.attention_norm(x, rows) if is_pre else x, rows, mask, cache)
-        mixed, weights = mixed if isinstance(mixed, tuple) else (mixed, None)
+        mixed, weights, *routed = mixed if isinstance(mixed, tuple) else (mixed, None)
         mixed = mixed if is_pre else self.attention_norm(mixed, rows)
         x = x + (mixed if self.attention_scale is None else self.attention_scale(mixed))
         if self.mlp_norm is None:
-            return x, None, weights
+            return x, (None, *routed), weights
         worked, routing = self.mlp(self.mlp_norm(x, rows) if is_pre else x, rows)
         worked = worked if is_pre else self.mlp_norm(worked, rows)
-        return x + (worked if self.mlp_scale is None else self.mlp_scale(worked)), routing, weights
+        return x + (worked if self.mlp_scale is None else self.mlp_scale(worked)), (routing, *routed), weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +252,9 @@ class Backbone(nn.Module):
             observe: is shown the rows before each layer, and gives those that the layer gets.
 
         Returns:
-            ``(N, D)`` rows, and each layer's routing and attention weights.
+            ``(N, D)`` rows, the routings of :attr:`parts`, and each layer's attention weights.
         """
-        routings, attentions, tables = [], [], {}
+        routings, of_attention, attentions, tables = [], [], [], {}
         for layer in self.layers:
             if observe is not None:
                 x = observe(x)
@@ -259,7 +264,15 @@ class Backbone(nn.Module):
                 if which not in tables:
                     tables[which] = rows.with_rotary(*Rope(which[0], head_dim=which[1]).table(positions))
                 placed = tables[which]
-            x, routing, weights = layer(x, placed, mask, cache)
+            x, (routing, *routed), weights = layer(x, placed, mask, cache)
             routings.append(routing)
+            of_attention += routed
             attentions.append(weights)
-        return x, routings, attentions
+        return x, routings + of_attention, attentions
+
+    @property
+    def parts(self) -> list[tuple[int, Any]]:
+        """What routings are of, each with its layer: the experts of every layer, then attention where it routes."""
+        layers = [(int(number), layer) for number, layer in self.layers.named_children()]
+        attentions = [(number, layer.self_attn) for number, layer in layers if layer.self_attn.routes]
+        return [(number, layer.mlp) for number, layer in layers] + attentions

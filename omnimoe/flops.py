@@ -102,7 +102,8 @@ def flops(
             share = _share(block)
             kept, length = share * rows, math.ceil(share * work.length)
             matrices, router = _expert_weights(block.experts, width, modality_id)
-            table["attention_projections"][name] += 2 * kept * _projection_weights(block.attention, width)
+            router += _attention_router(block.attention, width, modality_id)
+            table["attention_projections"][name] += 2 * kept * _projection_weights(block.attention, width, modality_id)
             table["attention_scores"][name] += kept * _score_flops(block.attention, width, length)
             table["experts"][name] += 2 * kept * matrices
             table["router"][name] += 2 * kept * router + 2 * rows * _depth_weights(block, width)
@@ -154,8 +155,9 @@ def active_params(config: OmniMoeConfig, modality: str | None = None) -> int:
     count += width * (config.final_norm.form == "layer")
     for block in config.blocks:
         norms = 1 if block.experts.is_absent else 2
-        met = norms * width * (1 + bool(block.layer_scale)) + _projection_weights(block.attention, width)
-        met += _attention_vectors(block.attention, width)
+        met = norms * width * (1 + bool(block.layer_scale)) + _projection_weights(block.attention, width, modality_id)
+        met += _attention_vectors(block.attention, width, modality_id)
+        met += _attention_router(block.attention, width, modality_id)
         met += sum(_expert_weights(block.experts, width, modality_id)) + 2 * width * (block.norm.form == "layer")
         count += _share(block) * met + _depth_weights(block, width)
     return round(count)
@@ -241,25 +243,43 @@ def _depth_weights(block: Block.Config, hidden_size: int) -> int:
     return 0 if block.depth is None else block.depth.router_params(hidden_size)
 
 
-def _projection_weights(config: Config, hidden_size: int) -> float:
+def _copies_met(config: Attention.Config, modality: int) -> tuple[float, float, float, float]:
+    """Copies that a token meets of q_proj, k_proj, v_proj and o_proj."""
+    met = [config.copies_met(site, modality) for site in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    known = [count for count in met if count is not None]
+    if len(known) < len(met):
+        raise UnknownCostError(f"{type(config).__qualname__} does not say what it costs; its router mixes rows")
+    query, key, value, out = known
+    return query, key, value, out
+
+
+def _projection_weights(config: Config, hidden_size: int, modality: int) -> float:
     if isinstance(config, Attention.Config):
-        heads, kv_heads = _heads(config, hidden_size)
-        return 2 * hidden_size * (heads + kv_heads)
+        (heads, kv_heads), met = _heads(config, hidden_size), _copies_met(config, modality)
+        return hidden_size * (heads * (met[0] + met[3]) + kv_heads * (met[1] + met[2]))
     return _ask(config, "projection_params")(hidden_size)
 
 
 def _score_flops(config: Config, hidden_size: int, length: int) -> float:
     if isinstance(config, Attention.Config) and not hasattr(config, "mixing_flops"):
-        return 4 * length * _heads(config, hidden_size)[0]
+        return 4 * length * _heads(config, hidden_size)[0] * config.head_copies
     return _ask(config, "mixing_flops")(hidden_size, length)
 
 
-def _attention_vectors(config: Config, hidden_size: int) -> int:
+def _attention_router(config: Config, hidden_size: int, modality: int) -> int:
+    """Weights of the router of attention, where it has one."""
+    router = getattr(config, "router", None)
+    return 0 if router is None else router.router_params(hidden_size, getattr(config, "num_experts", 1), modality)
+
+
+def _attention_vectors(config: Config, hidden_size: int, modality: int) -> float:
     """Weights of attention outside of its matrices: biases and q/k norms."""
     if not isinstance(config, Attention.Config) or hasattr(config, "vector_params"):
         return config.vector_params(hidden_size) if hasattr(config, "vector_params") else 0
     heads, kv_heads = _heads(config, hidden_size)
-    count = (heads + (1 + config.key_bias) * kv_heads) * config.bias + hidden_size * config.output_bias
+    query, key, value, out = _copies_met(config, modality)
+    count = (heads * query + (value + key * config.key_bias) * kv_heads) * config.bias
+    count += hidden_size * config.output_bias * out
     if config.qk_norm == "rms":
         count += 2 * heads // config.num_heads
     elif config.qk_norm == "rms_joint":

@@ -314,13 +314,14 @@ def check_generates(config: OmniMoeConfig) -> None:
     stuck = [layer for layer, block in enumerate(config.blocks) if not block.has_causal_form]
     if stuck:
         block = config.blocks[stuck[0]]
-        if block.depth is not None and block.depth.has_causal_form and block.experts.has_causal_form:
+        routed = next((part for part in (block.attention, block.experts) if not part.has_causal_form), None)
+        if block.depth is not None and block.depth.has_causal_form and routed is None:
             raise InputError(
                 f"{block.attention.target.__name__} in layers {', '.join(map(str, stuck))} stands in a mixture of "
                 "depths, and its cache has no place for rows that a layer leaves out, so the model does not generate; "
                 "take Attention there, or all rows"
             )
-        part = getattr(block.experts, "router", block.experts) if block.depth is None else block.depth
+        part: Any = block.depth if routed is None else getattr(routed, "router", routed)
         raise InputError(
             f"{part.target.__name__} in layers {', '.join(map(str, stuck))} routes a row by looking at others, later "
             "ones too, so the model does not generate; give expert choice and depth causal_form='auxiliary' and train "

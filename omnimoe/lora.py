@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from omnimoe.experts import FeedForward, RoutedExperts
-from omnimoe.layers import BankLinear, BankMLP
+from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
+from omnimoe.layers import BankLinear, BankMLP, ExpertLinear
 from omnimoe.layers.uneven import Uneven
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.quantize import is_quantized
-from omnimoe.routers import ByModalityRouter, Router, StaticRouter
+from omnimoe.routers import ByModalityRouter, Router, SoftRouter, StaticRouter
 
 DEFAULT_SITES = ("attention", "experts")
 _GROUPS = {"self_attn": "attention", "mlp": "experts"}
@@ -296,19 +296,15 @@ def _owners(modules: dict[str, nn.Module], every: frozenset[int]) -> dict[str, _
     """The keys that may meet each copy of a bank, by the bank's name; a bank that is not named is open to all."""
     found: dict[str, _Keys] = {}
     for name, module in modules.items():
-        if isinstance(module, BankLinear):
+        if isinstance(module, BankLinear) and not isinstance(module, ExpertLinear):
             found[name] = _by_copy([(copy,) for copy in module.towers])
         elif isinstance(module, FeedForward):
             found[f"{name}.experts"] = _by_copy([(copy,) for copy in module.towers])
+        elif isinstance(module, RoutedAttention):
+            keys = _keys_of_experts(module.router, module.num_experts, every)
+            found |= {f"{name}.{site}": keys for site in module.declared.routed_sites}
         elif isinstance(module, RoutedExperts):
-            router = module.router
-            if isinstance(router, StaticRouter):
-                found[f"{name}.experts"] = _by_copy(router.experts_of_keys, module.num_experts)
-            elif isinstance(router, ByModalityRouter):
-                groups = enumerate(router.config.experts)
-                found[f"{name}.experts"] = tuple(frozenset({key}) for key, count in groups for _ in range(count))
-            else:
-                found[f"{name}.experts"] = (every,) * module.num_experts
+            found[f"{name}.experts"] = _keys_of_experts(module.router, module.num_experts, every)
             if module.config.pools:
                 whole, first = found.pop(f"{name}.experts"), 0
                 for pool, (count, _) in enumerate(module.config.pools):
@@ -319,6 +315,16 @@ def _owners(modules: dict[str, nn.Module], every: frozenset[int]) -> dict[str, _
             for copy, keys in enumerate(_by_copy([(copy,) for copy in module.towers])):
                 found[f"{name}.copies.{copy}"] = (keys,)
     return found
+
+
+def _keys_of_experts(router: Router, num_experts: int, every: frozenset[int]) -> _Keys:
+    """The keys that may meet each expert under a router."""
+    if isinstance(router, StaticRouter):
+        return _by_copy(router.experts_of_keys, num_experts)
+    counts = router.config.experts if isinstance(router, ByModalityRouter | SoftRouter) else ()
+    if counts:
+        return tuple(frozenset({key}) for key, count in enumerate(counts) for _ in range(count))
+    return (every,) * num_experts
 
 
 def _by_copy(copies: Sequence[tuple[int, ...]], count: int = 0) -> _Keys:

@@ -625,9 +625,9 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, Aligns, GenerationMi
         Args:
             routings: ``out.routings`` of the step.
         """
-        for layer, routing in zip(self.model.backbone.layers, routings, strict=True):
+        for (_, part), routing in zip(self.model.backbone.parts, routings, strict=True):
             if routing is not None:
-                layer.mlp.update(routing)
+                part.update(routing)
 
 
 ALL_ATTENTION_FUNCTIONS.register("xformers", xformers_attention)

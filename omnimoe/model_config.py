@@ -215,11 +215,12 @@ class OmniMoeConfig(PreTrainedConfig):
                     "they count from 0"
                 )
         for layer, block in enumerate(self.blocks):
-            if 0 < block.experts.num_token_ids < self.vocab_size:
-                raise ConfigError(
-                    f"the table of the router in layer {layer} has {block.experts.num_token_ids} ids for a vocabulary "
-                    f"of {self.vocab_size}; set num_ids={self.vocab_size}"
-                )
+            for part in (block.experts, block.attention):
+                if 0 < part.num_token_ids < self.vocab_size:
+                    raise ConfigError(
+                        f"the table of the router in layer {layer} has {part.num_token_ids} ids for a vocabulary of "
+                        f"{self.vocab_size}; set num_ids={self.vocab_size}"
+                    )
         if self.mask not in MASK_RULES:
             raise ConfigError(f"unknown mask rule {self.mask!r}{MASK_RULES.hint(self.mask)}")
         for block in self.blocks:
@@ -283,10 +284,11 @@ class OmniMoeConfig(PreTrainedConfig):
                     f"position_bias gives scores to {self.num_attention_heads} heads of Attention in every layer, and "
                     f"layer {layer} has {heads} of {type(block.attention).__qualname__}"
                 )
-            if block.attention.num_kv_heads not in (None, heads) or block.depth is not None:
+            shares = block.attention.num_kv_heads not in (None, heads) or block.attention.head_copies > 1
+            if shares or block.depth is not None:
                 raise ConfigError(
                     f"layer {layer} shares keys among queries or leaves out rows; with position_bias leave "
-                    "num_kv_heads and depth None"
+                    "num_kv_heads and depth None, and own_heads False"
                 )
 
     def _check_learned(self) -> None:
@@ -438,7 +440,7 @@ class OmniMoeConfig(PreTrainedConfig):
     @property
     def needs_token_ids(self) -> bool:
         """Whether a router looks up the token of a row."""
-        return any(block.experts.num_token_ids for block in self.blocks)
+        return any(part.num_token_ids for block in self.blocks for part in (block.experts, block.attention))
 
     @property
     def layer_types(self) -> list[str] | None:
@@ -468,7 +470,7 @@ class OmniMoeConfig(PreTrainedConfig):
     }
     base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "backbone.layers": (["x", "rows", "mask", "cache"], ["x", "routing", "weights"]),
+        "backbone.layers": (["x", "rows", "mask", "cache"], ["x", "routings", "weights"]),
         "norm": (["x", "rows"], ["x"]),
     }
 

@@ -24,8 +24,8 @@ class OmniMoeModelOutput(ModelOutput):
         hidden_states: ``(B, T, D)`` before each layer and after the last, if asked for; None where others were.
         attentions: ``(B, H, T, K)`` of each layer, if asked for and the attention implementation gives them.
         router_logits: ``(N, E)`` float32 of each routed layer, raw, rows in time order.
-        routings: the :class:`~omnimoe.routers.Routing` of each layer, None where nothing is routed; rows as in
-            ``rows``.
+        routings: the :class:`~omnimoe.routers.Routing` of each layer's experts, None where nothing is routed, and then
+            that of each attention that routes; rows as in ``rows``.
         rows: the row layout of this forward.
     """
 

@@ -281,6 +281,7 @@ def draw_load(
     names: Sequence[str],
     path: Path | str | None = None,
     *,
+    labels: Sequence[str] = (),
     title: str = "",
     free: Sequence[Sequence[str]] = (),
 ) -> Path | Figure:
@@ -290,6 +291,7 @@ def draw_load(
         load: ``(L, M, E)``, the share of the tokens of each of M that meets each expert of each layer.
         names: of the M.
         path: where the PNG goes; None for a figure.
+        labels: of the L; ``layer 0`` and so on where empty.
         title: above it.
         free: for each layer, the kinds of the experts behind those of the bank; they are named in the ticks.
 
@@ -300,7 +302,7 @@ def draw_load(
     num_layers, num_rows, num_experts = load.shape
     width = min(16.0, 2.2 + 0.42 * num_experts)
     figure, axis = plt.subplots(figsize=(max(4.2, width), 1.1 + 0.2 * num_layers * num_rows))
-    _heat(axis, load, names)
+    _heat(axis, load, names, labels)
     axis.set_xlabel("expert, share of the tokens that meet it")
     kinds = max(free, key=len, default=())
     if kinds and all(len(found) in (0, len(kinds)) for found in free):
@@ -317,13 +319,12 @@ def draw_load(
     return Path(path)
 
 
-def _heat(axis: Axes, load: np.ndarray, names: Sequence[str]) -> None:
+def _heat(axis: Axes, load: np.ndarray, names: Sequence[str], parts: Sequence[str] = ()) -> None:
     num_layers, num_modalities, num_copies = load.shape
     table = load.reshape(num_layers * num_modalities, num_copies)
     axis.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=max(1.0, float(table.max())))
-    labels = [
-        f"layer {layer}  {name}" if i == 0 else name for layer in range(num_layers) for i, name in enumerate(names)
-    ]
+    parts = parts or [f"layer {layer}" for layer in range(num_layers)]
+    labels = [f"{part}  {name}" if i == 0 else name for part in parts for i, name in enumerate(names)]
     axis.set_yticks(range(len(table)), labels, fontsize=7)
     axis.set_xticks(range(num_copies), [str(i) for i in range(num_copies)])
     axis.set_xlabel("copy of the feed-forward bank, share of the modality's tokens")

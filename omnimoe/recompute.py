@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def recompute(checkpoint: Callable, run: Callable, x: Any, rows: Any, *rest: Any
 
     Args:
         checkpoint: ``torch.utils.checkpoint.checkpoint`` with its settings.
-        run: the block, ``(x, rows, ...) -> (x, routing or None, weights or None)``.
+        run: the block, ``(x, rows, ...) -> (x, routings, weights or None)``.
         x: ``(N, D)`` rows.
         rows: their layout.
         rest: other arguments.
@@ -92,14 +93,17 @@ def recompute(checkpoint: Callable, run: Callable, x: Any, rows: Any, *rest: Any
 
     def flat(x: Any, rows: Any, *rest: Any) -> tuple[Any, ...]:
         choices.rewind()
-        x, routing, weights = run(x, dataclasses.replace(rows, choices=choices), *rest)
-        fields = () if routing is None else dataclasses.fields(routing)
-        held = {field.name: getattr(routing, field.name) for field in fields}
+        x, routings, weights = run(x, dataclasses.replace(rows, choices=choices), *rest)
+        held = [
+            None if routing is None else {field.name: getattr(routing, field.name) for field in fields(routing)}
+            for routing in routings
+        ]
         leaves, structure = tree_flatten((x, held, weights))
-        form[:] = [structure, None if routing is None else type(routing)]
+        form[:] = [structure, [type(routing) for routing in routings]]
         return tuple(leaves)
 
     leaves = checkpoint(flat, x, rows, *rest)
-    structure, kind = form
+    structure, kinds = form
     x, held, weights = tree_unflatten(list(leaves), structure)
-    return x, None if kind is None else kind(**held), weights
+    routings = (None if part is None else kind(**part) for kind, part in zip(kinds, held, strict=True))
+    return x, tuple(routings), weights

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from omnimoe.experts import Experts, FeedForward
-from omnimoe.layers import RowLayout
+from omnimoe.layers import BaseAttention, RowLayout
 from omnimoe.model import OmniMoeModel
 from omnimoe.plots import draw_load
 from omnimoe.routers import Routing
@@ -35,10 +35,11 @@ VIEWS = ("modality", "key", "layer")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRouting:
-    """What one layer's router did, over all that was recorded.
+    """What one router did, over all that was recorded.
 
     Args:
         layer: which.
+        part: of the layer: ``"experts"``, or ``"attention"`` where the experts are in its projections.
         load: share of its choices that fell on each expert, free ones last.
         balance: entropy of the load over that of an even one: 1 where all experts are chosen alike, 0 where one is.
         busiest: load of the busiest expert of the bank over an even share of what the bank got.
@@ -52,6 +53,7 @@ class LayerRouting:
     """
 
     layer: int
+    part: str
     load: tuple[float, ...]
     balance: float
     busiest: float
@@ -74,8 +76,8 @@ class RoutingTrace:
         config = model.config
         self.modalities: tuple[str, ...] = config.modality_names
         self.keys: tuple[str, ...] = tuple(config.keys or config.modality_names)
-        parts = [layer.mlp for layer in model.backbone.layers]
-        self._layers = [_Counts(part, len(self.modalities), len(self.keys)) for part in parts]
+        sizes = len(self.modalities), len(self.keys)
+        self._parts = [_Counts(layer, part, *sizes) for layer, part in model.backbone.parts]
         self._tokens: dict[str, Tensor] = {}
         self.num_forwards = 0
 
@@ -90,7 +92,7 @@ class RoutingTrace:
             counted = torch.ones_like(ids) if rows.counted is None else rows.counted.long()
             new = ids.new_zeros(size).index_add(0, ids, counted)
             self._tokens[name] = self._tokens[name] + new if name in self._tokens else new
-        for counts, routing in zip(self._layers, routings, strict=True):
+        for counts, routing in zip(self._parts, routings, strict=True):
             counts.add(routing, rows)
 
     def tokens(self, by: str = "modality") -> Tensor:
@@ -105,20 +107,21 @@ class RoutingTrace:
             by: ``"modality"`` or ``"key"``.
 
         Returns:
-            ``(L, M, E)`` float64, E the largest number of experts of any layer, free ones behind those of the bank.
-            Over experts it sums to the choices of a token that were not dropped. Zeros for what had no tokens.
+            ``(P, M, E)`` float64, over the experts of each layer and then of each attention that routes; E is the
+            largest number of experts of any, free ones behind those of the bank. Over experts it sums to the choices of
+            a token that were not dropped. Zeros for what had no tokens.
         """
-        counts = [layer.choices(by) for layer in self._layers]
+        counts = [part.choices(by) for part in self._parts]
         widest = max((table.shape[1] for table in counts), default=1)
         padded = [nn.functional.pad(table, (0, widest - table.shape[1])) for table in counts]
         return torch.stack(padded) / self.tokens(by).double().clamp_min(1).view(1, -1, 1)
 
     def layers(self) -> list[LayerRouting]:
-        """One record a routed layer."""
-        return [layer.record(index) for index, layer in enumerate(self._layers) if layer.is_routed]
+        """One record a router: of the experts of each layer that routes, then of each attention that does."""
+        return [part.record() for part in self._parts if part.is_routed]
 
     def mean(self, name: str) -> float:
-        """Mean of a number of :class:`LayerRouting` over routed layers; NaN where nothing is routed."""
+        """Mean of a number of :class:`LayerRouting` over routers; NaN where nothing is routed."""
         found = [getattr(layer, name) for layer in self.layers()]
         numbers = [value for value in found if value is not None]
         return sum(numbers) / len(numbers) if numbers else math.nan
@@ -149,15 +152,17 @@ class RoutingTrace:
             load, names = (self.load() * share.view(1, -1, 1)).sum(1, keepdim=True), ["all tokens"]
         else:
             load = self.load(by)
-        return draw_load(load.numpy(), names, path, title=title, free=[layer.free for layer in self._layers])
+        labels = [part.label for part in self._parts]
+        free = [part.free for part in self._parts]
+        return draw_load(load.numpy(), names, path, labels=labels, title=title, free=free)
 
     def __str__(self) -> str:
-        head = "layer  balance  busiest  entropy  experts/token  dropped    null  untouched  I(modality; expert)"
+        head = "      router  balance  busiest  entropy  experts/token  dropped    null  untouched  I(modality; expert)"
         lines = [head]
         for layer in self.layers():
             certainty = "      -" if layer.router_entropy is None else f"{layer.router_entropy:7.3f}"
             lines.append(
-                f"{layer.layer:5d}  {layer.balance:7.3f}  {layer.busiest:7.2f}  {certainty}  "
+                f"{_label(layer.part, layer.layer):>12}  {layer.balance:7.3f}  {layer.busiest:7.2f}  {certainty}  "
                 f"{layer.experts_per_token:13.3f}  {layer.dropped_share:7.2%}  {layer.null_share:6.2%}  "
                 f"{layer.untouched_share:9.2%}  {layer.mutual_information:19.3f}"
             )
@@ -165,9 +170,11 @@ class RoutingTrace:
 
 
 class _Counts:
-    """Sums of one layer, on the device of the rows."""
+    """Sums of one part of a layer, on the device of the rows."""
 
-    def __init__(self, part: Experts, num_modalities: int, num_keys: int) -> None:
+    def __init__(self, layer: int, part: Experts | BaseAttention, num_modalities: int, num_keys: int) -> None:
+        self.layer, self.name = layer, "attention" if isinstance(part, BaseAttention) else "experts"
+        self.label = _label(self.name, layer)
         self.towers = part.towers if isinstance(part, FeedForward) else None
         config = getattr(part, "config", None)
         self.free: tuple[str, ...] = tuple(getattr(config, "free_experts", ()))
@@ -217,7 +224,7 @@ class _Counts:
         found = self._sums.get(by)
         return torch.zeros(shape, dtype=torch.float64) if found is None else found.cpu().double().view(shape)
 
-    def record(self, layer: int) -> LayerRouting:
+    def record(self) -> LayerRouting:
         table = self.choices("modality")
         amount, total, tokens = table.sum(0), float(table.sum()), max(1.0, self._number("tokens"))
         load = amount / max(1.0, total)
@@ -226,7 +233,8 @@ class _Counts:
         joint = table / max(1.0, total)
         scored = self._number("scored")
         return LayerRouting(
-            layer=layer,
+            layer=self.layer,
+            part=self.name,
             load=tuple(load.tolist()),
             balance=_entropy(load) / math.log(len(load)) if len(load) > 1 else 1.0,
             busiest=float(bank.max() / bank.mean()) if bank.sum() else 0.0,
@@ -237,6 +245,10 @@ class _Counts:
             untouched_share=self._number("untouched") / tokens,
             mutual_information=max(0.0, _entropy(joint.sum(0)) + _entropy(joint.sum(1)) - _entropy(joint)),
         )
+
+
+def _label(part: str, layer: int) -> str:
+    return f"layer {layer}" if part == "experts" else f"{part} {layer}"
 
 
 def _entropy(shares: Tensor) -> float:

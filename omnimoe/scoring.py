@@ -109,7 +109,7 @@ class Scores:
 
 
 def aux_loss_of(routings: tuple[Routing | None, ...]) -> Tensor | None:
-    """The balance losses of all routers, times their coefficients, averaged over routed layers; None without any."""
+    """The balance losses of all routers, times their coefficients, averaged over routers; None without any."""
     routed = [routing for routing in routings if routing is not None]
     terms = [loss for routing in routed for loss in routing.losses.values()]
     return torch.stack(terms).sum() / len(routed) if terms else None

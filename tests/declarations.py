@@ -7,7 +7,7 @@ import copy
 import torch
 
 from omnimoe.backbone import LayerRange
-from omnimoe.experts import FeedForward, RoutedExperts
+from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
 from omnimoe.layers import Attention, Norm
 from omnimoe.modalities import Patches, Tokens
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
@@ -85,6 +85,29 @@ DECLARATIONS: dict[str, OmniMoeConfig] = {
     "mot_hybrid": MOT.replace(
         num_layers=3,
         layers=(LayerRange(start=1, step=2, experts=routed(4, TopKRouter.Config()), norm_placement="post"),),
+    ),
+    "attention_experts": DENSE.replace(
+        attention=RoutedAttention.Config(
+            num_heads=4,
+            num_kv_heads=2,
+            bias=True,
+            output_bias=True,
+            num_experts=6,
+            router=ByModalityRouter.Config(experts=(2, 3, 1), router=TopKRouter.Config(top_k=2)),
+        ),
+        experts=routed(4, TopKRouter.Config()),
+    ),
+    "attention_heads": DENSE.replace(
+        attention=RoutedAttention.Config(
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=8,
+            qk_norm="rms",
+            num_experts=4,
+            routed_sites=("q_proj", "o_proj"),
+            own_heads=True,
+            site_towers={"k_proj": "modality"},
+        )
     ),
     "one_way": MOT.replace(mask="one_way"),
     "block_causal": MOT.replace(mask="block_causal", bidirectional_modalities=("image",)),

@@ -8,9 +8,9 @@ import torch
 import omnimoe
 from omnimoe import LayerRange, OmniMoeForCausalLM, keep_frozen, unfreeze
 from omnimoe.config import ConfigError
-from omnimoe.experts import SoftExperts
+from omnimoe.experts import RoutedAttention
 from omnimoe.inputs import InputError
-from omnimoe.routers import ByModalityRouter, DepthRouter, ExpertChoiceRouter, TopKRouter
+from omnimoe.routers import ByModalityRouter, DepthRouter, ExpertChoiceRouter, SoftRouter, TopKRouter
 from tests.declarations import DECLARATIONS, DENSE, build, ids_like, routed
 
 CHOICE = ExpertChoiceRouter.Config(causal_form="none", gumbel_noise=1.0)
@@ -25,6 +25,12 @@ FIRST_STAGE = {
         tie_word_embeddings=True,
     ),
     "dense by depth": DENSE.replace(layers=DEPTH),
+    "in attention, by depth": DENSE.replace(
+        attention=RoutedAttention.Config(
+            num_heads=4, num_kv_heads=2, num_experts=6, router=ByModalityRouter.Config(experts=(2, 3, 1), router=CHOICE)
+        ),
+        layers=DEPTH,
+    ),
     "in some layers": DENSE.replace(
         experts=routed(4, TopKRouter.Config(expert_bias="shared")),
         layers=(LayerRange(start=1, experts=routed(4, CHOICE)),),
@@ -172,7 +178,7 @@ def test_who_foretells_everything_is_right_everywhere():
         (DENSE, "needs no auxiliary ones"),
         (DECLARATIONS["moe"], "needs no auxiliary ones"),
         (
-            DENSE.replace(experts=SoftExperts.Config(num_experts=2, intermediate_size=8)),
+            DENSE.replace(experts=routed(2, SoftRouter.Config())),
             "no form that routes a token by",
         ),
     ],

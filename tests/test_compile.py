@@ -11,6 +11,7 @@ from tests.declarations import DECLARATIONS, build, ids_like
 
 QUICK = ("mot", "moma_top_k")
 KINDS = ("dense", "moe", "moma", "mot", "moma_top_k", "pools", "chameleon", "block_causal", "mot_hybrid", "static")
+KINDS += ("attention_experts", "attention_heads")
 
 
 def kinds(*names: str) -> list:

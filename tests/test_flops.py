@@ -23,6 +23,7 @@ from omnimoe import (
     register_experts,
     shrink,
 )
+from omnimoe.experts import RoutedAttention
 from omnimoe.experts.base import EXPERTS
 from omnimoe.flops import KINDS, formulas, total_params
 from omnimoe.layers.attention import ATTENTIONS
@@ -80,6 +81,25 @@ CONFIGS = {
     ),
     "moe, expert choice": lambda: small("moe4x_37m"),
     "moe, expert choice of two": lambda: routed(ExpertChoiceRouter.Config(capacity_factor=2.0), 8),
+    "experts in attention": lambda: small("dense_nano").replace(
+        attention=RoutedAttention.Config(
+            num_heads=4, num_kv_heads=2, bias=True, num_experts=6, router=TopKRouter.Config(top_k=3)
+        )
+    ),
+    "experts in values and out": lambda: small("dense_nano").replace(
+        attention=RoutedAttention.Config(
+            num_heads=4,
+            num_experts=7,
+            router=ByModalityRouter.Config(experts=(4, 2, 1)),
+            routed_sites=("v_proj", "o_proj"),
+            site_towers={"q_proj": "modality"},
+        )
+    ),
+    "experts with heads of their own": lambda: small("dense_nano").replace(
+        attention=RoutedAttention.Config(
+            num_heads=2, num_kv_heads=1, head_dim=24, num_experts=6, routed_sites=("q_proj", "o_proj"), own_heads=True
+        )
+    ),
     "two matrices": lambda: small("dense_nano").replace(experts=small("dense_nano").experts.replace(gated=False)),
 }
 

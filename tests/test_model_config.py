@@ -9,12 +9,19 @@ import torch
 
 from omnimoe.backbone import LayerRange
 from omnimoe.config import ConfigError
-from omnimoe.experts import FeedForward, RoutedExperts, SoftExperts
+from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
 from omnimoe.hub import load
 from omnimoe.layers import Attention, Norm, Rope
 from omnimoe.modalities import Patches, Tokens
 from omnimoe.model import OmniMoeConfig
-from omnimoe.routers import AttributeRouter, ByModalityRouter, ExpertChoiceRouter, StaticRouter, TopKRouter
+from omnimoe.routers import (
+    AttributeRouter,
+    ByModalityRouter,
+    ExpertChoiceRouter,
+    SoftRouter,
+    StaticRouter,
+    TopKRouter,
+)
 from tests.declarations import DECLARATIONS, DENSE, IMAGE, SPEECH, TEXT, build, routed
 
 PARTS = ("attention", "experts", "norm", "final_norm", "modalities", "layers")
@@ -273,8 +280,23 @@ FIELDS = {
     "choice score": (lambda: ExpertChoiceRouter.Config(score="relu"), "unknown score 'relu'"),
     "capacity": (lambda: ExpertChoiceRouter.Config(capacity_factor=0), "at least 0.0001, and finite, got 0"),
     "experts": (lambda: routed(0, TopKRouter.Config()), "num_experts must be at least 1, got 0"),
-    "soft experts": (lambda: SoftExperts.Config(num_experts=0), "num_experts must be at least 1, got 0"),
-    "slots": (lambda: SoftExperts.Config(num_slots=0), "num_slots must be at least 1, got 0"),
+    "soft experts": (lambda: SoftRouter.Config(experts=(2, 0)), "(2, 0) must give each key at least one expert"),
+    "slots": (lambda: SoftRouter.Config(num_slots=0), "num_slots must be at least 1, got 0"),
+    "routed sites": (lambda: RoutedAttention.Config(routed_sites=("q",)), "must name some of q_proj, k_proj, v_proj"),
+    "no routed site": (lambda: RoutedAttention.Config(routed_sites=()), "each once, got ()"),
+    "a site twice": (
+        lambda: RoutedAttention.Config(site_towers={"q_proj": "modality"}),
+        "q_proj is routed and has a tower map in site_towers; drop one",
+    ),
+    "own heads' sites": (lambda: RoutedAttention.Config(own_heads=True), "must be ('q_proj', 'o_proj'), got"),
+    "own heads' norm": (
+        lambda: RoutedAttention.Config(own_heads=True, routed_sites=("q_proj", "o_proj"), qk_norm="layer"),
+        "take 'rms' or 'none'",
+    ),
+    "own heads of mixtures": (
+        lambda: RoutedAttention.Config(own_heads=True, routed_sites=("q_proj", "o_proj"), router=SoftRouter.Config()),
+        "SoftRouter.Config mixes rows; leave own_heads out",
+    ),
     "width of attributes": (lambda: AttributeRouter.Config(top_k=1, width=0), "width must be at least 1, got 0"),
     "vocabulary": (lambda: Tokens.Config(name="text"), "modality 'text' needs a vocab_size of at least 1, got 0"),
     "objective": (lambda: Patches.Config(name="x", objective="gan"), "unknown objective 'gan'; known: flow, ddpm"),

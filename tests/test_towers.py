@@ -26,6 +26,7 @@ from tests.declarations import DECLARATIONS, DENSE, MOT, PATCHES, SPEECH, TEXT, 
 KINDS = [
     *("dense", "dense_tied", "mot", "mot_post", "merged", "chameleon", "moe", "static", "moma", "moma_top_k", "pools"),
     *("expert_choice", "mot_hybrid", "one_way", "block_causal", "encoder"),
+    *("attention_experts", "attention_heads"),
 ]
 TEXT_IDS = torch.tensor([[1, 9, 12, 8, 19, 10], [1, 8, 8, 15, 11, 2]])
 

@@ -4,7 +4,7 @@ from omnimoe.experts.base import EXPERTS, Experts, register_expert, register_exp
 from omnimoe.experts.feed_forward import FeedForward
 from omnimoe.experts.none import NoExperts
 from omnimoe.experts.routed import RoutedExperts
-from omnimoe.experts.soft import SoftExperts
+from omnimoe.experts.routed_attention import RoutedAttention
 from omnimoe.experts.sub_norm import SubNormFeedForward
 
 __all__ = [
@@ -12,8 +12,8 @@ __all__ = [
     "Experts",
     "FeedForward",
     "NoExperts",
+    "RoutedAttention",
     "RoutedExperts",
-    "SoftExperts",
     "SubNormFeedForward",
     "register_expert",
     "register_experts",

@@ -12,8 +12,9 @@ from omnimoe.config import ConfigError
 from omnimoe.experts.base import Experts, check_network, register_experts
 from omnimoe.experts.free import FreeExperts
 from omnimoe.experts.pooled import PooledMLP
+from omnimoe.experts.sent import Sent
 from omnimoe.layers import BankMLP, RowLayout
-from omnimoe.ops import combine, route_plan
+from omnimoe.ops import combine
 from omnimoe.routers import Router, Routing, Scorer, TopKRouter
 
 SHARED_GATES = ("none", "sigmoid", "softmax")
@@ -90,6 +91,11 @@ class RoutedExperts(Experts):
                     f"{type(self.router).__qualname__} chooses among the experts of the bank alone; drop zero, "
                     "identity and constant experts and shared_gate='softmax', or take TopKRouter"
                 )
+            if self.weights_on == "input" and self.router.mixes_rows:
+                raise ConfigError(
+                    f"weights_on='input' scales rows that experts get, and {type(self.router).__qualname__} gives them "
+                    "mixtures of rows; leave it out"
+                )
             if self.num_gated_experts and not self.router.takes_gated_experts:
                 raise ConfigError(
                     "shared_gate='softmax' is a part of a softmax over what is chosen, and "
@@ -134,15 +140,15 @@ class RoutedExperts(Experts):
 
         @property
         def tp_plan(self) -> dict[str, str]:
-            if self.bias:
+            if self.bias or self.router.mixes_rows:
                 return {}  # a bias after the second product would be added on every device
             banks = (self._banks, "shared_experts") if self.num_shared_experts else (self._banks,)
             return dict.fromkeys(banks, "bank_mlp")
 
         @property
         def ep_plan(self) -> dict[str, str]:
-            if self.bias:
-                return {}
+            if self.bias or self.router.mixes_rows:
+                return {}  # slots are of all experts at once
             parameters = (f"{self._banks}.{name}" for name in ("gate_up_proj", "down_proj"))
             return {self._banks: "ep_dispatch_experts", **dict.fromkeys(parameters, "grouped_gemm")}
 
@@ -159,10 +165,12 @@ class RoutedExperts(Experts):
             reached = self.router.reached_experts(self.num_experts, modality)
             return sum(widths[expert] for expert in reached) / len(reached)
 
-        def active_params(self, hidden_size: int, modality: int) -> float:
+        def active_params(self, hidden_size: int, modality: int) -> float | None:
             """As many choices fall to free experts as would if all experts were chosen alike."""
             matrices, free = (3 if self.gated else 2) * hidden_size, len(self.free_experts)
             chosen = self.router.experts_per_token(self.num_experts + free, modality)
+            if chosen is None:
+                return None
             chosen *= self.num_experts / (self.num_experts + free)
             shared = self.num_shared_experts * (self.shared_intermediate_size or self.intermediate_size)
             own = 2 * hidden_size * self.num_constant_experts + hidden_size * (self.shared_gate == "sigmoid")
@@ -195,21 +203,23 @@ class RoutedExperts(Experts):
         """``(N, D)`` rows to ``(N, D)``; a row that no expert takes gets the shared experts alone, or zeros."""
         with rows.choosing():
             routing = self.router(x, rows)
-        expert_ids = routing.expert_ids
-        if rows.counted is not None:
-            expert_ids = torch.where(rows.counted[routing.token_index], expert_ids, -1)
-        plan = route_plan(expert_ids, self.num_experts)
-        token_index, weights = routing.token_index[plan.order], routing.expert_weights[plan.order]
-        if self.config.weights_on == "input":
-            y = self.experts(x[token_index] * weights.unsqueeze(1), plan.offsets, compute=rows.compute)
-            y = combine(y, token_index, torch.ones_like(weights), len(x))
-        else:
-            y = self.experts(x, plan.offsets, token_index=token_index, weights=weights, compute=rows.compute)
+        y = self._routed(x, rows, routing)
         if self.free_experts is not None:
             y = y + self.free_experts(x, routing, self.num_experts)
         if self.shared_experts is not None:
             y = y + self._shared(x, routing.shared_weights)
         return y, routing
+
+    def _routed(self, x: Tensor, rows: RowLayout, routing: Routing) -> Tensor:
+        """``(N, D)`` rows to ``(N, D)``, the experts of the bank alone."""
+        if routing.slots is not None:
+            return routing.slots.through(self.experts, x, rows)
+        sent = Sent.of(routing, rows, self.num_experts)
+        if self.config.weights_on == "input":
+            given = x[sent.token_index] * sent.weights.unsqueeze(1)
+            y = self.experts(given, sent.offsets, compute=rows.compute)
+            return combine(y, sent.token_index, torch.ones_like(sent.weights), len(x))
+        return self.experts(x, sent.offsets, token_index=sent.token_index, weights=sent.weights, compute=rows.compute)
 
     def _shared(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """``(N, D)`` rows to ``(N, D)``, the shared experts alone."""

@@ -4,7 +4,7 @@ from omnimoe.layers.attention import ATTENTIONS, Attention, BaseAttention, regis
 from omnimoe.layers.bank import Bank, TowerMap, num_copies, resolve_towers
 from omnimoe.layers.keys import KEY_RULES, register_key_rule
 from omnimoe.layers.latent_attention import LatentAttention
-from omnimoe.layers.linear import BankLinear, Head
+from omnimoe.layers.linear import BankLinear, ExpertLinear, Head
 from omnimoe.layers.masks import MASK_RULES, AttentionMask, register_mask_rule
 from omnimoe.layers.mlp import BankMLP
 from omnimoe.layers.norm import BankHeadLayerNorm, BankLayerNorm, BankRMSNorm, Norm
@@ -33,6 +33,7 @@ __all__ = [
     "BankMLP",
     "BankRMSNorm",
     "BaseAttention",
+    "ExpertLinear",
     "Head",
     "LatentAttention",
     "Norm",

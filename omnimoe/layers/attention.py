@@ -40,12 +40,14 @@ class BaseAttention(nn.Module, Configurable):
     """What a block calls to mix positions.
 
     Contract: ``__init__(config, *, hidden_size, num_modalities, layer_idx)`` and
-    ``forward(x (N, D), rows, mask, cache) -> (N, D)``, or that and the attention weights. ``num_modalities`` is the
-    number of keys a row may have: the modalities, unless the model is given other ``keys``. A part with rotary
-    positions says so in :meth:`rotary`.
+    ``forward(x (N, D), rows, mask, cache) -> (N, D)``, or that and the attention weights, or these two and a routing
+    where :attr:`routes` says so. ``num_modalities`` is the number of keys a row may have: the modalities, unless the
+    model is given other ``keys``. A part with rotary positions says so in :meth:`rotary`.
     """
 
     registry: ClassVar[Registry] = ATTENTIONS
+    routes: ClassVar[bool] = False
+    """Whether it has experts and gives their routing; then ``update(routing)`` takes in a training step."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ConfigBase):
@@ -55,6 +57,21 @@ class BaseAttention(nn.Module, Configurable):
         def needs_key_order(self) -> bool:
             """Whether rows must come in key order."""
             return True
+
+        @property
+        def is_causal(self) -> bool:
+            """Whether a row's routing depends on that row alone; the mask has a say of its own."""
+            return True
+
+        @property
+        def has_causal_form(self) -> bool:
+            """Whether that can be asked for, ``rows.routes_causally``, as generation does."""
+            return self.is_causal
+
+        @property
+        def num_token_ids(self) -> int:
+            """Token ids that it can look up, where it reads ``rows.token_ids``; 0 where it does not."""
+            return 0
 
         @property
         def tp_plan(self) -> dict[str, str]:
@@ -136,6 +153,15 @@ class Attention(BaseAttention):
             plan = {"": "bank_attention", "o_proj": "bank_rowwise"}
             plan |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), "bank_colwise")
             return plan | (dict.fromkeys(("q_norm", "k_norm"), "bank_head_norm") if self.qk_norm != "none" else {})
+
+        @property
+        def head_copies(self) -> int:
+            """How many times ``num_heads`` a row attends with, for counting FLOPs."""
+            return 1
+
+        def copies_met(self, site: str, modality: int) -> float | None:
+            """Copies of a projection that a token of ``modality`` meets on average; None where unknown."""
+            return 1.0
 
     def __init__(
         self,

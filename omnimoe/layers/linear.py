@@ -41,6 +41,41 @@ class BankLinear(Bank):
         return f"copies={copies}, in_features={in_features}, out_features={out_features}, bias={self.bias is not None}"
 
 
+class ExpertLinear(BankLinear):
+    """A linear map with one copy an expert; which of them a row meets, ``rows.sent`` knows.
+
+    Args:
+        num_experts: E.
+        in_features: D.
+        out_features: F.
+        bias: add a bias, one an expert.
+        meets: how a row meets K of them: ``"sum"`` adds up what they give; ``"split"`` keeps it apart, ``(N, H·K·C)``
+            where ``F = H·C``; ``"join"`` takes such rows, each expert its own, and adds up.
+        num_heads: H, where what experts give or get is kept apart.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        meets: str = "sum",
+        num_heads: int = 1,
+    ) -> None:
+        super().__init__(tuple(range(num_experts)), in_features, out_features, bias)
+        self.meets, self.num_heads = meets, num_heads
+
+    def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
+        """``(N, D)`` rows to ``(N, F)``, each through the experts that it was sent to."""
+        assert rows.sent is not None
+        return rows.sent.through(self, x)
+
+    def product(self, x: Tensor, ends: Tensor, row_index: Tensor | None = None) -> Tensor:
+        """Runs of rows through their experts; see :func:`omnimoe.ops.grouped_mm`."""
+        return grouped_mm(x, plain(self.weight), ends, self.bias, row_index)
+
+
 class Head(nn.Linear):
     """A linear map without copies, through our op: over a vocabulary it is much of a decoded token's time."""
 

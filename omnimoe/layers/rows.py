@@ -12,12 +12,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
 from omnimoe.ops import permute, route_plan
+
+if TYPE_CHECKING:
+    from omnimoe.layers.linear import ExpertLinear
+
+
+class MeetsExperts(Protocol):
+    """Takes rows through a bank of linear maps whose copies a router chose among."""
+
+    def through(self, bank: ExpertLinear, x: Tensor) -> Tensor:
+        """``(N, D)`` rows to ``(N, F)``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +53,7 @@ class RowLayout:
             all count. Only in a traced graph.
         choices: remembers what routers choose, where layers are recomputed in backward; see :meth:`choosing`.
         compute: computes a bank of experts in another way than our ops: the last argument of ``BankMLP.forward``.
+        sent: the experts that each row was sent to, inside of an attention that routes; see ``ExpertLinear``.
     """
 
     batch_size: int
@@ -60,6 +72,7 @@ class RowLayout:
     token_ids: Tensor | None = None
     choices: AbstractContextManager | None = None
     compute: Callable | None = None
+    sent: MeetsExperts | None = None
     _per_towers: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

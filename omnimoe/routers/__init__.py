@@ -2,9 +2,9 @@
 
 from omnimoe.routers.attributes import AttributeRouter
 from omnimoe.routers.auxiliary import AuxiliaryRouter
-from omnimoe.routers.base import ROUTERS, Router, Routing, join_routings, register_router
+from omnimoe.routers.base import ROUTERS, Router, Routing, Slots, join_routings, register_router
 from omnimoe.routers.by_modality import ByModalityRouter
-from omnimoe.routers.depth import DepthRouter
+from omnimoe.routers.depth import DEPTH_ROUTERS, DepthRouter, register_depth_router
 from omnimoe.routers.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
 from omnimoe.routers.faults import router_faults
 from omnimoe.routers.hash import HashRouter
@@ -18,11 +18,13 @@ from omnimoe.routers.losses import (
     router_z_loss,
 )
 from omnimoe.routers.scores import SCORES, Scorer
+from omnimoe.routers.soft import SoftRouter
 from omnimoe.routers.sparse_mixer import SparseMixerRouter
 from omnimoe.routers.static import StaticRouter
 from omnimoe.routers.top_k import TopKRouter
 
 __all__ = [
+    "DEPTH_ROUTERS",
     "ROUTERS",
     "SCORES",
     "AttributeRouter",
@@ -35,6 +37,8 @@ __all__ = [
     "Router",
     "Routing",
     "Scorer",
+    "Slots",
+    "SoftRouter",
     "SparseMixerRouter",
     "StaticRouter",
     "TopKRouter",
@@ -45,6 +49,7 @@ __all__ = [
     "load_loss",
     "mutual_information",
     "orthogonality_loss",
+    "register_depth_router",
     "register_router",
     "router_faults",
     "router_z_loss",

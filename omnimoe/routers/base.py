@@ -13,6 +13,7 @@ from torch.utils._pytree import register_dataclass
 
 from omnimoe.config import Config as ConfigBase
 from omnimoe.config import ConfigError, Configurable, register
+from omnimoe.layers import RowLayout
 from omnimoe.registry import Registry
 
 ROUTERS: Registry = Registry("router")
@@ -21,6 +22,41 @@ ROUTERS: Registry = Registry("router")
 def register_router(name: str, *, exist_ok: bool = False):
     """Decorator that files a :class:`Router` class under ``name``."""
     return register(ROUTERS, name, exist_ok=exist_ok)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What experts get in the place of rows, where a router mixes rows: S mixtures an expert and sequence.
+
+    Args:
+        dispatch: ``(B, E, S, T)``, the share of each position in a slot.
+        combine: ``(B, T, E, S)``, the share of each slot in what a position gets.
+    """
+
+    dispatch: Tensor
+    combine: Tensor
+
+    def through(self, bank: Callable[[Tensor, Tensor], Tensor], x: Tensor, rows: RowLayout) -> Tensor:
+        """Rows through a bank by way of the slots.
+
+        Args:
+            bank: takes ``(R, D)`` rows in runs and ``(E,)`` int32, the end of each expert's run, to ``(R, F)``.
+            x: ``(N, D)`` rows.
+            rows: their layout.
+
+        Returns:
+            ``(N, F)``.
+        """
+        batch_size, count, num_slots, _ = self.dispatch.shape
+        mixed = self.dispatch.flatten(1, 2) @ rows.to_time(x)  # (B, E * S, D)
+        mixed = mixed.unflatten(1, (count, num_slots)).transpose(0, 1).flatten(0, 2)
+        ends = torch.arange(1, count + 1, device=x.device, dtype=torch.int32) * (batch_size * num_slots)
+        worked = bank(mixed, ends)
+        worked = worked.view(count, batch_size, num_slots, worked.shape[1]).transpose(0, 1).flatten(1, 2)
+        return rows.to_rows(self.combine.flatten(2) @ worked)
+
+
+register_dataclass(Slots, serialized_type_name="omnimoe.Slots")
 
 
 @dataclass(frozen=True)
@@ -40,6 +76,7 @@ class Routing:
         key_ids: ``(N,)`` int64, the key of each row, where :meth:`Router.update` asks for it.
         shared_weights: ``(N, S)``, the weights of shared experts, where they take part in the router's softmax.
         dropped: int64 scalar, choices that found no room; None where a router never drops.
+        slots: where a router mixes rows, what experts get; entries then say what each row gets of each expert.
     """
 
     token_index: Tensor
@@ -52,6 +89,7 @@ class Routing:
     key_ids: Tensor | None = None
     shared_weights: Tensor | None = None
     dropped: Tensor | None = None
+    slots: Slots | None = None
 
 
 register_dataclass(Routing, serialized_type_name="omnimoe.Routing")
@@ -145,6 +183,11 @@ class Router(nn.Module, Configurable):
             """Whether it may be given shared experts, to weigh them together with what it chose."""
             return self.takes_free_experts
 
+        @property
+        def mixes_rows(self) -> bool:
+            """Whether it answers with :class:`Slots`, mixtures of rows, rather than with rows of its choice."""
+            return False
+
         def check_idle(self, why: str, *names: str) -> None:
             """Refuses fields that another router of the same base has a use for and this one has none.
 
@@ -156,9 +199,13 @@ class Router(nn.Module, Configurable):
             if idle:
                 raise ConfigError(f"{why}, so {', '.join(idle)} would do nothing; leave it out")
 
-        def experts_per_token(self, num_experts: int, modality: int) -> float:
-            """Experts that a token of ``modality`` meets on average, for counting FLOPs."""
+        def experts_per_token(self, num_experts: int, modality: int) -> float | None:
+            """Experts that a token of ``modality`` meets on average, for counting FLOPs; None where unknown."""
             return 1.0
+
+        def most_experts_per_token(self, num_experts: int) -> int:
+            """The most experts that a token of any modality may meet."""
+            return num_experts
 
         def reached_experts(self, num_experts: int, modality: int) -> range | tuple[int, ...]:
             """The experts of the bank that a token of ``modality`` may be sent to, for counting where widths differ."""

@@ -40,6 +40,12 @@ class ByModalityRouter(Router):
                     f"a group is of one modality and has none to choose by, got ByModalityRouter of "
                     f"{self.router.experts} inside; give the router that stands in there"
                 )
+            if self.router.mixes_rows:
+                name = type(self.router).__qualname__.partition(".")[0]
+                raise ConfigError(
+                    f"{name} keeps experts apart by key itself; take {name}.Config(experts={self.experts}) in the "
+                    "place of ByModalityRouter"
+                )
 
         @property
         def is_causal(self) -> bool:
@@ -64,10 +70,15 @@ class ByModalityRouter(Router):
         def _plain(self) -> set[int]:
             return set() if self.gate_lone_expert else {i for i, count in enumerate(self.experts) if count == 1}
 
-        def experts_per_token(self, num_experts: int, modality: int) -> float:
+        def experts_per_token(self, num_experts: int, modality: int) -> float | None:
             if modality in self._plain():
                 return 1.0
             return self.router.experts_per_token(self._reached(num_experts, modality), modality)
+
+        def most_experts_per_token(self, num_experts: int) -> int:
+            plain = self._plain()
+            most = (self.router.most_experts_per_token(count) for i, count in enumerate(self.experts) if i not in plain)
+            return max(most, default=1)
 
         def reached_experts(self, num_experts: int, modality: int) -> range:
             first = sum(self.experts[:modality])

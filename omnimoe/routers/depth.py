@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from omnimoe.config import Config as ConfigBase
-from omnimoe.config import ConfigError, Configurable
+from omnimoe.config import ConfigError, Configurable, register
 from omnimoe.layers import AttentionMask, RowLayout
+from omnimoe.registry import Registry
 from omnimoe.routers.auxiliary import AuxiliaryRouter
 from omnimoe.routers.base import Routing
 from omnimoe.routers.pool import LEAST_SHARE, best_of_ranks, share_of
@@ -31,13 +32,26 @@ GATES = ("sigmoid", "linear")
 DEPTH_POOLS = ("batch", "sequence", "ranks")
 DEPTH_CAUSAL_FORMS = ("auxiliary", "none")
 
+DEPTH_ROUTERS: Registry = Registry("depth router")
 
+
+def register_depth_router(name: str, *, exist_ok: bool = False):
+    """Decorator that files a :class:`DepthRouter` class under ``name``."""
+    return register(DEPTH_ROUTERS, name, exist_ok=exist_ok)
+
+
+@register_depth_router("best_rows")
 class DepthRouter(nn.Module, Configurable):
     """Chooses the rows of a layer and weighs what it adds to them.
+
+    One of another kind derives from it: :meth:`forward` chooses, :meth:`alone` does where a row may not look at others,
+    and ``Config.capacity`` is the share of the rows that FLOPs are counted by.
 
     Source: Mixture-of-Depths, https://arxiv.org/abs/2404.02258, with a linear gate, by sequence, at capacity 0.125;
     MoMa, https://arxiv.org/abs/2407.21770, with a sigmoid gate, by batch, at capacity 0.25.
     """
+
+    registry: ClassVar[Registry] = DEPTH_ROUTERS
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ConfigBase):
@@ -118,7 +132,7 @@ class DepthRouter(nn.Module, Configurable):
             taken[order] = place < room[sequence[order]]
         return self._kept(taken, score, x.dtype)
 
-    def alone(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def alone(self, x: Tensor, rows: RowLayout) -> tuple[Tensor, Tensor]:
         """Chooses as :meth:`forward` does, each row by itself.
 
         Raises:
@@ -271,6 +285,8 @@ def lengthened(
 ) -> Routing:
     """A routing of the kept rows as one of all rows; where the layer routes nothing, the choice of depth itself.
 
+    Mixtures are left out, which were of the kept rows.
+
     Args:
         routing: of the kept rows.
         index: ``(n,)`` int64, their places.
@@ -293,5 +309,6 @@ def lengthened(
         losses={**routing.losses, **(losses or {})},
         shared_weights=shared,
         spans=(),
+        slots=None,
         key_ids=rows.key_ids,
     )

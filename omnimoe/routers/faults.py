@@ -13,18 +13,18 @@ from omnimoe.routers.base import Routing
 
 @torch.no_grad()
 def router_faults(routings: Sequence[Routing | None], rows: RowLayout, num_modalities: int) -> Tensor:
-    """Counts the rows that each layer's router could not route, by modality. Nothing is read back to the host.
+    """Counts the rows that each router could not route, by modality. Nothing is read back to the host.
 
     A row counts if one of its logits is NaN or plus infinity, or one of its weights is not finite. Minus infinity is
     no fault: it puts an expert out of reach.
 
     Args:
-        routings: of each layer, None where nothing is routed.
+        routings: of the model, None where nothing is routed.
         rows: the layout they are over.
         num_modalities: M.
 
     Returns:
-        ``(L, M)`` int64 on the device of the rows.
+        ``(P, M)`` int64, one row a routing, on the device of the rows.
     """
     counts = [torch.zeros(num_modalities, dtype=torch.int64, device=rows.modality_ids.device) for _ in routings]
     for count, routing in zip(counts, routings, strict=True):

@@ -42,6 +42,9 @@ class StaticRouter(Router):
         def experts_per_token(self, num_experts: int, modality: int) -> float:
             return float(len(self.reached_experts(num_experts, modality)))
 
+        def most_experts_per_token(self, num_experts: int) -> int:
+            return max((len(_as_set(chosen)) for chosen in self.experts_of_keys), default=1)
+
         def reached_experts(self, num_experts: int, modality: int) -> tuple[int, ...]:
             return _as_set(self.experts_of_keys[modality] if self.experts_of_keys else modality)
 

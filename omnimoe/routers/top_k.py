@@ -145,6 +145,9 @@ class TopKRouter(BalancedRouter):
         def experts_per_token(self, num_experts: int, modality: int) -> float:
             return float(self.top_k)
 
+        def most_experts_per_token(self, num_experts: int) -> int:
+            return min(self.top_k, num_experts)
+
         def router_params(self, hidden_size: int, num_experts: int, modality: int | None = None) -> int:
             return hidden_size * num_experts
 

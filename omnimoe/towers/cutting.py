@@ -9,10 +9,10 @@ from dataclasses import fields
 from typing import Any
 
 from omnimoe.config import Config
-from omnimoe.experts import RoutedExperts
+from omnimoe.experts import RoutedAttention, RoutedExperts
 from omnimoe.layers import TowerMap, resolve_towers
 from omnimoe.layers.reader_attention import ReaderAttention
-from omnimoe.routers import AttributeRouter, ByModalityRouter, StaticRouter
+from omnimoe.routers import AttributeRouter, ByModalityRouter, SoftRouter, StaticRouter
 from omnimoe.routers.balance import BalancedRouter
 
 
@@ -42,6 +42,18 @@ def _(part: RoutedExperts.Config, *, keys: tuple[int, ...], num_keys: int) -> An
         pools += [(stay, width)] if stay else []
         first += count
     return cut.replace(num_experts=len(kept), pools=tuple(pools))
+
+
+@keep_keys.register
+def _(part: RoutedAttention.Config, *, keys: tuple[int, ...], num_keys: int) -> Any:
+    cut = keep_keys.dispatch(Config)(part, keys=keys, num_keys=num_keys)
+    kept = {expert for key in keys for expert in part.router.reached_experts(part.num_experts, key)}
+    return cut.replace(num_experts=len(kept))
+
+
+@keep_keys.register
+def _(part: SoftRouter.Config, *, keys: tuple[int, ...], num_keys: int) -> Any:
+    return part.replace(experts=tuple(part.experts[key] for key in keys) if part.experts else ())
 
 
 @keep_keys.register

@@ -23,12 +23,12 @@ from omnimoe.checkpoint.header import Entry, read_header
 from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.checkpoint.memory import check_memory
 from omnimoe.config import ConfigError
-from omnimoe.experts import FeedForward, RoutedExperts
-from omnimoe.layers import BankMLP
+from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
+from omnimoe.layers import BankMLP, ExpertLinear
 from omnimoe.layers.bank import Bank
 from omnimoe.layers.uneven import Uneven
 from omnimoe.model import OmniMoeForCausalLM
-from omnimoe.routers import ByModalityRouter, Router, StaticRouter
+from omnimoe.routers import ByModalityRouter, Router, SoftRouter, StaticRouter
 from omnimoe.routers.balance import BalancedRouter
 from omnimoe.towers.selection import Selection
 
@@ -75,12 +75,27 @@ def _(module: RoutedExperts, keys: tuple[int, ...]) -> dict[str, Index]:
 
 
 @kept_copies.register
+def _(module: RoutedAttention, keys: tuple[int, ...]) -> dict[str, Index]:
+    return dict.fromkeys(module.declared.routed_sites, _kept_experts(module.router, keys))
+
+
+@kept_copies.register
+def _(module: ExpertLinear, keys: tuple[int, ...]) -> dict[str, Index]:
+    return {}  # its owner knows what its copies are over
+
+
+@kept_copies.register
+def _(module: SoftRouter, keys: tuple[int, ...]) -> dict[str, Index]:
+    return {"slots": _kept_experts(module, keys)}
+
+
+@kept_copies.register
 def _(module: BalancedRouter, keys: tuple[int, ...]) -> dict[str, Index]:
     return {"expert_bias": keys} if module.config.expert_bias == "key" else {}
 
 
 def _kept_experts(router: Router, keys: tuple[int, ...]) -> Index:
-    if isinstance(router, ByModalityRouter):
+    if isinstance(router, ByModalityRouter | SoftRouter) and router.config.experts:
         spans = list(pairwise(accumulate(router.config.experts, initial=0)))
         return tuple(expert for key in keys for expert in range(*spans[key]))
     if isinstance(router, StaticRouter):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from omnimoe.inputs import check_batch
+from omnimoe.layers import BaseAttention
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.routers import Router, join_routings, router_faults
 from omnimoe.train.data import Batch, add_noise
@@ -156,14 +157,15 @@ class Stepper:
             return
         names = self.model.config.modality_names
         first = next(index for index, count in enumerate(faults) if count)
-        layer = first // len(names)
-        found = dict(zip(names, faults[layer * len(names) : (layer + 1) * len(names)], strict=True))
+        place = first // len(names)
+        found = dict(zip(names, faults[place * len(names) : (place + 1) * len(names)], strict=True))
         told = ", ".join(f"{name} ({count:.0f} rows)" for name, count in found.items() if count)
-        mlp = self.model.model.backbone.layers[layer].mlp
-        weights = [held for router in mlp.modules() if isinstance(router, Router) for held in router.parameters()]
+        layer, part = self.model.model.backbone.parts[place]
+        weights = [held for router in part.modules() if isinstance(router, Router) for held in router.parameters()]
         own = all(bool(held.isfinite().all()) for held in weights)
         cause = "its weights are finite, so what reaches it is not" if own else "its own weights are not finite"
-        message = f"the router of layer {layer} is not finite at step {step} for {told}; {cause}"
+        where = f"the attention of layer {layer}" if isinstance(part, BaseAttention) else f"layer {layer}"
+        message = f"the router of {where} is not finite at step {step} for {told}; {cause}"
         if self.settings.router_nan == "warn":
             logger.warning("%s", message)
             return

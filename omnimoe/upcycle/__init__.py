@@ -1,5 +1,6 @@
 """New models from trained ones: more modalities, towers of their own, experts, and the seed's function kept."""
 
+from omnimoe.upcycle import attention as _attention  # noqa: F401 - it says where experts in attention start
 from omnimoe.upcycle import experts as _experts  # noqa: F401 - it says where experts start
 from omnimoe.upcycle.keys import extend_keys
 from omnimoe.upcycle.report import Measured, UpcycledWeight, UpcycleReport, measure

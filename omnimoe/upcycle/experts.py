@@ -10,10 +10,22 @@ from typing import Any
 from torch import nn
 
 from omnimoe.config import ConfigError
-from omnimoe.experts import FeedForward, RoutedExperts
+from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
 from omnimoe.routers import ByModalityRouter, Router, StaticRouter
-from omnimoe.upcycle.gates import CHANGED, EXACT, RESCALED, UNGATED, UNROUTED, Gate, copied_gate, fresh_gate
+from omnimoe.upcycle.gates import (
+    CHANGED,
+    EXACT,
+    RESCALED,
+    UNGATED,
+    UNROUTED,
+    Gate,
+    RoutedConfig,
+    copied_gate,
+    fresh_gate,
+)
 from omnimoe.upcycle.sources import Change, Choices, Plan, Start, copies_of, start_of
+
+Routed = RoutedExperts | RoutedAttention
 
 _NEAR = 0.05
 """Of a new router's usual spread, where sums of its weights are estimated."""
@@ -35,7 +47,7 @@ def _(new: RoutedExperts, old: nn.Module, choices: Choices) -> Plan:
     index: list[int] = []
     scale: list[float] = []
     outcomes: dict[str, str] = {}
-    for held in _pools(new, old, choices.origin):
+    for held in pools_of(new, old, choices.origin):
         index += held.index
         gate = held.gate(new, old, choices)
         function, factor = gate.outcome(choices.placement)
@@ -65,7 +77,7 @@ def _(new: RoutedExperts, old: nn.Module, choices: Choices) -> Plan:
 
 
 @dataclass
-class _Pool:
+class Pool:
     """A group of experts and its router.
 
     Args:
@@ -87,16 +99,17 @@ class _Pool:
     is_split: bool = False
     fresh: set[str] = field(default_factory=set)
 
-    def gate(self, new: RoutedExperts, old: nn.Module, choices: Choices) -> Gate:
+    def gate(self, new: Routed, old: nn.Module, choices: Choices) -> Gate:
+        """The weights of a row's copies in the new model."""
         if self.router is None:
             return UNROUTED if self.old is None else UNGATED
         config = _config_of(new)
-        if not isinstance(old, RoutedExperts) or self.old is None:
-            return fresh_gate(config, len(self.index), new.config)
+        if not isinstance(old, Routed) or self.old is None:
+            return fresh_gate(config, len(self.index), declared(new))
         counts = {self.index.count(expert) for expert in self.pool}
         times = counts.pop() if len(counts) == 1 else 0
         noise = choices.router_noise if times > 1 else 0.0
-        return copied_gate(config, _config_of(old), times, new.config, noise, is_split=self.is_split)
+        return copied_gate(config, _config_of(old), times, declared(new), noise, is_split=self.is_split)
 
     def router_starts(self, choices: Choices) -> Iterator[tuple[str, Start]]:
         """Rows of a router for copies of an expert are those of the expert; the rest of it stays."""
@@ -122,7 +135,17 @@ class _Pool:
                 self.fresh.add(f"{self.path}{name}")
 
 
-def _pools(new: RoutedExperts, old: FeedForward | RoutedExperts, origin: tuple[int, ...]) -> Iterator[_Pool]:
+def pools_of(new: Routed, old: Any, origin: tuple[int, ...]) -> Iterator[Pool]:
+    """The groups of experts that rows choose among, and where each starts.
+
+    Args:
+        new: of the new model.
+        old: experts of the seed, or what has copies by key there.
+        origin: of each key, the key of the seed that it starts as.
+
+    Raises:
+        ConfigError: if networks of the seed that differ would become one.
+    """
     router = new.router
     if isinstance(router, ByModalityRouter):
         is_split = len(set(origin)) > 1 and not isinstance(getattr(old, "router", None), ByModalityRouter)
@@ -130,7 +153,7 @@ def _pools(new: RoutedExperts, old: FeedForward | RoutedExperts, origin: tuple[i
             inner, path = _router_at(old, origin[key])
             pool = _pool_of(old, origin[key])
             own = router.routers[key]
-            yield _Pool(_spread(count, pool), pool, own, inner, f"router.routers.{key}.", path, is_split)
+            yield Pool(_spread(count, pool), pool, own, inner, f"router.routers.{key}.", path, is_split)
         return
     if isinstance(router, StaticRouter):
         index = [-1] * new.num_experts
@@ -145,7 +168,7 @@ def _pools(new: RoutedExperts, old: FeedForward | RoutedExperts, origin: tuple[i
                         f"expert {expert} would start as two different ones; give their keys experts apart"
                     )
                 index[expert] = source
-        yield _Pool([max(0, source) for source in index], tuple(set(index)), router, None, "router.", "")
+        yield Pool([max(0, source) for source in index], tuple(set(index)), router, None, "router.", "")
         return
     pools = {_pool_of(old, key) for key in set(origin)}
     if len(pools) > 1:
@@ -155,12 +178,12 @@ def _pools(new: RoutedExperts, old: FeedForward | RoutedExperts, origin: tuple[i
         )
     inner, path = _router_at(old, origin[0])
     pool = pools.pop()
-    yield _Pool(_spread(new.num_experts, pool), pool, router, inner, "router.", path)
+    yield Pool(_spread(new.num_experts, pool), pool, router, inner, "router.", path)
 
 
-def _pool_of(old: FeedForward | RoutedExperts, key: int) -> tuple[int, ...]:
+def _pool_of(old: Any, key: int) -> tuple[int, ...]:
     """The seed's experts that rows of a key choose among."""
-    if isinstance(old, FeedForward):
+    if not isinstance(old, Routed):
         return (old.towers[key],)
     if isinstance(old.router, ByModalityRouter):
         start, stop = list(pairwise(accumulate(old.router.config.experts, initial=0)))[key]
@@ -170,18 +193,23 @@ def _pool_of(old: FeedForward | RoutedExperts, key: int) -> tuple[int, ...]:
     return tuple(range(old.num_experts))
 
 
-def _router_at(old: FeedForward | RoutedExperts, key: int) -> tuple[Any, str]:
+def _router_at(old: Any, key: int) -> tuple[Any, str]:
     """The router that rows of a key met in the seed, and its path."""
-    if isinstance(old, FeedForward) or isinstance(old.router, StaticRouter):
+    if not isinstance(old, Routed) or isinstance(old.router, StaticRouter):
         return None, ""
     if isinstance(old.router, ByModalityRouter):
         return old.router.routers[key], f"router.routers.{key}."
     return old.router, "router."
 
 
-def _config_of(experts: RoutedExperts) -> Router.Config:
+def declared(experts: Routed) -> RoutedConfig:
+    """The config of experts."""
+    return experts.declared if isinstance(experts, RoutedAttention) else experts.config
+
+
+def _config_of(experts: Routed) -> Router.Config:
     """The config of the router inside of a group."""
-    router = experts.config.router
+    router = declared(experts).router
     return router.router if isinstance(router, ByModalityRouter.Config) else router
 
 

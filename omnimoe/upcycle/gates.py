@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from omnimoe.experts import RoutedExperts
+from omnimoe.experts import RoutedAttention, RoutedExperts
 from omnimoe.routers import ExpertChoiceRouter, HashRouter, Router, StaticRouter, TopKRouter
 from omnimoe.routers.scores import SCORES
 from omnimoe.upcycle.target import multiplied
+
+RoutedConfig = RoutedExperts.Config | RoutedAttention.Config
 
 EXACT, RESCALED, CHANGED = "exact", "rescaled", "changed"
 
@@ -53,7 +55,7 @@ UNROUTED = Gate(1.0, True, True, "a network without a router")
 UNGATED = Gate(None, False, True, "the seed weighed a lone expert, the new model does not")
 
 
-def fresh_gate(router: Router.Config, count: int, config: RoutedExperts.Config) -> Gate:
+def fresh_gate(router: Router.Config, count: int, config: RoutedConfig) -> Gate:
     """The weights under a fresh router over ``count`` copies of one network.
 
     Args:
@@ -88,7 +90,7 @@ def copied_gate(
     router: Router.Config,
     old: Router.Config,
     times: int,
-    config: RoutedExperts.Config,
+    config: RoutedConfig,
     noise: float,
     *,
     is_split: bool = False,
@@ -125,12 +127,13 @@ def copied_gate(
     return Gate(1.0, True, True, f"{times} copies share what one had")
 
 
-def _oddity(router: Router.Config, config: RoutedExperts.Config) -> str:
+def _oddity(router: Router.Config, config: RoutedConfig) -> str:
     """What keeps the sum from being told."""
-    if config.weights_on == "input":
-        return "weights multiply what experts get, and a network does not scale with that"
-    if config.free_experts or config.shared_gate == "softmax":
-        return "experts beside the copies take part of the weights"
+    if isinstance(config, RoutedExperts.Config):
+        if config.weights_on == "input":
+            return "weights multiply what experts get, and a network does not scale with that"
+        if config.free_experts or config.shared_gate == "softmax":
+            return "experts beside the copies take part of the weights"
     if isinstance(router, TopKRouter.Config):
         if router.has_capacity or router.later_choice_threshold is not None:
             return "choices beyond the capacity are dropped"

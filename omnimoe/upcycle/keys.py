@@ -6,10 +6,10 @@ import functools
 from typing import Any
 
 from omnimoe.config import Config
-from omnimoe.experts import RoutedExperts
+from omnimoe.experts import RoutedAttention, RoutedExperts
 from omnimoe.layers import TowerMap, num_copies, resolve_towers
 from omnimoe.layers.reader_attention import ReaderAttention
-from omnimoe.routers import AttributeRouter, ByModalityRouter, StaticRouter
+from omnimoe.routers import AttributeRouter, ByModalityRouter, SoftRouter, StaticRouter
 from omnimoe.routers.balance import BalancedRouter
 from omnimoe.towers.cutting import change_maps
 
@@ -31,21 +31,27 @@ def extend_keys(part: Any, *, origin: tuple[int, ...], num_keys: int) -> Any:
     return change_maps(part, lambda towers: extend_map(towers, origin, num_keys), inside)
 
 
-@extend_keys.register
-def _(part: RoutedExperts.Config, *, origin: tuple[int, ...], num_keys: int) -> Any:
-    router = extend_keys(part.router, origin=origin, num_keys=num_keys)
-    count = part.num_experts
-    if isinstance(router, ByModalityRouter.Config):
+@extend_keys.register(RoutedExperts.Config)
+@extend_keys.register(RoutedAttention.Config)
+def _(part: Any, *, origin: tuple[int, ...], num_keys: int) -> Any:
+    made = extend_keys.dispatch(Config)(part, origin=origin, num_keys=num_keys)
+    router, count = made.router, part.num_experts
+    if isinstance(router, ByModalityRouter.Config | SoftRouter.Config) and router.experts:
         count = sum(router.experts)
     elif isinstance(router, StaticRouter.Config) and not router.experts_of_keys:
         count = len(origin)
-    return part.replace(router=router, num_experts=count)
+    return made.replace(num_experts=count)
 
 
 @extend_keys.register
 def _(part: ByModalityRouter.Config, *, origin: tuple[int, ...], num_keys: int) -> Any:
     inner = extend_keys(part.router, origin=origin, num_keys=num_keys)
     return part.replace(experts=tuple(part.experts[key] for key in origin), router=inner)
+
+
+@extend_keys.register
+def _(part: SoftRouter.Config, *, origin: tuple[int, ...], num_keys: int) -> Any:
+    return part.replace(experts=tuple(part.experts[key] for key in origin) if part.experts else ())
 
 
 @extend_keys.register

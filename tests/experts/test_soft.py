@@ -7,38 +7,40 @@ import torch
 import torch.nn.functional as F
 
 from omnimoe.config import ConfigError
-from omnimoe.experts import SoftExperts
+from omnimoe.experts import RoutedExperts
 from omnimoe.layers import RowLayout
+from omnimoe.routers import ByModalityRouter, SoftRouter, TopKRouter
 
 KEYS = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 0]])
 VALID = torch.tensor([[True] * 6, [True, True, False, True, True, False]])
 
 
-def make(num_experts: int = 3, num_slots: int = 2, **fields) -> SoftExperts:
-    config = SoftExperts.Config(num_experts=num_experts, num_slots=num_slots, intermediate_size=12, **fields)
+def make(num_experts: int = 3, num_slots: int = 2, experts=(), **fields) -> RoutedExperts:
+    router = SoftRouter.Config(num_slots=num_slots, experts=experts)
+    config = RoutedExperts.Config(num_experts=num_experts, intermediate_size=12, router=router, **fields)
     layer = config.build(hidden_size=8, num_modalities=2, layer_idx=0)
     for parameter in layer.parameters():
         parameter.data.normal_(std=0.4)
-    layer.scale.data.fill_(3.0)
+    layer.router.scale.data.fill_(3.0)
     return layer
 
 
-def expert(layer: SoftExperts, number: int, x: torch.Tensor) -> torch.Tensor:
+def expert(layer: RoutedExperts, number: int, x: torch.Tensor) -> torch.Tensor:
     gate, up = F.linear(x, layer.experts.gate_up_proj[number]).chunk(2, -1)
     return F.linear(F.silu(gate) * up, layer.experts.down_proj[number])
 
 
-def looped(layer: SoftExperts, x: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def looped(layer: RoutedExperts, x: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Slot by slot and row by row, ``(B, T, D)``."""
     y = torch.zeros_like(x)
-    owner = [key for key, count in enumerate(layer.config.experts) for _ in range(count)]
-    slots = [(e, s) for e in range(layer.config.num_experts) for s in range(layer.config.num_slots)]
+    owner = [key for key, count in enumerate(layer.router.config.experts) for _ in range(count)]
+    slots = [(e, s) for e in range(layer.config.num_experts) for s in range(layer.router.config.num_slots)]
     for batch in range(len(x)):
         rows = [t for t in range(x.shape[1]) if valid[batch, t]]
 
         def score(t: int, slot: tuple[int, int], x=x[batch]) -> torch.Tensor:
-            direction = layer.slots[slot]
-            return layer.scale * (x[t] / x[t].norm()) @ (direction / direction.norm())
+            direction = layer.router.slots[slot]
+            return layer.router.scale * (x[t] / x[t].norm()) @ (direction / direction.norm())
 
         def meets(t: int, slot: tuple[int, int], keys=keys[batch]) -> bool:
             return not owner or owner[slot[0]] == int(keys[t])
@@ -89,8 +91,8 @@ def test_the_peer_gives_the_same():
     peer = soft_moe_pytorch.SoftMoE(dim=8, num_slots=2, num_experts=3, is_distributed=False, geglu=False)
     layer = make(activation="gelu", gated=False)
     # the peer normalises its rows to length sqrt(D) and learns a scale for each channel, here one; it has biases
-    layer.scale.data.fill_(8.0)
-    peer.slot_embeds.data.copy_(layer.slots.data)
+    layer.router.scale.data.fill_(8.0)
+    peer.slot_embeds.data.copy_(layer.router.slots.data)
     for number, network in enumerate(peer.experts.experts):
         into, out = (module for module in network if isinstance(module, torch.nn.Linear))
         into.weight.data[:12].copy_(layer.experts.gate_up_proj[number])
@@ -110,12 +112,39 @@ def test_it_is_not_causal_and_refuses_a_cache():
     assert not layer.config.is_causal
     assert not layer.config.has_causal_form
     rows = RowLayout.build(KEYS, num_keys=2, routes_causally=True)
-    with pytest.raises(ValueError, match="mix all rows of a sequence"):
+    with pytest.raises(ValueError, match="mixes all rows of a sequence"):
         layer(torch.randn(12, 8), rows)
 
 
 def test_experts_must_fit_the_keys():
-    with pytest.raises(ConfigError, match="sum to 3"):
+    with pytest.raises(ConfigError, match=r"\(1, 1\) must give each of 2 keys a number and sum to the bank's 3"):
         make(experts=(1, 1))
-    with pytest.raises(ConfigError, match="3 entries for 2 keys"):
+    with pytest.raises(ConfigError, match=r"\(1, 1, 1\) must give each of 2 keys"):
         make(experts=(1, 1, 1))
+
+
+def test_pools_and_shared_experts_stand_beside_it():
+    """Experts of two widths give what two banks do, slot by slot; shared ones are added."""
+    layer = make(num_experts=3, pools=((1, 12), (2, 6)), num_shared_experts=1)
+    rows, x = RowLayout.build(KEYS, num_keys=2), torch.randn(2, 6, 8)
+    given = rows.to_rows(x)
+    y, routing = layer(given, rows)
+    mixed = torch.einsum("best,btd->besd", routing.slots.dispatch, x)
+    weights = [bank for pool in layer.experts.pools for bank in zip(pool.gate_up_proj, pool.down_proj, strict=True)]
+    out = []
+    for number, (into, back) in enumerate(weights):
+        gate, up = F.linear(mixed[:, number], into).chunk(2, -1)
+        out.append(F.linear(F.silu(gate) * up, back))
+    wanted = rows.to_rows(torch.einsum("btes,besd->btd", routing.slots.combine, torch.stack(out, 1)))
+    shared = layer.shared_experts(given, torch.tensor([12], dtype=torch.int32))
+    torch.testing.assert_close(y, wanted + shared, atol=1e-5, rtol=1e-4)
+
+
+def test_what_it_cannot_have_is_refused():
+    with pytest.raises(ConfigError, match="weights_on='input' scales rows.*SoftRouter"):
+        make(weights_on="input")
+    with pytest.raises(ConfigError, match="SoftRouter.Config chooses among the experts of the bank alone"):
+        make(num_zero_experts=1)
+    with pytest.raises(ConfigError, match=r"take SoftRouter.Config\(experts=\(1, 2\)\) in the place of ByModality"):
+        ByModalityRouter.Config(experts=(1, 2), router=SoftRouter.Config())
+    assert ByModalityRouter.Config(experts=(1, 2), router=TopKRouter.Config()).most_experts_per_token(3) == 2

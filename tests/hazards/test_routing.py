@@ -48,6 +48,7 @@ def send_all(layer, *numbers: int) -> None:
         layer.router.scorer.weight[list(numbers), 0] = 60.0
 
 
+IN_ATTENTION = ["attention_experts", "attention_heads"]
 TO_ONE = {
     "token choice, the only expert": (1, 1, (0,)),
     "token choice, the first of 4": (4, 1, (0,)),
@@ -100,7 +101,7 @@ def same_as_dense(layer, x: torch.Tensor, rows: RowLayout, chosen: tuple[int, ..
 
 
 @pytest.mark.hazard(19)
-@pytest.mark.parametrize("name", ["dense", "mot", "moma", "moe", "expert_choice"])
+@pytest.mark.parametrize("name", ["dense", "mot", "moma", "moe", "expert_choice", *IN_ATTENTION])
 def test_a_batch_of_no_sequences_has_a_loss_of_zero_and_gradients(name):
     model = build(DECLARATIONS[name])
     ids = torch.zeros(0, 12, dtype=torch.int64)
@@ -150,7 +151,7 @@ def test_rows_in_another_order_come_out_in_that_order(kind):
 
 
 @pytest.mark.hazard(20)
-@pytest.mark.parametrize("name", ["moe", "moma_top_k"])
+@pytest.mark.parametrize("name", ["moe", "moma_top_k", *IN_ATTENTION])
 def test_sequences_in_another_order_come_out_in_that_order(name):
     model = build(copy.deepcopy(DECLARATIONS[name]))
     ids = ids_like(model.config, 4)

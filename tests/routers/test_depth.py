@@ -4,7 +4,7 @@ generates by auxiliary routers."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from omnimoe.config import ConfigError
 from omnimoe.flops import flops, formulas
 from omnimoe.inputs import InputError
 from omnimoe.layers import RowLayout
-from omnimoe.routers import DepthRouter, TopKRouter
+from omnimoe.routers import DEPTH_ROUTERS, DepthRouter, TopKRouter, register_depth_router
 from tests.declarations import DECLARATIONS, DENSE, build, ids_like, routed
 
 KINDS = {
@@ -27,6 +27,50 @@ KINDS = {
     "moe": DENSE.replace(experts=routed(4, TopKRouter.Config(expert_bias="key"), num_shared_experts=1)),
     "block_causal": DECLARATIONS["block_causal"],
 }
+
+
+@pytest.fixture
+def by_key():
+    """A depth router of one's own: a layer works on the rows of some keys, whatever they hold."""
+
+    @register_depth_router("by_key")
+    class ByKey(DepthRouter):
+        @dataclass(frozen=True, kw_only=True)
+        class Config(DepthRouter.Config):
+            kept: tuple[int, ...] = (0,)
+
+            is_causal = has_causal_form = True
+
+        def forward(self, x, rows):
+            taken = torch.isin(rows.key_ids, torch.tensor(self.config.kept))
+            return self._kept(taken, self.scorer(x).squeeze(1), x.dtype)
+
+        alone = forward
+
+    yield ByKey
+    DEPTH_ROUTERS.remove("by_key")
+
+
+def test_one_of_ones_own_is_saved_counted_and_generates(by_key, tmp_path):
+    config = DENSE.replace(layers=(LayerRange(start=1, depth=by_key.Config(kept=(0, 2), capacity=0.6)),))
+    assert config.is_causal
+    model, ids = build(config), ids_like(config)
+    out = model(ids)
+    taken = out.routings[1].token_index
+    assert torch.equal(taken, torch.isin(out.rows.key_ids, torch.tensor([0, 2])).nonzero().squeeze(1))
+    assert flops(config).total == flops(DENSE.replace(layers=(LayerRange(start=1, depth=DEPTH_60),))).total
+    torch.testing.assert_close(model(ids, use_cache=True).logits, out.logits, atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = omnimoe.from_pretrained(tmp_path)
+    assert again.config.blocks[1].depth == config.blocks[1].depth
+    step = again(ids[:, :6], use_cache=True)
+    for at in range(6, 12):
+        step = again(ids[:, at : at + 1], past_key_values=step.past_key_values)
+        torch.testing.assert_close(step.logits[:, 0], out.logits[:, at], atol=1e-5, rtol=1e-4)
+    assert again.generate(ids[:, :6], max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (2, 8)
+
+
+DEPTH_60 = DepthRouter.Config(capacity=0.6)
 
 
 def with_depth(name: str, **fields):
@@ -212,7 +256,7 @@ def test_the_causal_form_is_the_layer_on_what_the_auxiliary_router_takes(name):
     wanted = model(ids, use_cache=True).logits
     for layer in model.model.backbone.layers[::2]:
         depth = layer.depth
-        depth.forward = lambda x, rows, depth=depth: depth.alone(x)
+        depth.forward = depth.alone
         depth.losses = lambda x, index: {}
     for layer in model.model.backbone.layers:
         for router in filter(None, getattr(getattr(layer.mlp, "router", None), "routers", ())):
@@ -234,7 +278,7 @@ def test_the_auxiliary_router_says_which_rows_and_the_main_one_what_they_weigh(g
         hidden = x @ auxiliary.inner.weight.T
         foretold = (hidden * hidden.sigmoid() @ auxiliary.outer.weight.T + auxiliary.outer.bias).squeeze(1)
         score = (x @ router.scorer.weight.T).squeeze(1)
-        index, weights = router.alone(x)
+        index, weights = router.alone(x, None)
     assert index.tolist() == (foretold > 0).nonzero().squeeze(1).tolist()
     assert 5 < len(index) < 35
     torch.testing.assert_close(weights, score[index].sigmoid() if gate == "sigmoid" else score[index])

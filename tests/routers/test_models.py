@@ -7,7 +7,7 @@ import torch
 
 import omnimoe
 from omnimoe.config import ConfigError
-from omnimoe.experts import SoftExperts
+from omnimoe.experts import RoutedAttention
 from omnimoe.inputs import InputError
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.routers import (
@@ -17,6 +17,7 @@ from omnimoe.routers import (
     ExpertChoiceRouter,
     ExpertThresholdRouter,
     HashRouter,
+    SoftRouter,
     SparseMixerRouter,
     StaticRouter,
     TopKRouter,
@@ -53,16 +54,38 @@ EXPERTS = {
     "expert choice alone": routed(4, ExpertChoiceRouter.Config(causal_form="none")),
     "threshold": grouped(ExpertThresholdRouter.Config()),
     "by modality, deepseek": grouped(TopKRouter.Config(top_k=1, score="sqrt_softplus", expert_bias="shared")),
-    "soft": SoftExperts.Config(num_experts=3, num_slots=2, intermediate_size=12),
-    "soft, by modality": SoftExperts.Config(num_experts=3, intermediate_size=12, experts=(1, 1, 1)),
+    "soft": routed(3, SoftRouter.Config(num_slots=2)),
+    "soft, by modality": routed(3, SoftRouter.Config(experts=(1, 1, 1))),
 }
-CAUSAL = [name for name, experts in EXPERTS.items() if experts.is_causal]
-GENERATES = [name for name, experts in EXPERTS.items() if experts.has_causal_form]
-ACROSS = [name for name in EXPERTS if name not in CAUSAL]
+
+
+def in_attention(experts, **changes) -> RoutedAttention.Config:
+    """The same router over the projections of attention."""
+    return RoutedAttention.Config(
+        num_heads=4, num_kv_heads=2, num_experts=experts.num_experts, router=experts.router, **changes
+    )
+
+
+# each router also over the banks of attention; those whose experts are free or weigh what goes in have no place there
+OVER_FEED_FORWARD_ALONE = {"free experts", "null experts", "input"}
+ATTENTIONS = {
+    f"attention, {name}": in_attention(experts)
+    for name, experts in EXPERTS.items()
+    if name not in OVER_FEED_FORWARD_ALONE
+}
+OWN_HEADS = {"own_heads": True, "routed_sites": ("q_proj", "o_proj"), "qk_norm": "rms"}
+ATTENTIONS |= {
+    f"own heads, {name}": in_attention(EXPERTS[name], **OWN_HEADS)
+    for name in ("skills", "deepseek", "capacity", "expert choice", "auxiliary")
+}
+PARTS = EXPERTS | ATTENTIONS
+CAUSAL = [name for name, part in PARTS.items() if part.is_causal]
+GENERATES = [name for name, part in PARTS.items() if part.has_causal_form]
+ACROSS = [name for name in PARTS if name not in CAUSAL]
 
 
 def config_of(name: str) -> OmniMoeConfig:
-    return DENSE.replace(experts=EXPERTS[name])
+    return DENSE.replace(**{"attention" if name in ATTENTIONS else "experts": PARTS[name]})
 
 
 def later_tokens_changed(config: OmniMoeConfig, at: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,14 +96,17 @@ def later_tokens_changed(config: OmniMoeConfig, at: int = 7) -> tuple[torch.Tens
 
 
 def test_these_are_causal_and_those_are_not():
-    assert set(ACROSS) == {
+    across = {
         "capacity", "capacity by sequence", "batch priority", "expert choice", "auxiliary", "expert choice alone",
         "soft", "soft, by modality",
     }  # fmt: skip
-    assert {*EXPERTS} - {*GENERATES} == {"expert choice alone", "soft", "soft, by modality"}
+    own_heads = {"own heads, capacity", "own heads, expert choice", "own heads, auxiliary"}
+    assert set(ACROSS) == across | {f"attention, {name}" for name in across} | own_heads
+    alone = {"expert choice alone", "soft", "soft, by modality"}
+    assert {*PARTS} - {*GENERATES} == alone | {f"attention, {name}" for name in alone}
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", PARTS)
 def test_it_trains_and_every_weight_takes_part(name):
     config = config_of(name)
     model = build(config).train()
@@ -95,7 +121,7 @@ def test_it_trains_and_every_weight_takes_part(name):
     assert all(buffer.isfinite().all() for buffer in model.buffers())
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", PARTS)
 def test_a_batch_of_one_modality_is_finite(name):
     config = config_of(name)
     model = build(config).train()
@@ -105,7 +131,7 @@ def test_a_batch_of_one_modality_is_finite(name):
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_empty_batch_and_low_precision_are_finite(name, dtype):
     config = config_of(name)
@@ -151,12 +177,12 @@ def test_where_rows_are_routed_alone_none_does_and_steps_equal_the_whole(name):
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", PARTS)
 def test_it_generates_or_says_why_not(name):
     model = build(config_of(name))
     ids = torch.full((1, 4), 9)
     if name in GENERATES:
-        assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 6)
+        assert model.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (1, 6)
         return
     for use_cache in (True, False):
         with pytest.raises(InputError, match=r"in layers 0, 1 routes a row by looking at others.*causal_form"):
@@ -193,10 +219,11 @@ def test_of_those_of_a_modality_that_was_never_shown_and_of_thresholds_it_is_tol
     assert len(told) == 2
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", PARTS)
 def test_its_config_and_buffers_are_saved_and_loaded(name, tmp_path):
     config = config_of(name)
-    assert OmniMoeConfig.from_dict(config.to_dict()).experts == config.experts
+    again = OmniMoeConfig.from_dict(config.to_dict())
+    assert (again.attention, again.experts) == (config.attention, config.experts)
     model = build(config).train()
     out = model(ids_like(config), labels=ids_like(config))
     for _ in range(3):
@@ -211,7 +238,10 @@ def test_its_config_and_buffers_are_saved_and_loaded(name, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["deepseek", "capacity", "capacity by sequence", "free experts", "null experts", "auxiliary", "threshold"],
+    [
+        *("deepseek", "capacity", "capacity by sequence", "free experts", "null experts", "auxiliary", "threshold"),
+        *("attention, deepseek", "attention, capacity", "attention, auxiliary", "own heads, capacity"),
+    ],
 )
 def test_padding_changes_nothing(name):
     config = config_of(name)
@@ -248,7 +278,7 @@ ROLES = ("und", "gen")
         routed(4, TopKRouter.Config(expert_bias="key", load_balance_by_key=True)),
         routed(4, ByModalityRouter.Config(experts=(1, 3), router=TopKRouter.Config(top_k=1, expert_bias="shared"))),
         routed(4, AttributeRouter.Config()),
-        SoftExperts.Config(num_experts=3, intermediate_size=12, experts=(1, 2)),
+        routed(3, SoftRouter.Config(experts=(1, 2))),
     ],
     ids=["static", "top_k", "groups", "attributes", "soft"],
 )
@@ -278,7 +308,7 @@ def test_bands_of_layers_may_have_routers_of_their_own():
     assert [layer.layer for layer in trace.layers()] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["capacity", "free experts", "null experts", "soft", "auxiliary"])
+@pytest.mark.parametrize("name", ["capacity", "free experts", "null experts", "soft", "auxiliary", *ATTENTIONS])
 def test_recomputed_activations_give_the_same_gradients(name):
     config = config_of(name)
     found = []

@@ -13,7 +13,7 @@ from omnimoe import OmniMoeForCausalLM
 from omnimoe.backbone import LayerRange
 from omnimoe.compare import compare
 from omnimoe.data import Corpus
-from omnimoe.experts import FeedForward, RoutedExperts, SoftExperts
+from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
 from omnimoe.model import MODELS
 from omnimoe.routers import ROUTERS, DepthRouter, HashRouter, TopKRouter
 from omnimoe.routers.balance import BalanceConfig
@@ -76,16 +76,19 @@ def test_every_router_and_field_is_on_the_page():
 def test_every_setting_on_the_page_exists():
     """Those written ``field=value``."""
     configs = [ROUTERS.get(name).Config for name in ROUTERS.names()]
-    configs += [RoutedExperts.Config, SoftExperts.Config, DepthRouter.Config, TrainSettings]
+    configs += [RoutedExperts.Config, RoutedAttention.Config, DepthRouter.Config, TrainSettings]
     known = {field.name for config in configs for field in dataclasses.fields(config)}
-    known |= {"step", "depth", "by", "path", "use_cache", "router", "towers", "router_aux_loss_coef"}
+    known |= {"attention", "step", "depth", "by", "path", "use_cache", "router", "towers", "router_aux_loss_coef"}
     quoted = " ".join(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)))
     assert set(re.findall(r"(\w+)=(?!=)", quoted)) <= known
 
 
 def test_what_the_table_writes_can_be_made():
     """Every ``XConfig(...)`` of the table, and every list of settings beside one."""
-    names = {**vars(routers), **{part.__name__: part for part in (RoutedExperts, SoftExperts, FeedForward, LayerRange)}}
+    names = {
+        **vars(routers),
+        **{part.__name__: part for part in (RoutedExperts, RoutedAttention, FeedForward, LayerRange)},
+    }
     names |= {"vocab_size": 20, "E": 8}
     section = PAGE[PAGE.index("## Which router is which") : PAGE.index("## Beside the bank")]
     table = [line.split("|")[2] for line in section.splitlines() if line.startswith("|")]

@@ -16,7 +16,8 @@ from tests.declarations import CACHED, DECLARATIONS, TEXT, build, ids_like
 peft = pytest.importorskip("peft")
 
 KINDS = ["dense", "mot_post", "chameleon", "merged", "moe", "moma", "static", "expert_choice", "mot_hybrid"]
-TOWERS = ["mot_post", "merged", "static", "moma", "mot_hybrid"]
+KINDS += ["attention_experts", "attention_heads"]
+TOWERS = ["mot_post", "merged", "static", "moma", "mot_hybrid", "attention_experts", "attention_heads"]
 
 
 def adapted(model, **options):
@@ -255,6 +256,10 @@ class TestTowers:
     def copies_of_images(config, place, count):
         if config is DECLARATIONS["moma"]:
             return {2, 3, 4} & set(range(count))
+        if config is DECLARATIONS["attention_experts"]:
+            return {2, 3, 4} if "self_attn" in place else set(range(count))
+        if config is DECLARATIONS["attention_heads"] and place.rpartition(".self_attn.")[2][:1] in "qo":
+            return set(range(count))
         if config is DECLARATIONS["merged"] and "mlp" in place:
             return {0}
         return {1}

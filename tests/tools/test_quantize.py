@@ -19,6 +19,7 @@ torchao = pytest.importorskip("torchao.quantization")
 from transformers import TorchAoConfig  # noqa: E402 - needs torchao
 
 KINDS = ["dense", "mot_post", "chameleon", "merged", "moe", "moma", "static", "expert_choice", "mot_hybrid"]
+KINDS += ["attention_experts", "attention_heads"]
 
 
 def banks(model):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from omnimoe import ConfigError, Tokens, load, upcycle
-from omnimoe.experts import SoftExperts
-from omnimoe.routers import ByModalityRouter, TopKRouter
+from omnimoe.routers import ByModalityRouter, SoftRouter, TopKRouter
 from tests.declarations import build, routed
 from tests.upcycle.seeds import seed_of
 
@@ -63,8 +62,8 @@ CASES = {
     "one network again": ("mixtral", {"experts": seed_of("text").config.experts}, "do not become one network"),
     "soft experts": (
         "text",
-        {"experts": SoftExperts.Config(num_experts=4, intermediate_size=24)},
-        "model.backbone.layers.0.mlp.experts.gate_up_proj",
+        {"experts": routed(4, SoftRouter.Config(experts=(4,))), "modalities": IMAGE},
+        "must give each of 2 keys a number",
     ),
     "a group missing": (
         "text",

@@ -1,0 +1,324 @@
+"""Experts in attention: against loops over rows, against the tower maps that they contain, and what sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import omnimoe
+from omnimoe import LayerRange, OmniMoeConfig, Tokens, active_params, flops, upcycle
+from omnimoe.config import ConfigError
+from omnimoe.data import Corpus
+from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
+from omnimoe.experts.routed_attention import PROJECTIONS
+from omnimoe.flops import UnknownCostError
+from omnimoe.layers import Attention, AttentionMask, Rope, RowLayout
+from omnimoe.routers import (
+    AttributeRouter,
+    ByModalityRouter,
+    ExpertChoiceRouter,
+    SoftRouter,
+    StaticRouter,
+    TopKRouter,
+)
+from omnimoe.train import RouterError, Training
+from tests.declarations import DECLARATIONS, DENSE, MOT, build, copy_weights, ids_like
+from tests.train.runs import build as started
+from tests.train.runs import settings, tiny
+from tests.upcycle.seeds import seed_of, text_of
+
+KEYS = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 0]])
+HEADS = {"own_heads": True, "routed_sites": ("q_proj", "o_proj")}
+
+
+def make(**fields) -> RoutedAttention:
+    given = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "num_experts": 3, "bias": True, "output_bias": True}
+    torch.manual_seed(0)
+    layer = RoutedAttention.Config(**(given | fields)).build(hidden_size=8, num_modalities=2, layer_idx=0)
+    for parameter in layer.parameters():
+        parameter.data.normal_(std=0.4)
+    return layer.double()
+
+
+def called(layer: RoutedAttention, x: torch.Tensor):
+    """``(B, T, D)`` there and back, with the layout and the routing."""
+    rows = RowLayout.build(KEYS, num_keys=2)
+    positions = rows.to_rows(torch.arange(6).expand(2, 6)).unsqueeze(1)
+    if layer.rope is not None:
+        rows = rows.with_rotary(*Rope(layer.rope, head_dim=layer.head_dim).table(positions))
+    mask = AttentionMask(
+        rule="causal", query_length=6, key_length=6, past_length=0, device=torch.device("cpu"), key_ids=KEYS
+    )
+    y, _, routing = layer(rows.to_rows(x), rows, mask)
+    return rows.to_time(y), rows, routing
+
+
+def choices(routing, rows) -> dict[tuple[int, int], list[tuple[int, float]]]:
+    """The experts of each position and their weights, in the order of the routing."""
+    found: dict = {(b, t): [] for b in range(2) for t in range(6)}
+    time = torch.arange(12) if rows.time_index is None else rows.time_index
+    for token, expert, weight in zip(
+        routing.token_index.tolist(), routing.expert_ids.tolist(), routing.expert_weights.tolist(), strict=True
+    ):
+        if expert >= 0:
+            found[divmod(int(time[token]), 6)].append((expert, weight))
+    return found
+
+
+def projected(layer: RoutedAttention, site: str, row: torch.Tensor, key: int, chosen) -> torch.Tensor:
+    bank = getattr(layer, site)
+    if site not in layer.declared.routed_sites:
+        copy = bank.towers[key]
+        return F.linear(row, bank.weight[copy], None if bank.bias is None else bank.bias[copy])
+    y = torch.zeros(bank.weight.shape[1], dtype=row.dtype)
+    for expert, weight in chosen:
+        y = y + weight * F.linear(row, bank.weight[expert], None if bank.bias is None else bank.bias[expert])
+    return y
+
+
+def attended(query, keys, values, groups: int) -> torch.Tensor:
+    """``(H, C)`` queries over ``(t, H_kv, C)``."""
+    out = []
+    for head, own in enumerate(query):
+        scores = torch.stack([own @ key[head // groups] for key in keys]) / own.shape[0] ** 0.5
+        out.append(sum(p * value[head // groups] for p, value in zip(scores.softmax(0), values, strict=True)))
+    return torch.stack(out)
+
+
+ROUTERS = {
+    "top 2": TopKRouter.Config(),
+    "as they are, with room for some": TopKRouter.Config(normalize=False, capacity_factor=0.7),
+    "experts choose": ExpertChoiceRouter.Config(capacity_factor=1.5),
+    "by modality": ByModalityRouter.Config(experts=(1, 2), router=TopKRouter.Config()),
+    "sets": StaticRouter.Config(experts_of_keys=((0, 2), 1), combine="sum"),
+}
+
+
+@pytest.mark.parametrize("sites", [PROJECTIONS, ("v_proj", "o_proj"), ("q_proj", "k_proj")])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_it_is_the_loop_over_rows(name, sites):
+    towers = {"q_proj": "modality", "v_proj": (1, 0)}
+    layer = make(
+        router=ROUTERS[name],
+        routed_sites=sites,
+        site_towers={site: held for site, held in towers.items() if site not in sites},
+        rope=None,
+    )
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    y, rows, routing = called(layer, x)
+    chosen = choices(routing, rows)
+    for b in range(2):
+        put = {
+            site: [projected(layer, site, x[b, t], int(KEYS[b, t]), chosen[b, t]).view(-1, 4) for t in range(6)]
+            for site in ("q_proj", "k_proj", "v_proj")
+        }
+        for t in range(6):
+            mixed = attended(put["q_proj"][t], put["k_proj"][: t + 1], put["v_proj"][: t + 1], groups=2)
+            wanted = projected(layer, "o_proj", mixed.flatten(), int(KEYS[b, t]), chosen[b, t])
+            torch.testing.assert_close(y[b, t], wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_with_heads_of_their_own_a_row_attends_once_for_each_expert(name):
+    layer = make(router=ROUTERS[name], rope=None, **HEADS, site_towers={"k_proj": "modality"})
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    y, rows, routing = called(layer, x)
+    chosen = choices(routing, rows)
+    for b in range(2):
+        keys, values = (
+            [projected(layer, site, x[b, t], int(KEYS[b, t]), ()).view(-1, 4) for t in range(6)]
+            for site in ("k_proj", "v_proj")
+        )
+        for t in range(6):
+            wanted = torch.zeros(8, dtype=torch.float64)
+            for expert, weight in chosen[b, t]:
+                query = projected(layer, "q_proj", x[b, t], 0, [(expert, 1.0)]).view(-1, 4)
+                mixed = attended(query, keys[: t + 1], values[: t + 1], groups=2).flatten()
+                wanted = wanted + projected(layer, "o_proj", mixed, 0, [(expert, weight)])
+            torch.testing.assert_close(y[b, t], wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_slots_take_each_projection():
+    layer = make(router=SoftRouter.Config(num_slots=2), routed_sites=("v_proj",), rope=None)
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    y, _, routing = called(layer, x)
+    mixed = torch.einsum("best,btd->besd", routing.slots.dispatch, x)
+    worked = torch.einsum("besd,efd->besf", mixed, layer.v_proj.weight) + layer.v_proj.bias[:, None]
+    values = torch.einsum("btes,besf->btf", routing.slots.combine, worked).unflatten(2, (-1, 4))
+    plain = RowLayout.build(torch.zeros_like(KEYS), num_keys=1)
+    query, key = (site(x.flatten(0, 1), plain).view(2, 6, -1, 4) for site in (layer.q_proj, layer.k_proj))
+    for b in range(2):
+        for t in range(6):
+            out = attended(query[b, t], key[b, : t + 1], values[b, : t + 1], groups=2).flatten()
+            torch.testing.assert_close(y[b, t], F.linear(out, layer.o_proj.weight[0], layer.o_proj.bias[0]))
+
+
+def test_routed_by_modality_it_is_a_tower_map():
+    """Mixture-of-Transformers' attention is the static router over these banks: one model under two declarations."""
+    towers = MOT.replace(attention=MOT.attention.replace(bias=True, output_bias=True))
+    routed = RoutedAttention.Config(
+        num_heads=4, num_kv_heads=2, bias=True, output_bias=True, num_experts=3, router=StaticRouter.Config()
+    )
+    one, ids = build(towers).train(), ids_like(MOT)
+    other = copy_weights(build(MOT.replace(attention=routed)).train(), one)
+    found = [model(ids, labels=ids) for model in (one, other)]
+    torch.testing.assert_close(found[1].logits, found[0].logits)
+    for out in found:
+        out.loss.backward()
+    for (name, first), second in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(second.grad, first.grad, msg=name)
+
+
+@pytest.mark.parametrize("heads", [{}, HEADS], ids=["summed", "own heads"])
+def test_equal_experts_whose_weights_sum_to_one_are_plain_attention(heads):
+    routed = RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=3, **heads)
+    dense, ids = build(DENSE), ids_like(DENSE)
+    model = build(DENSE.replace(attention=routed))
+
+    def widened(name, value, like):
+        return value.expand_as(like) if value is not None else like
+
+    own = dense.state_dict()
+    model.load_state_dict({name: widened(name, own.get(name), like) for name, like in model.state_dict().items()})
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "heads", "dense", "moe"), [(768, 12, 12, 124, 167), (1024, 24, 16, 354, 505)]
+)
+def test_uni_perceiver_moe_counts_as_its_paper_does(width, layers, heads, dense, moe):
+    """Eight experts in every matrix of every second layer, two of them met, by attributes of the key."""
+    sizes = {"intermediate_size": 4 * width, "activation": "gelu", "gated": False, "bias": True}
+    attention = {"num_heads": heads, "bias": True, "output_bias": True, "rope": None}
+    base = OmniMoeConfig(
+        hidden_size=width,
+        num_layers=layers,
+        modalities=(Tokens.Config(name="text", vocab_size=49411),),
+        attention=Attention.Config(**attention),
+        experts=FeedForward.Config(**sizes),
+        tie_word_embeddings=True,
+        mask="bidirectional",
+    )
+    router = AttributeRouter.Config(top_k=2)
+    sparse = LayerRange(
+        start=1,
+        step=2,
+        attention=RoutedAttention.Config(num_experts=8, router=router, **attention),
+        experts=RoutedExperts.Config(num_experts=8, router=router, **sizes),
+    )
+    assert active_params(base) / 1e6 == pytest.approx(dense, abs=2.5)
+    assert active_params(base.replace(layers=(sparse,))) / 1e6 == pytest.approx(moe, abs=2.5)
+
+
+def test_what_slots_cost_is_not_said():
+    config = DENSE.replace(attention=RoutedAttention.Config(num_heads=4, router=SoftRouter.Config()))
+    with pytest.raises(UnknownCostError, match="its router mixes rows"):
+        flops(config)
+
+
+def test_the_trace_the_losses_and_the_update_know_attention_from_experts():
+    pytest.importorskip("matplotlib")
+    bias = TopKRouter.Config(expert_bias="shared")
+    attention = RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=3, router=bias)
+    config = DENSE.replace(layers=(LayerRange(start=1, attention=attention),))
+    config = config.replace(experts=dataclasses.replace(DECLARATIONS["moe"].experts, router=bias))
+    model, ids = build(config).train(), ids_like(config)
+    with omnimoe.record_routing(model) as trace:
+        out = model(ids, labels=ids)
+    assert [(found.part, found.layer, len(found.load)) for found in trace.layers()] == [
+        ("experts", 0, 4),
+        ("experts", 1, 4),
+        ("attention", 1, 3),
+    ]
+    routing = out.routings[2]
+    load = torch.bincount(routing.expert_ids, minlength=3).double() / len(routing.expert_ids)
+    assert trace.layers()[2].load == pytest.approx(load.tolist())
+    assert trace.load()[2, :, 3:].sum() == 0
+    assert "\n attention 1  " in str(trace)
+    figure = trace.heatmap()
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels[::3] == ["layer 0  text", "layer 1  text", "attention 1  text"]
+    losses = [loss for held in out.routings for loss in held.losses.values()]
+    torch.testing.assert_close(out.aux_loss, torch.stack(losses).sum() / 3)
+    own = model.model.backbone.layers[1].self_attn.router
+    before = own.expert_bias.clone()
+    model.update_routers(out.routings)
+    assert not torch.equal(own.expert_bias, before)
+    shown = model(ids, output_router_logits=True).router_logits
+    assert [held.shape for held in shown] == [(24, 4), (24, 4), (24, 3)]
+
+
+def test_a_router_of_attention_that_is_not_finite_is_named():
+    attention = RoutedAttention.Config(num_heads=4, num_experts=3)
+    config = tiny().replace(layers=(LayerRange(start=1, attention=attention),))
+    run = Training(started(config), settings(steps=2), corpus=Corpus.load("p"), show_progress=False)
+    run.model.model.backbone.layers[1].self_attn.router.scorer.weight.data[0] = float("nan")
+    with pytest.raises(RouterError, match="router of the attention of layer 1 is not finite at step 1.*own weights"):
+        run.run()
+
+
+FRESH = {
+    "top 2": (RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4), "exact"),
+    "own heads": (RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4, **HEADS), "exact"),
+    "top 1": (
+        RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4, router=TopKRouter.Config(top_k=1)),
+        "changed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_attention_of_a_seed_becomes_experts(name):
+    attention, function = FRESH[name]
+    seed = seed_of("text")
+    model, report = upcycle(
+        seed, layers=(LayerRange(start=1, attention=attention),), batch=text_of(seed), return_report=True
+    )
+    assert [(change.where, change.function) for change in report.changes if "self_attn" in change.where] == [
+        ("model.backbone.layers.1.self_attn", function)
+    ]
+    assert (report.measured.difference < 2e-6) == (function == "exact")
+    bank = model.model.backbone.layers[1].self_attn.q_proj.weight
+    held = seed.model.backbone.layers[1].self_attn.q_proj.weight
+    assert torch.equal(bank, held.expand_as(bank))
+
+
+def test_towers_of_a_seed_become_groups_of_experts_and_grow_on():
+    router = ByModalityRouter.Config(experts=(2, 2, 1), router=TopKRouter.Config(top_k=2))
+    attention = RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=5, router=router)
+    seed, ids = seed_of("mot"), ids_like(MOT)
+    asked = {"layers": (LayerRange(attention=attention),), "batch": ids, "return_report": True}
+    model, report = upcycle(seed, **asked)
+    assert report.is_preserved
+    assert report.measured.difference < 2e-6
+    towers = seed.model.backbone.layers[0].self_attn.v_proj.weight
+    assert torch.equal(model.model.backbone.layers[0].self_attn.v_proj.weight, towers[[0, 0, 1, 1, 2]])
+    added = {"modalities": {"depth": 4}, "start_from": {"depth": "image"}}
+    grown, report = upcycle(model, **added, batch=ids, return_report=True)
+    assert grown.config.blocks[0].attention.num_experts == 7
+    assert report.measured.difference < 2e-6
+    one = RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4)
+    with pytest.raises(ConfigError, match="one pool of experts would merge networks of the seed that differ by key"):
+        upcycle(seed, layers=(LayerRange(attention=one),))
+
+
+def test_a_model_of_some_towers_keeps_their_experts(tmp_path):
+    config = DECLARATIONS["attention_experts"]
+    model = build(config)
+    model.save_pretrained(tmp_path)
+    alone = omnimoe.from_pretrained(tmp_path, towers=["text", "speech"])
+    own = alone.model.backbone.layers[0].self_attn
+    assert own.num_experts == 3
+    held = model.model.backbone.layers[0].self_attn.q_proj.weight
+    assert torch.equal(own.q_proj.weight, held[[0, 1, 5]])
+
+
+def test_a_training_run_of_mixture_of_attention_heads_learns():
+    attention = RoutedAttention.Config(num_heads=1, num_kv_heads=1, head_dim=16, num_experts=6, **HEADS)
+    model = started(tiny().replace(attention=attention))
+    run = Training(model, settings(steps=40, learning_rate=3e-3), corpus=Corpus.load("p"), show_progress=False)
+    history = run.run()
+    assert history.held_out["all"][-1] < history.held_out["all"][0] - 0.4
