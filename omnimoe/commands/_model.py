@@ -42,17 +42,19 @@ def default_device(device: str | None) -> str:
 
 
 def read_model(name: str, device: str | None) -> OmniMoeForCausalLM:
-    """The model of ``--model``, in evaluation mode.
+    """The model of ``--model``, in evaluation mode; on a CPU in float32, elsewhere in the dtype it was saved in.
 
     Raises:
         ValueError: if the name has no weights.
     """
+    import torch
+
     from omnimoe.hub import from_pretrained, load, model_info
     from omnimoe.model import MODELS
 
     device = default_device(device)
     # products of a few rows are faster in float32 there, and more exact
-    dtype = "float32" if device == "cpu" else "auto"
+    dtype = "float32" if torch.device(device).type == "cpu" else "auto"
     if name in MODELS and not Path(name).is_dir():
         if model_info(name).pretrained is None:
             raise ValueError(f"there are no weights for {name!r}; train it first and pass the folder: --model DIR")

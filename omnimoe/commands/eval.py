@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omnimoe.commands._model import by_modality
+from omnimoe.commands._model import by_modality, default_device, read_model
 
 if TYPE_CHECKING:
     from omnimoe.evaluate.run import Evaluation
@@ -136,17 +136,13 @@ def _sampling(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def _model(source: str, device: str | None, untrained: bool, seed: int) -> OmniMoeForCausalLM:
-    import torch
-
     from omnimoe.commands._settings import read_device
-    from omnimoe.hub import from_pretrained, load, model_info
+    from omnimoe.hub import load, model_info
     from omnimoe.model import MODELS
 
-    place = read_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if source not in MODELS or Path(source).is_dir():
-        return from_pretrained(source, device=place)
-    if model_info(source).pretrained is not None:
-        return load(source, pretrained=True, device=place)
+    place = str(read_device(default_device(device)))
+    if source not in MODELS or Path(source).is_dir() or model_info(source).pretrained is not None:
+        return read_model(source, place)
     if not untrained:
         raise ValueError(
             f"there are no weights for {source!r}; train it and pass the folder, or evaluate fresh weights with "

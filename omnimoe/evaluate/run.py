@@ -195,6 +195,7 @@ def evaluate(
             "candidates": sorted(set(candidates)),
             "seed": seed,
             "batch_size": batch_size,
+            "dtype": {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()},
             **_sampling(models, sampling or {}, saved_sampling),
         },
         environment={

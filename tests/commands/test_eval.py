@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from omnimoe.cli import main
+from omnimoe.commands import eval as command
 from omnimoe.commands.eval import labels
 from omnimoe.generate import set_sampling
 from tests.train.runs import build, tiny
@@ -42,6 +44,18 @@ def test_json_and_all_concepts(capsys, tmp_path, folders):
     assert found == json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
     assert found["settings"]["split"] == "drawing"
     assert any("no running text" in note for note in found["metrics"]["loss"]["notes"])
+
+
+def test_a_model_runs_in_float32_on_a_cpu_and_the_dtype_is_told(capsys, tmp_path):
+    build(tiny("mot")).to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    given = ["eval", f"m={tmp_path / 'narrow'}", "--metrics", "loss", "--num", "3", "--out", str(tmp_path), "--json"]
+    assert main([*given, "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["dtype"] == {"m": "float32"}
+    assert "float32" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_weights_that_ship_run_in_float32_on_a_cpu():
+    assert command._model("omni_nano", "cpu", untrained=False, seed=0).dtype == torch.float32
 
 
 def test_how_models_were_sampled_is_kept(capsys, tmp_path):
