@@ -203,7 +203,7 @@ class _Session:
             "seed": int(torch.randint(2**31, ())) if seed is None else int(seed),
             "num_samples": 1 if options["temperature"] == 0 else int(options["samples"]),
         }
-        if "steps" in options:
+        if "steps" in options and target not in self.model.config.token_ranges:
             usual["steps"] = int(options["steps"])
         shown = self.sampling(target) if self._saved(target) else {}
         for name in SAMPLING:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,8 +82,8 @@ def denoise(
     patches = _patches(model, name)
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")
-    if not shift > 0:
-        raise InputError(f"shift must be above 0, got {shift}")
+    if not 0 < shift < math.inf:
+        raise InputError(f"shift must be above 0 and finite, got {shift}")
     guide = as_guidance(guidance)
     unknown = {name for names in guide.left_out for name in names or ()} - set(config.modality_names)
     if unknown:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from omnimoe.denoise import denoise
+from omnimoe.generation import ANY
 from omnimoe.generation.latents import draw_latents, with_span
 from omnimoe.generation.media import Generated, GenerationError, read_wave
 from omnimoe.generation.prompts import (
@@ -75,20 +77,20 @@ def generate(
     top_p: ByModality | None = None,
     min_p: ByModality | None = None,
     guidance: float | Mapping[str, Scale] | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
     max_new_tokens: int | None = None,
     num_samples: int = 1,
     best_of: int | None = None,
     batch_size: int = BATCH_SIZE,
     on_text: Callable[[str], Any] | None = None,
-) -> list[Generated]:
+) -> list[Any]:
     """Generates a span of one modality after spans of others.
 
     Args:
         model: over a partitioned vocabulary; put it in evaluation mode first.
         inputs: one document or a list of documents; raw inputs are what the tokenizer's ``encode`` takes, with a tuple
             for several arguments: ``("speech", (waveform, 44_100))``. An empty document generates from nothing.
-        to: the modality wanted.
+        to: the modality wanted, or ``"any"`` for what :func:`interleave` does.
         tokenizers: modality to tokenizer; where a name is missing, that which is a part of the model, or ships with
             the package.
         seed: repeats exactly. The n-th sample of a document depends on the seed, n and the document, and not on what
@@ -102,7 +104,7 @@ def generate(
         guidance: scale of classifier-free guidance by a second forward that sees the span alone; 1 is none. For
             modalities with boundary tokens and continuous ones. By name it may be two, away from the document without
             its words and that away from the span alone, for discrete modalities.
-        steps: forwards of the sampler, for a continuous modality.
+        steps: forwards of the sampler, for a continuous modality; 50 where None.
         max_new_tokens: longest output in tokens, for modalities of free length; 128 for text and 250 for others where
             None. The text also ends where the model would begin another span.
         num_samples: outputs for each document.
@@ -112,13 +114,32 @@ def generate(
         on_text: takes text as it is written, word by word; for one output.
 
     Returns:
-        ``num_samples`` for each document, document by document.
+        ``num_samples`` for each document, document by document; of ``"any"`` each is a list of spans.
 
     Raises:
         GenerationError: if the model cannot generate the modality, an input is empty, or an option is out of range.
         TokenizerError: if a raw input is not of its modality.
     """
     config = model.config
+    if to == ANY:
+        if best_of is not None:
+            raise GenerationError("best_of is for one modality, not for to='any'; leave it out")
+        return interleave(
+            model,
+            inputs,
+            tokenizers=tokenizers,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            guidance=guidance,
+            steps=steps,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            on_text=on_text,
+        )
     check_model(config)
     check_target(config, to)
     documents = documents_of(inputs)
@@ -126,6 +147,7 @@ def generate(
     drawn = num_samples if best_of is None else best_of
     is_discrete = to in config.token_ranges
     longest = _longest(config, to, max_new_tokens)
+    steps = _steps(config, to, steps)
     _check_counts(num_samples, drawn, batch_size, steps, longest)
     if drawn > 1 and is_discrete and sampling.is_greedy([to]):
         raise GenerationError(f"temperature 0 has one answer, not {drawn}; raise it or ask for one sample")
@@ -181,7 +203,7 @@ def interleave(
     top_p: ByModality | None = None,
     min_p: ByModality | None = None,
     guidance: float | Mapping[str, Scale] | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
     max_new_tokens: int | None = None,
     num_samples: int = 1,
     batch_size: int = BATCH_SIZE,
@@ -216,6 +238,7 @@ def interleave(
     config = model.config
     check_model(config)
     sampling = Sampling.usual(model, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance)
+    steps = _steps(config, ANY, steps)
     _check_counts(num_samples, num_samples, batch_size, steps, 1 if max_new_tokens is None else max_new_tokens)
     if num_samples > 1 and sampling.is_greedy(config.modality_names):
         raise GenerationError(f"temperature 0 has one answer, not {num_samples}; raise it or ask for one sample")
@@ -284,12 +307,23 @@ def decoded(name: str, held: Tensor, tokenizer: Tokenizer) -> Generated:
 
 
 def _check_counts(num_samples: int, drawn: int, batch_size: int, steps: int, longest: int) -> None:
-    given = {"num_samples": num_samples, "batch_size": batch_size, "steps": steps, "max_new_tokens": longest}
+    given = {"num_samples": num_samples, "best_of": drawn, "batch_size": batch_size}
+    given |= {"steps": steps, "max_new_tokens": longest}
     for what, value in given.items():
         if value < 1:
             raise GenerationError(f"{what} must be at least 1, got {value}")
+        if not isinstance(value, Integral):
+            raise GenerationError(f"{what} must be a whole number, got {value!r}")
     if drawn < num_samples:
         raise GenerationError(f"best_of must be at least num_samples, {num_samples}, got {drawn}")
+
+
+def _steps(config: OmniMoeConfig, to: str, asked: int | None) -> int:
+    """The steps that are taken; they are refused where nothing is denoised."""
+    denoised = [name for name in config.modality_names if name not in config.token_ranges]
+    if asked is not None and not (denoised if to == ANY else to in denoised):
+        raise GenerationError(f"steps is for what is denoised; the model makes {to} token by token; leave it out")
+    return STEPS if asked is None else asked
 
 
 def _longest(config: OmniMoeConfig, to: str, asked: int | None) -> int:

@@ -41,7 +41,7 @@ class Guidance:
     def __post_init__(self) -> None:
         for _, scale in self.scales:
             if not 0 <= scale < math.inf:
-                raise InputError(f"guidance must be 0 or more, got {scale}")
+                raise InputError(f"guidance must be 0 or more and finite, got {scale}")
         for names, _ in self.scales:
             if isinstance(names, str):
                 raise InputError(f"scales name what is left out in a tuple, got {names!r}; write ({names!r},)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,8 +34,8 @@ class EulerSampler:
     """
 
     def __init__(self, steps: int, shift: float = 1.0) -> None:
-        if steps < 1 or not shift > 0:
-            raise InputError(f"steps must be at least 1 and shift above 0, got {steps} and {shift}")
+        if steps < 1 or not 0 < shift < math.inf:
+            raise InputError(f"steps must be at least 1 and shift above 0 and finite, got {steps} and {shift}")
         even = torch.linspace(1, 0, steps + 1).tolist()
         self.times = [shift * time / (1 + (shift - 1) * time) for time in even]
 
@@ -110,6 +111,8 @@ def denoise_jointly(
         InputError: if a modality or an argument does not fit.
     """
     sampler = EulerSampler(35) if sampler is None else sampler
+    if not math.isfinite(scale):
+        raise InputError(f"scale must be finite, got {scale}")
     if scale != 1 and against is None:
         raise InputError(f"scale {scale} guides away from a second condition; pass against=, or leave scale 1")
     parts = {name: _patches(model, name) for name in noisy}

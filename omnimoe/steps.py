@@ -25,13 +25,15 @@ class Generates(GenerationMixin):
         Args:
             inputs: ``(B, T)`` ids; with ``to`` a document or several, as :func:`omnimoe.generate` takes them.
             args: of transformers' ``generate``.
-            to: a modality.
+            to: a modality, or ``"any"`` to let the model choose, span by span.
             kwargs: of transformers' ``generate``, or of :func:`omnimoe.generate`.
 
         Returns:
-            What transformers' ``generate`` gives; with ``to`` a list of :class:`omnimoe.Generated`.
+            What transformers' ``generate`` gives; with ``to`` a list of :class:`omnimoe.Generated`, and for ``"any"`` a
+            list of such lists, as :func:`omnimoe.interleave`.
 
         Raises:
+            InputError: if a document comes without ``to``.
             GenerationError: with ``to``, as :func:`omnimoe.generate`.
 
         Example:
@@ -42,6 +44,12 @@ class Generates(GenerationMixin):
             (64, 64, 3)
         """
         if to is None:
+            if isinstance(inputs, str | Mapping | Sequence):
+                known = ", ".join(map(repr, (*self.config.modality_names, "any")))
+                raise InputError(
+                    f"without to= generate takes ids (B, T), got {type(inputs).__name__}; of a document say what is "
+                    f"wanted: to= one of {known}"
+                )
             return super().generate(inputs, *args, **kwargs)
         # tokenizers and files are of a tier above the model, which is looked up when it is asked for
         return importlib.import_module("omnimoe.generate").generate(self, inputs, to, *args, **kwargs)

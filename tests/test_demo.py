@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from omnimoe.generate import generate, interleave
-from tests.narrow import PICTURE, eager_model, narrow_tokenizers
+from tests.narrow import PICTURE, TRANSFUSION, eager_model, narrow_model, narrow_tokenizers
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra 'demo'")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
@@ -157,6 +157,14 @@ def test_a_page_samples_as_the_model_was_saved_to_be_sampled():
             (wanted,) = generate(model, {"text": "a lion"}, target, tokenizers=TOKENIZERS, seed=0, **asked)
             found = shown[field]["value"]
             assert np.array_equal(found[0], wanted.raw) if target == "image" else found == wanted.raw
+
+
+def test_the_slider_of_steps_is_for_what_is_denoised_alone():
+    session = _Session(narrow_model(TRANSFUSION), narrow_tokenizers())
+    options = {"samples": 1, "seed": 0, "steps": 2, **SAMPLING}
+    for target in ("image", "latent"):
+        (*_, shown) = session.answers(target, [("text", "a lion")], options)
+        assert len(shown[0]["value"]) == 1
 
 
 @pytest.mark.slow

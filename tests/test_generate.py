@@ -11,6 +11,7 @@ import torch
 from omnimoe.data.documents import lay_out
 from omnimoe.generate import GenerationError, generate, interleave, read_wave
 from omnimoe.generation import prompts
+from omnimoe.inputs import InputError
 from omnimoe.layers import Attention, Rope
 from omnimoe.modalities import Patches
 from omnimoe.model import OmniMoeForCausalLM
@@ -237,10 +238,22 @@ def test_every_kind_of_model_generates(name, tokenizers):
         (["text"], "image", {}, "a document is a list of"),
         ({"text": "a"}, "image", {"max_new_tokens": 10}, "64 tokens, so max_new_tokens cannot be 10"),
         ({"text": "a"}, "text", {"max_new_tokens": -1}, "max_new_tokens must be at least 1, got -1"),
+        *(
+            ({"text": "a"}, "image", {option: value}, f"{option} must be .*, got {value}")
+            for option in ("temperature", "top_k", "top_p", "min_p", "guidance", "num_samples", "best_of", "batch_size")
+            for value in (float("inf"), float("nan"))
+        ),
+        (
+            {"text": "a"},
+            "image",
+            {"guidance": {"image": float("inf")}},
+            "guidance must be .* finite, got inf",
+        ),
+        ({"text": "a"}, "text", {"max_new_tokens": float("inf")}, "max_new_tokens must be a whole number, got inf"),
         ({"text": "a"}, "image", {"temperature": -1}, "temperature must be 0 or more"),
         ({"text": "a"}, "image", {"temperature": 0, "num_samples": 2}, "one answer, not 2"),
         ({"text": "a"}, "image", {"num_samples": 0}, "num_samples"),
-        ({"text": "a"}, "image", {"top_k": 0}, "top_k must be at least 1"),
+        ({"text": "a"}, "image", {"top_k": 0}, "top_k must be at least 1 and whole, got 0"),
         ({"text": "a"}, "image", {"top_p": 1.5}, "top_p must be in"),
         ({"text": "a"}, "image", {"min_p": -1}, "min_p must be in"),
         (
@@ -249,7 +262,7 @@ def test_every_kind_of_model_generates(name, tokenizers):
             {"temperature": "hot"},
             "temperature must be a number or numbers by modality, got 'hot'",
         ),
-        ({"text": "a"}, "image", {"guidance": -1}, "guidance must be 0 or more, got -1"),
+        ({"text": "a"}, "image", {"guidance": -1}, "guidance must be 0 or more and finite, got -1"),
         ({"text": "a"}, "text", {"guidance": 2}, "text has no boundary tokens"),
         ({"text": "a"}, "image", {"temperature": {"video": 1}}, "temperature names 'video'; the modalities are text"),
         ({"text": "a"}, "image", {"temperature": {"image": 0}, "num_samples": 2}, "one answer, not 2"),
@@ -331,3 +344,27 @@ def test_the_model_s_own_method_is_the_same():
     assert all(np.array_equal(one.raw, other.raw) for one, other in zip(found, wanted, strict=True))
     with pytest.raises(GenerationError, match="img"):
         model.generate({"text": "a lion"}, to="img", **options)
+
+
+def test_any_lets_the_model_choose(model, tokenizers):
+    options = {"tokenizers": tokenizers, "seed": 1, "max_new_tokens": 100, "num_samples": 2}
+    wanted = interleave(model, {"text": "a"}, **options)
+    for found in (generate(model, {"text": "a"}, "any", **options), model.generate({"text": "a"}, to="any", **options)):
+        assert [[made.ids.tolist() for made in spans] for spans in found] == [
+            [made.ids.tolist() for made in spans] for spans in wanted
+        ]
+    with pytest.raises(GenerationError, match="best_of is for one modality, not for to='any'; leave it out"):
+        generate(model, {"text": "a"}, "any", best_of=2, **options)
+
+
+@pytest.mark.parametrize("document", [{"text": "a"}, [("text", "a")], [{"text": "a"}], "a"])
+def test_a_document_without_a_target_is_refused(model, document):
+    with pytest.raises(InputError, match="without to= .* takes ids .* to= one of 'text', 'image', 'speech', 'any'"):
+        model.generate(document)
+    assert model.generate(torch.tensor([[BOS_ID]]), max_new_tokens=2).shape[0] == 1
+
+
+@pytest.mark.parametrize("to", ["text", "image", "any"])
+def test_steps_are_refused_where_nothing_is_denoised(model, tokenizers, to):
+    with pytest.raises(GenerationError, match=f"steps is for what is denoised; the model makes {to} token by token"):
+        model.generate({"text": "a"}, to=to, tokenizers=tokenizers, steps=5)

@@ -154,6 +154,7 @@ def test_seeds_are_kept_apart(model):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"scale": float("inf")}, "scale must be finite, got inf"),
         ({"scale": 2.0}, "scale 2.0 guides away from a second condition"),
         (
             {"noisy": {"text": torch.ones(1, dtype=torch.bool)}},
@@ -182,3 +183,5 @@ def test_pictures_with_one_time_each_are_left_to_denoise():
         denoise_jointly(OmniMoeForCausalLM(config), GIVEN, {"picture": torch.ones(1, dtype=torch.bool)})
     with pytest.raises(InputError, match="steps must be at least 1"):
         EulerSampler(0)
+    with pytest.raises(InputError, match="shift above 0 and finite, got 5 and inf"):
+        EulerSampler(5, shift=float("inf"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnimoe.commands._model import DEFAULT, add_model, by_modality, default_device, read_model, read_tokenizers
+from omnimoe.generation import ANY
 
 if TYPE_CHECKING:
     from omnimoe.model import OmniMoeConfig
@@ -20,8 +21,6 @@ ENDINGS = {"image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"), "speech": (".wav
 """What an output file may be called."""
 PAGES = (".html", ".htm")
 """What a page of interleaved documents may be called."""
-ANY = "any"
-"""The target that lets the model choose."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

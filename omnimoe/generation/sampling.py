@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -102,11 +103,11 @@ class Sampling:
                 if not isinstance(value, int | float | np.number):
                     raise GenerationError(f"{what} must be a number or numbers by modality, got {value!r}")
                 fits, form = {
-                    "temperature": (value >= 0, "0 or more"),
-                    "top_k": (value >= 1 and value == int(value), "at least 1"),
+                    "temperature": (0 <= value < math.inf, "0 or more and finite"),
+                    "top_k": (value >= 1 and float(value).is_integer(), "at least 1 and whole"),
                     "top_p": (0 < value <= 1, "in (0, 1]"),
                     "min_p": (0 <= value <= 1, "in [0, 1]"),
-                    "guidance": (0 <= value < float("inf"), "0 or more"),
+                    "guidance": (0 <= value < math.inf, "0 or more and finite"),
                 }[what]
                 if not fits:
                     raise GenerationError(f"{what} must be {form}, got {value!r}")

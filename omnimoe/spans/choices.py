@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -107,6 +108,8 @@ def check_values(
         if not low or (most is not None and value > most):
             form = f"at least {least}" if least is not None else "positive"
             raise SpanError(f"{what} must be {form}{'' if most is None else f' and at most {most}'}, got {value!r}")
+        if value == math.inf:
+            raise SpanError(f"{what} must be finite, got {value!r}")
 
 
 def _by_group(

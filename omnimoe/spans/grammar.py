@@ -7,6 +7,7 @@ outside of spans.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -70,8 +71,8 @@ class SpanProcessor(LogitsProcessor):
                 raise SpanError(f"spans names {name!r}; spans of {', '.join([*bounded, *begins])} can be opened")
         if isinstance(max_span, Mapping):
             check_values(config, "max_span", max_span, least=1)
-        elif max_span is not None and max_span < 1:
-            raise SpanError(f"max_span must be at least 1, got {max_span!r}")
+        elif max_span is not None and not 1 <= max_span < math.inf:
+            raise SpanError(f"max_span must be at least 1 and finite, got {max_span!r}")
         self._choose = SpanChoices(config, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         self._reader = SpanReader(config)
         rows = owned_rows(config)

@@ -104,7 +104,7 @@ class GuidanceProcessor(LogitsProcessor):
                 raise SpanError(f"guidance names {name!r}; the modalities with boundary tokens are {known}")
             pair = value if isinstance(value, tuple | list) else (value,)
             if len(pair) not in (1, 2) or not all(0 <= one < math.inf for one in pair):
-                raise SpanError(f"guidance must be 0 or more, got {value!r}; give one number, or two")
+                raise SpanError(f"guidance must be 0 or more and finite, got {value!r}; give one number, or two")
         if not bounded:
             raise SpanError(
                 f"the modalities {', '.join(config.modality_names)} have no boundary tokens to guide within"

@@ -200,7 +200,8 @@ def test_temperature_and_top_k_by_modality():
     [
         ({"spans": ["video"]}, "image, speech can be opened"),
         ({"spans": ["text"]}, "spans names 'text'"),
-        ({"max_span": 0}, "at least 1, got 0"),
+        ({"max_span": 0}, "at least 1 and finite, got 0"),
+        ({"max_span": float("inf")}, "at least 1 and finite, got inf"),
         ({"max_span": {"video": 3}}, "names 'video'"),
         ({"temperature": {"image": 0}}, "positive, got 0"),
         ({"top_k": {"image": 0}}, "at least 1, got 0"),

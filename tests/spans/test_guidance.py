@@ -170,8 +170,9 @@ def test_beams_and_samples_are_guided():
     ("config", "scale", "message"),
     [
         (DENSE, {"text": 2.0}, "guidance names 'text'; the modalities with boundary tokens are image, speech"),
-        (DENSE, -1.0, "guidance must be 0 or more, got -1.0"),
-        (DENSE, float("nan"), "guidance must be 0 or more, got nan"),
+        (DENSE, -1.0, "guidance must be 0 or more and finite, got -1.0"),
+        (DENSE, float("inf"), "guidance must be 0 or more and finite, got inf"),
+        (DENSE, float("nan"), "guidance must be 0 or more and finite, got nan"),
         (DENSE, {"image": (3.0, 1.0, 2.0)}, "give one number, or two"),
         (DENSE.replace(modalities=(TEXT,)), 2.0, "have no boundary tokens to guide within"),
         (with_towers(DENSE, "modality", keys=("und", "gen")), 2.0, "picked by the keys"),
