@@ -35,6 +35,8 @@ _HOMES = {
         "NoExperts",
         "RoutedAttention",
         "RoutedExperts",
+        "RoutedProjections",
+        "RoutedStateSpace",
         "register_expert",
         "register_experts",
     ),

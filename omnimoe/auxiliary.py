@@ -110,7 +110,7 @@ def with_auxiliary_routers(config: OmniMoeConfig) -> OmniMoeConfig:
             "itself, so auxiliary routers would not make the model generate; take another part there"
         )
     parts_of = [(block.attention, block.experts) for block in new.blocks]
-    has_depth = any(block.depth is not None for block in new.blocks)
+    has_depth = any(block.depth is not None and not block.depth.is_causal for block in new.blocks)
     if not has_depth and not any(_has_auxiliary(part) for parts in parts_of for part in parts):
         raise ConfigError(
             "no router of this model chooses by looking at other rows, as expert choice and a mixture of depths do; it "
@@ -120,7 +120,9 @@ def with_auxiliary_routers(config: OmniMoeConfig) -> OmniMoeConfig:
 
 
 def _of_range(held: LayerRange) -> LayerRange:
-    depth = None if held.depth is None else held.depth.replace(causal_form="auxiliary")
+    depth = held.depth
+    if depth is not None and not depth.is_causal:
+        depth = depth.replace(causal_form="auxiliary")
     return held.replace(attention=_of_part(held.attention), experts=_of_part(held.experts), depth=depth)
 
 

@@ -243,21 +243,28 @@ def _depth_weights(block: Block.Config, hidden_size: int) -> int:
     return 0 if block.depth is None else block.depth.router_params(hidden_size)
 
 
-def _copies_met(config: Attention.Config, modality: int) -> tuple[float, float, float, float]:
-    """Copies that a token meets of q_proj, k_proj, v_proj and o_proj."""
-    met = [config.copies_met(site, modality) for site in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    known = [count for count in met if count is not None]
-    if len(known) < len(met):
-        raise UnknownCostError(f"{type(config).__qualname__} does not say what it costs; its router mixes rows")
-    query, key, value, out = known
-    return query, key, value, out
+def _copies_met(config: Config, site: str, modality: int) -> float:
+    """Copies of a projection that a token meets."""
+    if not hasattr(config, "copies_met"):
+        return 1.0
+    met = config.copies_met(site, modality)
+    if met is None:
+        raise UnknownCostError(_mixes(config))
+    return met
+
+
+def _mixes(config: Any) -> str:
+    return (
+        f"{type(config.router).__qualname__} mixes rows, and what its slots cost a token depends on how many tokens "
+        f"share them, so FLOPs and active weights of {type(config).__qualname__} are not known"
+    )
 
 
 def _projection_weights(config: Config, hidden_size: int, modality: int) -> float:
-    if isinstance(config, Attention.Config):
-        (heads, kv_heads), met = _heads(config, hidden_size), _copies_met(config, modality)
-        return hidden_size * (heads * (met[0] + met[3]) + kv_heads * (met[1] + met[2]))
-    return _ask(config, "projection_params")(hidden_size)
+    if not hasattr(config, "site_params"):
+        return _ask(config, "projection_params")(hidden_size)
+    sites = config.site_params(hidden_size)
+    return sum(count * _copies_met(config, site, modality) for site, count in sites.items())
 
 
 def _score_flops(config: Config, hidden_size: int, length: int) -> float:
@@ -266,10 +273,10 @@ def _score_flops(config: Config, hidden_size: int, length: int) -> float:
     return _ask(config, "mixing_flops")(hidden_size, length)
 
 
-def _attention_router(config: Config, hidden_size: int, modality: int) -> int:
+def _attention_router(config: Any, hidden_size: int, modality: int) -> int:
     """Weights of the router of attention, where it has one."""
     router = getattr(config, "router", None)
-    return 0 if router is None else router.router_params(hidden_size, getattr(config, "num_experts", 1), modality)
+    return 0 if router is None else router.router_params(hidden_size, config.num_scored_experts, modality)
 
 
 def _attention_vectors(config: Config, hidden_size: int, modality: int) -> float:
@@ -277,7 +284,7 @@ def _attention_vectors(config: Config, hidden_size: int, modality: int) -> float
     if not isinstance(config, Attention.Config) or hasattr(config, "vector_params"):
         return config.vector_params(hidden_size) if hasattr(config, "vector_params") else 0
     heads, kv_heads = _heads(config, hidden_size)
-    query, key, value, out = _copies_met(config, modality)
+    query, key, value, out = (_copies_met(config, site, modality) for site in ("q_proj", "k_proj", "v_proj", "o_proj"))
     count = (heads * query + (value + key * config.key_bias) * kv_heads) * config.bias
     count += hidden_size * config.output_bias * out
     if config.qk_norm == "rms":
@@ -292,9 +299,11 @@ def _attention_vectors(config: Config, hidden_size: int, modality: int) -> float
 def _expert_weights(config: Any, hidden_size: int, modality: int) -> tuple[float, float]:
     """Weights that a row of a modality meets on average, of experts and of their router."""
     met = _ask(config, "active_params")(hidden_size, modality)
+    router = getattr(config, "router", None)
+    if met is None and router is not None and router.mixes_rows:
+        raise UnknownCostError(_mixes(config))
     if met is None:
         raise UnknownCostError(f"{type(config).__qualname__} does not say what it costs; give it active_params")
-    router = getattr(config, "router", None)
     if router is None:
         return met, 0
     scored = getattr(config, "num_scored_experts", config.num_experts)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
+from omnimoe.experts import FeedForward, RoutedExperts, RoutedProjections
 from omnimoe.layers import BankLinear, BankMLP, ExpertLinear
 from omnimoe.layers.uneven import Uneven
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
@@ -255,7 +255,7 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
             yield _Site(name, labels, _keys_of_linear(name, config, every), is_parameter=False)
         elif isinstance(module, BankLinear | BankMLP) or "router" in labels:
             for parameter, value in module.named_parameters(recurse=False):
-                if value.ndim == (2 if "router" in labels else 3):
+                if value.ndim == 3 or (value.ndim == 2 and "router" in labels):
                     keys = owners.get(name, every * len(value)) if value.ndim == 3 else every
                     own = labels if parameter == "weight" else labels | {parameter}
                     yield _Site(f"{name}.{parameter}", own, keys, is_parameter=True, is_quantized=is_quantized(value))
@@ -300,9 +300,9 @@ def _owners(modules: dict[str, nn.Module], every: frozenset[int]) -> dict[str, _
             found[name] = _by_copy([(copy,) for copy in module.towers])
         elif isinstance(module, FeedForward):
             found[f"{name}.experts"] = _by_copy([(copy,) for copy in module.towers])
-        elif isinstance(module, RoutedAttention):
+        elif isinstance(module, RoutedProjections):
             keys = _keys_of_experts(module.router, module.num_experts, every)
-            found |= {f"{name}.{site}": keys for site in module.declared.routed_sites}
+            found |= {f"{name}.{site}": keys for site in module.declared.experts_at}
         elif isinstance(module, RoutedExperts):
             found[f"{name}.experts"] = _keys_of_experts(module.router, module.num_experts, every)
             if module.config.pools:

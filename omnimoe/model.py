@@ -87,6 +87,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         self.backbone = Backbone(config.blocks, **shared, layer=Layer)
         self.norm = build_norm(config.final_norm, **shared)
         self._needs_key_order, self._needs_token_ids = config.needs_key_order, config.needs_token_ids
+        self._mixes_rows = config.mixes_rows
         self._attends = False
         for layer in self.backbone.layers:
             if isinstance(layer.self_attn, Attention):
@@ -251,6 +252,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         )
         if self._needs_token_ids and input_ids is not None:
             rows = replace(rows, token_ids=rows.to_rows(input_ids))
+        if self._mixes_rows and segment_ids is not None:
+            rows = replace(rows, document_ids=rows.to_rows(segment_ids.long()))
         if block_ids is None and config.bidirectional_modalities:
             noisy = self._noisy(modality_ids, rows, features, timesteps) if config.private_noise else None
             block_ids = block_ids_of(config, modality_ids, input_ids, noisy)

@@ -443,6 +443,12 @@ class OmniMoeConfig(PreTrainedConfig):
         return any(part.num_token_ids for block in self.blocks for part in (block.experts, block.attention))
 
     @property
+    def mixes_rows(self) -> bool:
+        """Whether some router mixes rows, so that it must know the documents of a packed sequence."""
+        routers = (getattr(part, "router", None) for block in self.blocks for part in (block.attention, block.experts))
+        return any(router is not None and router.mixes_rows for router in routers)
+
+    @property
     def layer_types(self) -> list[str] | None:
         """What a cache keeps of each layer, where it is not keys and values everywhere."""
         found = [block.attention.cache_type for block in self.blocks]

@@ -176,7 +176,7 @@ class _Counts:
         self.layer, self.name = layer, "attention" if isinstance(part, BaseAttention) else "experts"
         self.label = _label(self.name, layer)
         self.towers = part.towers if isinstance(part, FeedForward) else None
-        config = getattr(part, "config", None)
+        config = getattr(part, "declared", None) or getattr(part, "config", None)
         self.free: tuple[str, ...] = tuple(getattr(config, "free_experts", ()))
         if isinstance(part, FeedForward):
             self.num_bank = max(part.towers) + 1

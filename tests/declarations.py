@@ -104,7 +104,6 @@ DECLARATIONS: dict[str, OmniMoeConfig] = {
             head_dim=8,
             qk_norm="rms",
             num_experts=4,
-            routed_sites=("q_proj", "o_proj"),
             own_heads=True,
             site_towers={"k_proj": "modality"},
         )

@@ -23,7 +23,7 @@ from omnimoe import (
     register_experts,
     shrink,
 )
-from omnimoe.experts import RoutedAttention
+from omnimoe.experts import RoutedAttention, RoutedStateSpace
 from omnimoe.experts.base import EXPERTS
 from omnimoe.flops import KINDS, formulas, total_params
 from omnimoe.layers.attention import ATTENTIONS
@@ -97,8 +97,11 @@ CONFIGS = {
     ),
     "experts with heads of their own": lambda: small("dense_nano").replace(
         attention=RoutedAttention.Config(
-            num_heads=2, num_kv_heads=1, head_dim=24, num_experts=6, routed_sites=("q_proj", "o_proj"), own_heads=True
+            num_heads=2, num_kv_heads=1, head_dim=24, num_experts=6, own_heads=True, num_shared_experts=1
         )
+    ),
+    "experts in a state space": lambda: small("dense_nano").replace(
+        attention=RoutedStateSpace.Config(num_experts=4, router=TopKRouter.Config(top_k=2), num_shared_experts=1)
     ),
     "two matrices": lambda: small("dense_nano").replace(experts=small("dense_nano").experts.replace(gated=False)),
 }

@@ -283,12 +283,26 @@ FIELDS = {
     "soft experts": (lambda: SoftRouter.Config(experts=(2, 0)), "(2, 0) must give each key at least one expert"),
     "slots": (lambda: SoftRouter.Config(num_slots=0), "num_slots must be at least 1, got 0"),
     "routed sites": (lambda: RoutedAttention.Config(routed_sites=("q",)), "must name some of q_proj, k_proj, v_proj"),
-    "no routed site": (lambda: RoutedAttention.Config(routed_sites=()), "each once, got ()"),
+    "a routed site twice": (
+        lambda: RoutedAttention.Config(routed_sites=("q_proj", "q_proj")),
+        "each once, got ('q_proj', 'q_proj')",
+    ),
     "a site twice": (
         lambda: RoutedAttention.Config(site_towers={"q_proj": "modality"}),
         "q_proj is routed and has a tower map in site_towers; drop one",
     ),
-    "own heads' sites": (lambda: RoutedAttention.Config(own_heads=True), "must be ('q_proj', 'o_proj'), got"),
+    "own heads' sites": (
+        lambda: RoutedAttention.Config(own_heads=True, routed_sites=("v_proj",)),
+        "is ('q_proj', 'o_proj') or empty, got ('v_proj',)",
+    ),
+    "attention's shared gate": (
+        lambda: RoutedAttention.Config(shared_gate="sigmoid"),
+        "shared_gate 'sigmoid' gates nothing; set num_shared_experts",
+    ),
+    "attention's zero experts": (
+        lambda: RoutedAttention.Config(num_zero_experts=1, router=ExpertChoiceRouter.Config()),
+        "ExpertChoiceRouter.Config chooses among the experts of the bank alone",
+    ),
     "own heads' norm": (
         lambda: RoutedAttention.Config(own_heads=True, routed_sites=("q_proj", "o_proj"), qk_norm="layer"),
         "take 'rms' or 'none'",

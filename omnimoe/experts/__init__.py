@@ -4,7 +4,7 @@ from omnimoe.experts.base import EXPERTS, Experts, register_expert, register_exp
 from omnimoe.experts.feed_forward import FeedForward
 from omnimoe.experts.none import NoExperts
 from omnimoe.experts.routed import RoutedExperts
-from omnimoe.experts.routed_attention import RoutedAttention
+from omnimoe.experts.routed_attention import RoutedAttention, RoutedProjections, RoutedStateSpace
 from omnimoe.experts.sub_norm import SubNormFeedForward
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "NoExperts",
     "RoutedAttention",
     "RoutedExperts",
+    "RoutedProjections",
+    "RoutedStateSpace",
     "SubNormFeedForward",
     "register_expert",
     "register_experts",

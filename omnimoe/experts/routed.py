@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from omnimoe.config import ConfigError
 from omnimoe.experts.base import Experts, check_network, register_experts
+from omnimoe.experts.beside import check_beside, given_beside
 from omnimoe.experts.free import FreeExperts
 from omnimoe.experts.pooled import PooledMLP
 from omnimoe.experts.sent import Sent
@@ -17,7 +17,6 @@ from omnimoe.layers import BankMLP, RowLayout
 from omnimoe.ops import combine
 from omnimoe.routers import Router, Routing, Scorer, TopKRouter
 
-SHARED_GATES = ("none", "sigmoid", "softmax")
 WEIGHTS_ON = ("output", "input")
 
 
@@ -63,14 +62,6 @@ class RoutedExperts(Experts):
         def __post_init__(self) -> None:
             super().__post_init__()
             check_network(self.intermediate_size, self.activation, self.gated)
-            for name in (
-                "num_shared_experts",
-                "num_zero_experts",
-                "num_identity_experts",
-                "num_constant_experts",
-            ):
-                if getattr(self, name) < 0:
-                    raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
             if self.num_experts < 1:
                 raise ConfigError(f"num_experts must be at least 1, got {self.num_experts}")
             if any(
@@ -81,26 +72,13 @@ class RoutedExperts(Experts):
                 raise ConfigError(f"the experts of pools {self.pools} must sum to num_experts {self.num_experts}")
             if self.shared_intermediate_size is not None:
                 check_network(self.shared_intermediate_size, self.activation, self.gated)
-            for name, known in (("shared_gate", SHARED_GATES), ("weights_on", WEIGHTS_ON)):
-                if getattr(self, name) not in known:
-                    raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-            if self.shared_gate != "none" and not self.num_shared_experts:
-                raise ConfigError(f"shared_gate {self.shared_gate!r} gates nothing; set num_shared_experts")
-            if (self.free_experts or self.num_gated_experts) and not self.router.takes_free_experts:
-                raise ConfigError(
-                    f"{type(self.router).__qualname__} chooses among the experts of the bank alone; drop zero, "
-                    "identity and constant experts and shared_gate='softmax', or take TopKRouter"
-                )
+            if self.weights_on not in WEIGHTS_ON:
+                raise ConfigError(f"unknown weights_on {self.weights_on!r}; known: {', '.join(WEIGHTS_ON)}")
+            check_beside(self)
             if self.weights_on == "input" and self.router.mixes_rows:
                 raise ConfigError(
                     f"weights_on='input' scales rows that experts get, and {type(self.router).__qualname__} gives them "
                     "mixtures of rows; leave it out"
-                )
-            if self.num_gated_experts and not self.router.takes_gated_experts:
-                raise ConfigError(
-                    "shared_gate='softmax' is a part of a softmax over what is chosen, and "
-                    f"{type(self.router).__qualname__} as it is set has none; give a learned router with "
-                    "score='softmax', normalize=True, or take shared_gate='sigmoid'"
                 )
 
         @property
@@ -181,11 +159,11 @@ class RoutedExperts(Experts):
         super().__init__()
         self.config = config
         self.num_experts = config.num_experts
-        given: dict[str, Any] = {}
-        if config.free_experts or config.num_gated_experts:
-            given = {"free_experts": config.free_experts, "num_gated_experts": config.num_gated_experts}
         self.router = config.router.build(
-            hidden_size=hidden_size, num_experts=config.num_experts, num_modalities=num_modalities, **given
+            hidden_size=hidden_size,
+            num_experts=config.num_experts,
+            num_modalities=num_modalities,
+            **given_beside(config),
         )
         network = config.activation, config.gated, config.bias
         self.experts: BankMLP | PooledMLP
@@ -214,7 +192,7 @@ class RoutedExperts(Experts):
         """``(N, D)`` rows to ``(N, D)``, the experts of the bank alone."""
         if routing.slots is not None:
             return routing.slots.through(self.experts, x, rows)
-        sent = Sent.of(routing, rows, self.num_experts)
+        sent = Sent.of(routing.token_index, routing.expert_ids, routing.expert_weights, rows, self.num_experts)
         if self.config.weights_on == "input":
             given = x[sent.token_index] * sent.weights.unsqueeze(1)
             y = self.experts(given, sent.offsets, compute=rows.compute)

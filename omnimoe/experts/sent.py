@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omnimoe.layers import ExpertLinear, RowLayout
 from omnimoe.ops import combine, route_plan
-from omnimoe.routers import Routing, Slots
+from omnimoe.routers import Slots
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,30 @@ class Sent:
     most: int = 1
 
     @classmethod
-    def of(cls, routing: Routing, rows: RowLayout, num_experts: int, most: int | None = None) -> Sent:
-        """Sorts a routing.
+    def of(
+        cls,
+        token_index: Tensor,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        rows: RowLayout,
+        num_experts: int,
+        most: int | None = None,
+    ) -> Sent:
+        """Sorts the entries of a routing.
 
         Args:
-            routing: of the rows.
+            token_index: ``(R,)`` int64 into the N rows.
+            expert_ids: ``(R,)`` int64; -1 meets none.
+            expert_weights: ``(R,)``.
             rows: their layout.
             num_experts: E.
             most: K, where what the experts of a row give is kept apart.
         """
-        expert_ids = routing.expert_ids
         if rows.counted is not None:
-            expert_ids = torch.where(rows.counted[routing.token_index], expert_ids, -1)
+            expert_ids = torch.where(rows.counted[token_index], expert_ids, -1)
         plan = route_plan(expert_ids, num_experts)
-        token_index, weights = routing.token_index[plan.order], routing.expert_weights[plan.order]
-        if most is None:
-            return cls(plan.offsets, token_index, weights, len(rows))
-        places = _places(routing.token_index, expert_ids, len(rows), most)[plan.order]
-        return cls(plan.offsets, token_index, weights, len(rows), places, most)
+        places = None if most is None else _places(token_index, expert_ids, len(rows), most)[plan.order]
+        return cls(plan.offsets, token_index[plan.order], expert_weights[plan.order], len(rows), places, most or 1)
 
     def through(self, bank: ExpertLinear, x: Tensor) -> Tensor:
         """``(N, D)`` rows to ``(N, F)``; a row that no expert takes gets zeros. See :class:`ExpertLinear`."""
@@ -98,8 +105,12 @@ class Mixed:
     rows: RowLayout
 
     def through(self, bank: ExpertLinear, x: Tensor) -> Tensor:
-        """``(N, D)`` rows to ``(N, F)``."""
-        return self.slots.through(bank.product, x, self.rows)
+        """``(N, D)`` rows to ``(N, F)``; copies behind those that have slots are left alone."""
+
+        def product(x: Tensor, ends: Tensor) -> Tensor:
+            return bank.product(x, F.pad(ends, (0, bank.num_copies - len(ends)), value=len(x)))
+
+        return self.slots.through(product, x, self.rows)
 
 
 __all__ = ["Mixed", "Sent"]

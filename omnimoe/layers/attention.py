@@ -159,9 +159,12 @@ class Attention(BaseAttention):
             """How many times ``num_heads`` a row attends with, for counting FLOPs."""
             return 1
 
-        def copies_met(self, site: str, modality: int) -> float | None:
-            """Copies of a projection that a token of ``modality`` meets on average; None where unknown."""
-            return 1.0
+        def site_params(self, hidden_size: int) -> dict[str, int]:
+            """Weights of one copy of each projection."""
+            head_dim = self.head_dim or hidden_size // self.num_heads
+            heads = hidden_size * self.num_heads * head_dim
+            kv_heads = hidden_size * (self.num_kv_heads or self.num_heads) * head_dim
+            return {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads, "o_proj": heads}
 
     def __init__(
         self,

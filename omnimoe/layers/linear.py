@@ -68,8 +68,8 @@ class ExpertLinear(BankLinear):
 
     def forward(self, x: Tensor, rows: RowLayout) -> Tensor:
         """``(N, D)`` rows to ``(N, F)``, each through the experts that it was sent to."""
-        assert rows.sent is not None
-        return rows.sent.through(self, x)
+        first, *more = (way.through(self, x) for way in rows.sent)
+        return sum(more, first)
 
     def product(self, x: Tensor, ends: Tensor, row_index: Tensor | None = None) -> Tensor:
         """Runs of rows through their experts; see :func:`omnimoe.ops.grouped_mm`."""

@@ -49,6 +49,8 @@ class RowLayout:
         sin: ``(N, C/2)`` float32.
         routes_causally: a router may look at nothing but the row itself; set while a cache is in use.
         token_ids: ``(N,)`` int64, what stands at each row's position, for routers that look it up; None elsewhere.
+        document_ids: ``(N,)`` int64, the document of a packed sequence that each row is of, for routers that mix rows;
+            None elsewhere.
         counted: ``(N,)`` bool, False at rows that nothing may depend on: padding, or rows of another group; None where
             all count. Only in a traced graph.
         choices: remembers what routers choose, where layers are recomputed in backward; see :meth:`choosing`.
@@ -70,9 +72,10 @@ class RowLayout:
     routes_causally: bool = False
     counted: Tensor | None = None
     token_ids: Tensor | None = None
+    document_ids: Tensor | None = None
     choices: AbstractContextManager | None = None
     compute: Callable | None = None
-    sent: MeetsExperts | None = None
+    sent: tuple[MeetsExperts, ...] = ()
     _per_towers: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -230,6 +233,7 @@ class RowLayout:
             sin=None if self.sin is None else self.sin[start:stop],
             time_index=None if time_index is None else time_index[start:stop],
             token_ids=None if self.token_ids is None else self.token_ids[start:stop],
+            document_ids=None if self.document_ids is None else self.document_ids[start:stop],
             row_index=None,
             is_sorted=False,
             _per_towers={},

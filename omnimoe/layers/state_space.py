@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,10 +96,15 @@ class StateSpace(BaseAttention):
             """Width through which step sizes are made."""
             return self.step_rank or math.ceil(hidden_size / 16)
 
-        def projection_params(self, hidden_size: int) -> int:
-            """Weights in matrix products of a token."""
+        def site_params(self, hidden_size: int) -> dict[str, int]:
+            """Weights of one copy of each projection."""
             channels, rank = self.expand * hidden_size, self.rank(hidden_size)
-            return channels * (3 * hidden_size + 2 * rank + 2 * self.state_size)
+            return {
+                "in_proj": 2 * hidden_size * channels,
+                "x_proj": channels * (rank + 2 * self.state_size),
+                "dt_proj": rank * channels,
+                "out_proj": channels * hidden_size,
+            }
 
         def vector_params(self, hidden_size: int) -> int:
             """Weights outside of matrix products: convolution, rates, skip and biases."""
@@ -254,15 +260,8 @@ class StepLinear(BankLinear):
     """
 
     def __init__(self, towers: tuple[int, ...], in_features: int, out_features: int, config: StateSpace.Config) -> None:
-        self.config = config
-        self.initial = {"weight": _within_root, "bias": self._steps}
+        self.initial = {"weight": _within_root, "bias": partial(_steps, config)}
         super().__init__(towers, in_features, out_features, bias=True)
-
-    def _steps(self, bias: Tensor) -> Tensor:
-        low, high = math.log(self.config.step_min), math.log(self.config.step_max)
-        steps = torch.exp(torch.rand(bias.shape[1:], device=bias.device) * (high - low) + low)
-        steps = steps.clamp_min(self.config.step_floor)
-        return (steps + torch.log(-torch.expm1(-steps))).expand_as(bias)  # the inverse of softplus
 
 
 class Rates(nn.Module):
@@ -279,6 +278,14 @@ class Rates(nn.Module):
         self.D = nn.Parameter(torch.empty(channels))
         self.initial = {"A_log": _counted, "D": 1.0}
         begin(self)
+
+
+def _steps(config: StateSpace.Config, bias: Tensor) -> Tensor:
+    """Step sizes between the bounds, the same in every copy, as what softplus makes them of."""
+    low, high = math.log(config.step_min), math.log(config.step_max)
+    steps = torch.exp(torch.rand(bias.shape[1:], device=bias.device) * (high - low) + low)
+    steps = steps.clamp_min(config.step_floor)
+    return (steps + torch.log(-torch.expm1(-steps))).expand_as(bias)
 
 
 def _counted(rates: Tensor) -> Tensor:

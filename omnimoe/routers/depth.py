@@ -270,6 +270,7 @@ def _chosen(rows: RowLayout, index: Tensor, time_index: Tensor, length: int) -> 
         cos=None if rows.cos is None else rows.cos[index],
         sin=None if rows.sin is None else rows.sin[index],
         token_ids=None if rows.token_ids is None else rows.token_ids[index],
+        document_ids=None if rows.document_ids is None else rows.document_ids[index],
         _per_towers={},
     )
     return chosen, valid.view(rows.batch_size, length)

@@ -33,7 +33,7 @@ class SoftRouter(Router):
         """A soft mixture."""
 
         num_slots: int = 1
-        """Slots of an expert, for each sequence."""
+        """Slots of an expert, for each sequence, and for each document of a packed one."""
         experts: tuple[int, ...] = ()
         """Experts of each key, which mix the rows of that key alone; they sum to the bank's. All experts mix all rows
         where empty."""
@@ -100,12 +100,25 @@ class SoftRouter(Router):
         if rows.valid is not None:
             is_padding = ~rows.valid.view(rows.batch_size, rows.sequence_length, 1)
             timed = timed.masked_fill(is_padding, torch.finfo(logits.dtype).min)
+        return self._routing(logits, self._mixtures(timed, rows, x.dtype))
+
+    def _mixtures(self, timed: Tensor, rows: RowLayout, dtype: torch.dtype) -> Slots:
+        """``(B, T, E * S)`` logits as shares, each document of a packed sequence in slots of its own."""
         size = self.num_experts, self.config.num_slots
-        slots = Slots(
-            timed.softmax(1).to(x.dtype).transpose(1, 2).unflatten(1, size),
-            timed.softmax(-1).to(x.dtype).unflatten(2, size),
+        combine = timed.softmax(-1)
+        if rows.document_ids is None:
+            return Slots(
+                timed.softmax(1).to(dtype).transpose(1, 2).unflatten(1, size), combine.to(dtype).unflatten(2, size)
+            )
+        documents = rows.to_time(rows.document_ids)
+        count = int(documents.max()) + 1 if documents.numel() else 1
+        is_own = F.one_hot(documents, count).bool().unsqueeze(3)  # (B, T, G, 1)
+        dispatch = timed.unsqueeze(2).masked_fill(~is_own, torch.finfo(timed.dtype).min).softmax(1).to(dtype)
+        combine = torch.where(is_own, combine.unsqueeze(2), 0).to(dtype)
+        return Slots(
+            dispatch.unflatten(3, size).permute(0, 3, 2, 4, 1).flatten(2, 3),
+            combine.unflatten(3, size).permute(0, 1, 3, 2, 4).flatten(3, 4),
         )
-        return self._routing(logits, slots)
 
     def _reachable(self, rows: RowLayout) -> Tensor:
         """``(N, E * S)`` bool, the slots of the experts of each row's key."""

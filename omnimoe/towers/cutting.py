@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from omnimoe.config import Config
-from omnimoe.experts import RoutedAttention, RoutedExperts
+from omnimoe.experts import RoutedExperts, RoutedProjections
 from omnimoe.layers import TowerMap, resolve_towers
 from omnimoe.layers.reader_attention import ReaderAttention
 from omnimoe.routers import AttributeRouter, ByModalityRouter, SoftRouter, StaticRouter
@@ -45,7 +45,7 @@ def _(part: RoutedExperts.Config, *, keys: tuple[int, ...], num_keys: int) -> An
 
 
 @keep_keys.register
-def _(part: RoutedAttention.Config, *, keys: tuple[int, ...], num_keys: int) -> Any:
+def _(part: RoutedProjections.Config, *, keys: tuple[int, ...], num_keys: int) -> Any:
     cut = keep_keys.dispatch(Config)(part, keys=keys, num_keys=num_keys)
     kept = {expert for key in keys for expert in part.router.reached_experts(part.num_experts, key)}
     return cut.replace(num_experts=len(kept))

@@ -23,7 +23,7 @@ from omnimoe.checkpoint.header import Entry, read_header
 from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.checkpoint.memory import check_memory
 from omnimoe.config import ConfigError
-from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
+from omnimoe.experts import FeedForward, RoutedExperts, RoutedProjections
 from omnimoe.layers import BankMLP, ExpertLinear
 from omnimoe.layers.bank import Bank
 from omnimoe.layers.uneven import Uneven
@@ -75,8 +75,8 @@ def _(module: RoutedExperts, keys: tuple[int, ...]) -> dict[str, Index]:
 
 
 @kept_copies.register
-def _(module: RoutedAttention, keys: tuple[int, ...]) -> dict[str, Index]:
-    return dict.fromkeys(module.declared.routed_sites, _kept_experts(module.router, keys))
+def _(module: RoutedProjections, keys: tuple[int, ...]) -> dict[str, Index]:
+    return dict.fromkeys(module.declared.experts_at, _kept_experts(module.router, keys))
 
 
 @kept_copies.register

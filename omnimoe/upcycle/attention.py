@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from omnimoe.config import ConfigError
-from omnimoe.experts import RoutedAttention
-from omnimoe.layers import Attention, BankLinear, ExpertLinear
+from omnimoe.experts import RoutedProjections
+from omnimoe.layers import BankLinear, ExpertLinear
 from omnimoe.upcycle.experts import pools_of
 from omnimoe.upcycle.gates import CHANGED, EXACT
 from omnimoe.upcycle.sources import Change, Choices, Plan, Start, start_of
+
+FORM = ("experts_at", "own_heads")
+"""Fields that say where experts stand and where what they give is added up."""
 
 
 @start_of.register
@@ -18,16 +21,14 @@ def _(new: ExpertLinear, old: nn.Module, choices: Choices) -> Plan:
 
 
 @start_of.register
-def _(new: RoutedAttention, old: nn.Module, choices: Choices) -> Plan:
-    if not isinstance(old, Attention):
-        raise ConfigError(f"experts of attention cannot be started from {type(old).__qualname__}")
-    plan = Plan()
+def _(new: RoutedProjections, old: nn.Module, choices: Choices) -> Plan:
+    plan, was_routed = Plan(), isinstance(old, RoutedProjections)
     outcomes: dict[str, str] = {}
-    for site in new.declared.routed_sites:
-        held = getattr(old, site)
-        if isinstance(held, ExpertLinear) != isinstance(old, RoutedAttention) or not isinstance(held, BankLinear):
-            raise ConfigError(f"{site} cannot start as experts of attention: the seed has {type(held).__qualname__}")
-        source = old if isinstance(old, RoutedAttention) else held
+    for site in new.declared.experts_at:
+        held = getattr(old, site, None)
+        if not isinstance(held, BankLinear) or isinstance(held, ExpertLinear) != was_routed:
+            raise ConfigError(f"{site} cannot start as experts of attention: the seed has {type(held).__name__} there")
+        source = old if was_routed else held
         index: list[int] = []
         for pool in pools_of(new, source, choices.origin):
             index += pool.index
@@ -36,10 +37,26 @@ def _(new: RoutedAttention, old: nn.Module, choices: Choices) -> Plan:
             outcomes.setdefault(EXACT if gate.gain == 1 and gate.is_even else CHANGED, gate.why)
             plan.starts |= dict(pool.router_starts(choices))
             plan.fresh |= pool.fresh
+            if was_routed and pool.fresh:
+                outcomes[CHANGED] = f"of the router, {', '.join(sorted(pool.fresh))} is new"
+        shared = new.declared.num_shared_experts
+        kept = old.declared.num_shared_experts if isinstance(old, RoutedProjections) else 0
+        if kept not in (0, shared):
+            raise ConfigError(f"the seed has {kept} shared experts in attention, and {shared} were asked for")
+        first = old.num_experts if isinstance(old, RoutedProjections) and kept else 0
+        beside = tuple(first + number if kept else 0 for number in range(shared))
+        # shared experts beside copies add nothing at first
+        scale = (1.0,) * len(index) + (float(bool(kept)),) * shared
         for name, _ in getattr(new, site).named_parameters():
-            plan.starts[f"{site}.{name}"] = Start(f"{site}.{name}", tuple(index), noise=choices.expert_noise)
+            plan.starts[f"{site}.{name}"] = Start(
+                f"{site}.{name}", (*index, *beside), scale=scale, noise=choices.expert_noise
+            )
         if choices.expert_noise and len(set(index)) < len(index):
             outcomes[CHANGED] = f"copies are moved apart by {choices.expert_noise:g} of their spread"
+    if isinstance(old, RoutedProjections):
+        forms = [tuple(getattr(part.declared, name, None) for name in FORM) for part in (new, old)]
+        if forms[0] != forms[1]:
+            outcomes[CHANGED] = "experts are at other projections, or meet in another place, than in the seed"
     worst = CHANGED if CHANGED in outcomes else EXACT
     plan.changes.append(Change(where="", function=worst, why=outcomes[worst]))
     return plan

@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from omnimoe.config import ConfigError
-from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
-from omnimoe.routers import ByModalityRouter, Router, StaticRouter
+from omnimoe.experts import FeedForward, RoutedExperts, RoutedProjections
+from omnimoe.routers import ByModalityRouter, Router, SoftRouter, StaticRouter
 from omnimoe.upcycle.gates import (
     CHANGED,
     EXACT,
     RESCALED,
+    SAME_ROUTES,
     UNGATED,
     UNROUTED,
     Gate,
@@ -25,7 +26,7 @@ from omnimoe.upcycle.gates import (
 )
 from omnimoe.upcycle.sources import Change, Choices, Plan, Start, copies_of, start_of
 
-Routed = RoutedExperts | RoutedAttention
+Routed = RoutedExperts | RoutedProjections
 
 _NEAR = 0.05
 """Of a new router's usual spread, where sums of its weights are estimated."""
@@ -88,6 +89,7 @@ class Pool:
         path: of the router inside of the experts.
         old_path: of the seed's.
         is_split: the seed's router met rows of other pools too.
+        keeps_routes: rows of each key meet as many experts as those of its origin did, in the same way.
     """
 
     index: list[int]
@@ -97,6 +99,7 @@ class Pool:
     path: str
     old_path: str
     is_split: bool = False
+    keeps_routes: bool = False
     fresh: set[str] = field(default_factory=set)
 
     def gate(self, new: Routed, old: nn.Module, choices: Choices) -> Gate:
@@ -104,6 +107,8 @@ class Pool:
         if self.router is None:
             return UNROUTED if self.old is None else UNGATED
         config = _config_of(new)
+        if self.keeps_routes:
+            return SAME_ROUTES
         if not isinstance(old, Routed) or self.old is None:
             return fresh_gate(config, len(self.index), declared(new))
         counts = {self.index.count(expert) for expert in self.pool}
@@ -147,6 +152,18 @@ def pools_of(new: Routed, old: Any, origin: tuple[int, ...]) -> Iterator[Pool]:
         ConfigError: if networks of the seed that differ would become one.
     """
     router = new.router
+    if isinstance(router, SoftRouter) and router.config.experts:
+        # one router whose experts lie key by key
+        counts, groups = router.config.experts, [_pool_of(old, source) for source in origin]
+        spread = [expert for count, group in zip(counts, groups, strict=True) for expert in _spread(count, group)]
+        seed = getattr(old, "router", None)
+        if not isinstance(seed, SoftRouter):
+            yield Pool(spread, tuple(sorted(set(spread))), router, None, "router.", "")
+            return
+        keeps = bool(seed.config.experts) and seed.config.num_slots == router.config.num_slots
+        keeps = keeps and all(count == len(group) for count, group in zip(counts, groups, strict=True))
+        yield Pool(spread, tuple(range(old.num_experts)), router, seed, "router.", "router.", keeps_routes=keeps)
+        return
     if isinstance(router, ByModalityRouter):
         is_split = len(set(origin)) > 1 and not isinstance(getattr(old, "router", None), ByModalityRouter)
         for key, count in enumerate(router.config.experts):
@@ -157,18 +174,23 @@ def pools_of(new: Routed, old: Any, origin: tuple[int, ...]) -> Iterator[Pool]:
         return
     if isinstance(router, StaticRouter):
         index = [-1] * new.num_experts
+        held = _config_of(old) if isinstance(old, Routed) else None
+        asked: Any = _config_of(new)
+        keeps = isinstance(held, StaticRouter.Config) and held.combine == asked.combine
         for key, chosen in enumerate(router.experts_of_keys):
             pool = _pool_of(old, origin[key])
             own_set = [expert for expert in chosen if expert >= 0]
             if len(own_set) < len(pool):
                 raise ConfigError(f"static routes give key {key} {len(own_set)} experts, the seed has {len(pool)}")
+            keeps = keeps and len(own_set) == len(pool)
             for expert, source in zip(own_set, _spread(len(own_set), pool), strict=True):
                 if index[expert] not in (-1, source):
                     raise ConfigError(
                         f"expert {expert} would start as two different ones; give their keys experts apart"
                     )
                 index[expert] = source
-        yield Pool([max(0, source) for source in index], tuple(set(index)), router, None, "router.", "")
+        found = [max(0, source) for source in index]
+        yield Pool(found, tuple(set(index)), router, None, "router.", "", keeps_routes=keeps)
         return
     pools = {_pool_of(old, key) for key in set(origin)}
     if len(pools) > 1:
@@ -185,7 +207,7 @@ def _pool_of(old: Any, key: int) -> tuple[int, ...]:
     """The seed's experts that rows of a key choose among."""
     if not isinstance(old, Routed):
         return (old.towers[key],)
-    if isinstance(old.router, ByModalityRouter):
+    if isinstance(old.router, ByModalityRouter | SoftRouter) and old.router.config.experts:
         start, stop = list(pairwise(accumulate(old.router.config.experts, initial=0)))[key]
         return tuple(range(start, stop))
     if isinstance(old.router, StaticRouter):
@@ -204,7 +226,7 @@ def _router_at(old: Any, key: int) -> tuple[Any, str]:
 
 def declared(experts: Routed) -> RoutedConfig:
     """The config of experts."""
-    return experts.declared if isinstance(experts, RoutedAttention) else experts.config
+    return experts.declared if isinstance(experts, RoutedProjections) else experts.config
 
 
 def _config_of(experts: Routed) -> Router.Config:

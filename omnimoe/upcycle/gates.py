@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from omnimoe.experts import RoutedAttention, RoutedExperts
+from omnimoe.experts import RoutedExperts, RoutedProjections
 from omnimoe.routers import ExpertChoiceRouter, HashRouter, Router, StaticRouter, TopKRouter
 from omnimoe.routers.scores import SCORES
 from omnimoe.upcycle.target import multiplied
 
-RoutedConfig = RoutedExperts.Config | RoutedAttention.Config
+RoutedConfig = RoutedExperts.Config | RoutedProjections.Config
 
 EXACT, RESCALED, CHANGED = "exact", "rescaled", "changed"
 
@@ -52,6 +52,7 @@ class Gate:
 
 
 UNROUTED = Gate(1.0, True, True, "a network without a router")
+SAME_ROUTES = Gate(1.0, True, True, "the seed's routes")
 UNGATED = Gate(None, False, True, "the seed weighed a lone expert, the new model does not")
 
 
@@ -129,11 +130,10 @@ def copied_gate(
 
 def _oddity(router: Router.Config, config: RoutedConfig) -> str:
     """What keeps the sum from being told."""
-    if isinstance(config, RoutedExperts.Config):
-        if config.weights_on == "input":
-            return "weights multiply what experts get, and a network does not scale with that"
-        if config.free_experts or config.shared_gate == "softmax":
-            return "experts beside the copies take part of the weights"
+    if isinstance(config, RoutedExperts.Config) and config.weights_on == "input":
+        return "weights multiply what experts get, and a network does not scale with that"
+    if config.free_experts or config.shared_gate == "softmax":
+        return "experts beside the copies take part of the weights"
     if isinstance(router, TopKRouter.Config):
         if router.has_capacity or router.later_choice_threshold is not None:
             return "choices beyond the capacity are dropped"

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from omnimoe.config import Config
-from omnimoe.experts import RoutedAttention, RoutedExperts
+from omnimoe.experts import RoutedExperts, RoutedProjections
 from omnimoe.layers import TowerMap, num_copies, resolve_towers
 from omnimoe.layers.reader_attention import ReaderAttention
 from omnimoe.routers import AttributeRouter, ByModalityRouter, SoftRouter, StaticRouter
@@ -32,7 +32,7 @@ def extend_keys(part: Any, *, origin: tuple[int, ...], num_keys: int) -> Any:
 
 
 @extend_keys.register(RoutedExperts.Config)
-@extend_keys.register(RoutedAttention.Config)
+@extend_keys.register(RoutedProjections.Config)
 def _(part: Any, *, origin: tuple[int, ...], num_keys: int) -> Any:
     made = extend_keys.dispatch(Config)(part, origin=origin, num_keys=num_keys)
     router, count = made.router, part.num_experts

@@ -12,10 +12,19 @@ import omnimoe
 from omnimoe import LayerRange, OmniMoeConfig, Tokens, active_params, flops, upcycle
 from omnimoe.config import ConfigError
 from omnimoe.data import Corpus
-from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
-from omnimoe.experts.routed_attention import PROJECTIONS
+from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts, RoutedProjections, RoutedStateSpace
 from omnimoe.flops import UnknownCostError
-from omnimoe.layers import Attention, AttentionMask, Rope, RowLayout
+from omnimoe.layers import (
+    ATTENTIONS,
+    Attention,
+    AttentionMask,
+    Rope,
+    RowLayout,
+    SinkAttention,
+    StateSpace,
+    SubNormAttention,
+    register_attention,
+)
 from omnimoe.routers import (
     AttributeRouter,
     ByModalityRouter,
@@ -25,13 +34,13 @@ from omnimoe.routers import (
     TopKRouter,
 )
 from omnimoe.train import RouterError, Training
-from tests.declarations import DECLARATIONS, DENSE, MOT, build, copy_weights, ids_like
+from tests.declarations import DECLARATIONS, DENSE, MOT, build, copy_weights, ids_like, routed
 from tests.train.runs import build as started
 from tests.train.runs import settings, tiny
 from tests.upcycle.seeds import seed_of, text_of
 
 KEYS = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 0]])
-HEADS = {"own_heads": True, "routed_sites": ("q_proj", "o_proj")}
+HEADS = {"own_heads": True}
 
 
 def make(**fields) -> RoutedAttention:
@@ -70,7 +79,7 @@ def choices(routing, rows) -> dict[tuple[int, int], list[tuple[int, float]]]:
 
 def projected(layer: RoutedAttention, site: str, row: torch.Tensor, key: int, chosen) -> torch.Tensor:
     bank = getattr(layer, site)
-    if site not in layer.declared.routed_sites:
+    if site not in layer.declared.experts_at:
         copy = bank.towers[key]
         return F.linear(row, bank.weight[copy], None if bank.bias is None else bank.bias[copy])
     y = torch.zeros(bank.weight.shape[1], dtype=row.dtype)
@@ -97,14 +106,14 @@ ROUTERS = {
 }
 
 
-@pytest.mark.parametrize("sites", [PROJECTIONS, ("v_proj", "o_proj"), ("q_proj", "k_proj")])
+@pytest.mark.parametrize("sites", [(), ("v_proj", "o_proj"), ("q_proj", "k_proj")])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_it_is_the_loop_over_rows(name, sites):
     towers = {"q_proj": "modality", "v_proj": (1, 0)}
     layer = make(
         router=ROUTERS[name],
         routed_sites=sites,
-        site_towers={site: held for site, held in towers.items() if site not in sites},
+        site_towers={site: held for site, held in towers.items() if sites and site not in sites},
         rope=None,
     )
     x = torch.randn(2, 6, 8, dtype=torch.float64)
@@ -141,6 +150,102 @@ def test_with_heads_of_their_own_a_row_attends_once_for_each_expert(name):
             torch.testing.assert_close(y[b, t], wanted, atol=1e-6, rtol=1e-5)
 
 
+GATES = {"plain": "none", "a sigmoid": "sigmoid", "in the softmax": "softmax"}
+
+
+@pytest.mark.parametrize("heads", [{}, {"own_heads": True}], ids=["summed", "own heads"])
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_shared_and_zero_experts_stand_beside(gate, heads):
+    """Every row meets the last two copies, at their weights; a choice of the free one is no choice."""
+    beside = {"num_shared_experts": 2, "shared_gate": gate, "num_zero_experts": 1}
+    layer = make(router=TopKRouter.Config(top_k=3, top_p=0.9), rope=None, **beside, **heads)
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    y, rows, routing = called(layer, x)
+    assert (routing.expert_ids == 3).any()
+    chosen = choices(routing, rows)
+    order = rows.time_index
+    for row in range(12):
+        place = divmod(int(order[row]), 6)
+        given = {"none": torch.ones(2), "softmax": routing.shared_weights}
+        if gate == "sigmoid":
+            weights = torch.sigmoid(F.linear(rows.to_rows(x)[row].float(), layer.shared_gate.weight.float())).expand(2)
+        else:
+            weights = given[gate] if gate == "none" else given[gate][row]
+        met = [(expert, weight) for expert, weight in chosen[place] if expert < 3]
+        chosen[place] = met + [(3 + number, weight) for number, weight in enumerate(weights.tolist())]
+    plain = make(router=StaticRouter.Config(experts_of_keys=(0, 1)), num_experts=5, rope=None, **heads)
+    plain.load_state_dict({name: held for name, held in layer.state_dict().items() if "proj" in name})
+    for b, t in ((0, 0), (1, 3), (1, 5)):
+        wanted = looped(plain, x[b], KEYS[b], [chosen[b, place] for place in range(6)], t)
+        torch.testing.assert_close(y[b, t], wanted, atol=1e-6, rtol=1e-5)
+
+
+def looped(layer: RoutedAttention, x: torch.Tensor, keys: torch.Tensor, chosen: list, t: int) -> torch.Tensor:
+    """What position ``t`` of one sequence gets, given the experts of each."""
+
+    def heads(site: str, at: int, experts: list) -> torch.Tensor:
+        return projected(layer, site, x[at], int(keys[at]), experts).view(-1, 4)
+
+    met, values, own = [], [heads("v_proj", at, chosen[at]) for at in range(t + 1)], layer.declared.own_heads
+    past = [heads("k_proj", at, chosen[at]) for at in range(t + 1)]
+    if not own:
+        mixed = attended(heads("q_proj", t, chosen[t]), past, values, groups=2)
+        return projected(layer, "o_proj", mixed.flatten(), int(keys[t]), chosen[t])
+    for expert, weight in chosen[t]:
+        mixed = attended(heads("q_proj", t, [(expert, 1.0)]), past, values, groups=2).flatten()
+        met.append(projected(layer, "o_proj", mixed, int(keys[t]), [(expert, weight)]))
+    return torch.stack(met).sum(0)
+
+
+def test_a_state_space_has_experts_and_its_towers_are_a_case_of_them():
+    config = DENSE.replace(attention=StateSpace.Config(towers="modality", expand=1, state_size=4))
+    chosen = RoutedStateSpace.Config(
+        num_experts=3, router=StaticRouter.Config(), routed_sites=RoutedStateSpace.sites, expand=1, state_size=4
+    )
+    one, ids = build(config), ids_like(config)
+    other = copy_weights(build(config.replace(attention=chosen)), one)
+    torch.testing.assert_close(other(ids).logits, one(ids).logits)
+    chosen = RoutedStateSpace.Config(num_experts=4, expand=1, state_size=4)
+    model = build(DENSE.replace(attention=chosen)).train()
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert [len(held.expert_ids) for held in out.routings if held is not None] == [48, 48]
+    model.eval()
+    step, whole = model(ids[:, :6], use_cache=True), model(ids).logits
+    for at in range(6, 12):
+        step = model(ids[:, at : at + 1], past_key_values=step.past_key_values)
+        torch.testing.assert_close(step.logits[:, 0], whole[:, at], atol=1e-5, rtol=1e-4)
+
+
+def test_any_part_over_banks_can_have_experts():
+    @register_attention("routed_sinks")
+    class RoutedSinks(RoutedProjections, SinkAttention):
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Config(RoutedProjections.Config, SinkAttention.Config):
+            """Attention with sinks and experts."""
+
+    @register_attention("routed_normed")
+    class RoutedNormed(RoutedProjections, SubNormAttention):
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Config(RoutedProjections.Config, SubNormAttention.Config):
+            """Its projection out is no plain bank."""
+
+    try:
+        towers = DENSE.replace(attention=SinkAttention.Config(num_heads=4, towers="modality", window=5))
+        config = DENSE.replace(
+            attention=RoutedSinks.Config(num_heads=4, window=5, num_experts=3, router=StaticRouter.Config())
+        )
+        assert OmniMoeConfig.from_dict(config.to_dict()).attention == config.attention
+        one, ids = build(towers), ids_like(DENSE)
+        torch.testing.assert_close(copy_weights(build(config), one)(ids).logits, one(ids).logits)
+        with pytest.raises(ConfigError, match="o_proj of RoutedNormed is NormedLinear and no plain bank"):
+            build(DENSE.replace(attention=RoutedNormed.Config(num_heads=4)))
+    finally:
+        ATTENTIONS.remove("routed_sinks")
+        ATTENTIONS.remove("routed_normed")
+
+
 def test_slots_take_each_projection():
     layer = make(router=SoftRouter.Config(num_slots=2), routed_sites=("v_proj",), rope=None)
     x = torch.randn(2, 6, 8, dtype=torch.float64)
@@ -159,11 +264,11 @@ def test_slots_take_each_projection():
 def test_routed_by_modality_it_is_a_tower_map():
     """Mixture-of-Transformers' attention is the static router over these banks: one model under two declarations."""
     towers = MOT.replace(attention=MOT.attention.replace(bias=True, output_bias=True))
-    routed = RoutedAttention.Config(
+    attention = RoutedAttention.Config(
         num_heads=4, num_kv_heads=2, bias=True, output_bias=True, num_experts=3, router=StaticRouter.Config()
     )
     one, ids = build(towers).train(), ids_like(MOT)
-    other = copy_weights(build(MOT.replace(attention=routed)).train(), one)
+    other = copy_weights(build(MOT.replace(attention=attention)).train(), one)
     found = [model(ids, labels=ids) for model in (one, other)]
     torch.testing.assert_close(found[1].logits, found[0].logits)
     for out in found:
@@ -174,9 +279,9 @@ def test_routed_by_modality_it_is_a_tower_map():
 
 @pytest.mark.parametrize("heads", [{}, HEADS], ids=["summed", "own heads"])
 def test_equal_experts_whose_weights_sum_to_one_are_plain_attention(heads):
-    routed = RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=3, **heads)
+    attention = RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=3, **heads)
     dense, ids = build(DENSE), ids_like(DENSE)
-    model = build(DENSE.replace(attention=routed))
+    model = build(DENSE.replace(attention=attention))
 
     def widened(name, value, like):
         return value.expand_as(like) if value is not None else like
@@ -213,10 +318,15 @@ def test_uni_perceiver_moe_counts_as_its_paper_does(width, layers, heads, dense,
     assert active_params(base.replace(layers=(sparse,))) / 1e6 == pytest.approx(moe, abs=2.5)
 
 
-def test_what_slots_cost_is_not_said():
-    config = DENSE.replace(attention=RoutedAttention.Config(num_heads=4, router=SoftRouter.Config()))
-    with pytest.raises(UnknownCostError, match="its router mixes rows"):
-        flops(config)
+@pytest.mark.parametrize("site", ["attention", "experts"])
+def test_what_slots_cost_is_not_said(site):
+    parts = {
+        "attention": RoutedAttention.Config(num_heads=4, router=SoftRouter.Config()),
+        "experts": routed(4, SoftRouter.Config()),
+    }
+    for count in (flops, active_params):
+        with pytest.raises(UnknownCostError, match="SoftRouter.Config mixes rows, and what its slots cost a token"):
+            count(DENSE.replace(**{site: parts[site]}))
 
 
 def test_the_trace_the_losses_and_the_update_know_attention_from_experts():
@@ -263,6 +373,14 @@ def test_a_router_of_attention_that_is_not_finite_is_named():
 FRESH = {
     "top 2": (RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4), "exact"),
     "own heads": (RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4, **HEADS), "exact"),
+    "beside shared experts": (
+        RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4, num_shared_experts=2),
+        "exact",
+    ),
+    "null experts": (
+        RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4, num_zero_experts=1),
+        "changed",
+    ),
     "top 1": (
         RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4, router=TopKRouter.Config(top_k=1)),
         "changed",
@@ -281,7 +399,7 @@ def test_attention_of_a_seed_becomes_experts(name):
         ("model.backbone.layers.1.self_attn", function)
     ]
     assert (report.measured.difference < 2e-6) == (function == "exact")
-    bank = model.model.backbone.layers[1].self_attn.q_proj.weight
+    bank = model.model.backbone.layers[1].self_attn.q_proj.weight[:4]
     held = seed.model.backbone.layers[1].self_attn.q_proj.weight
     assert torch.equal(bank, held.expand_as(bank))
 
@@ -303,6 +421,59 @@ def test_towers_of_a_seed_become_groups_of_experts_and_grow_on():
     one = RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4)
     with pytest.raises(ConfigError, match="one pool of experts would merge networks of the seed that differ by key"):
         upcycle(seed, layers=(LayerRange(attention=one),))
+
+
+def told(model, attention, **asked):
+    """What an upcycled model's attention is said to be, and how far its logits are from the seed's."""
+    _, report = upcycle(
+        model, layers=(LayerRange(attention=attention),), batch=ids_like(DENSE), return_report=True, **asked
+    )
+    found = {change.function for change in report.changes if "self_attn" in change.where}
+    return found, report.measured.difference
+
+
+def test_experts_that_meet_in_another_place_are_changed():
+    summed = RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4, routed_sites=("q_proj", "o_proj"))
+    apart = dataclasses.replace(summed, own_heads=True)
+    for one, other in ((summed, apart), (apart, summed)):
+        seed = build(DENSE.replace(attention=one))
+        assert told(seed, one)[1] < 2e-6
+        found, difference = told(seed, other)
+        assert found == {"changed"}
+        assert difference > 0.1
+
+
+SETS = StaticRouter.Config(experts_of_keys=((0, 1), 2, (0, 3)), combine="sum")
+
+
+@pytest.mark.parametrize("router", [SETS, SoftRouter.Config(experts=(2, 1, 1), num_slots=2)], ids=["sets", "soft"])
+@pytest.mark.parametrize("site", ["attention", "experts"])
+def test_a_new_key_starts_as_the_experts_of_its_origin(site, router):
+    attention = RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4, router=router)
+    seed = build(DENSE.replace(**{site: attention if site == "attention" else routed(4, router)}))
+    added = {"modalities": {"depth": 4}, "start_from": {"depth": "image"}}
+    grown, report = upcycle(seed, **added, batch=ids_like(DENSE), return_report=True)
+    assert {change.function for change in report.changes} == {"exact"}
+    assert report.measured.difference < 2e-6
+    layer = grown.model.backbone.layers[0]
+    part, old = (layer.self_attn, "q_proj") if site == "attention" else (layer.mlp.experts, "gate_up_proj")
+    if isinstance(router, SoftRouter.Config):
+        bank = getattr(part, old)
+        bank = bank.weight if site == "attention" else bank
+        assert len(bank) == 5
+        assert torch.equal(bank[4], bank[2])  # the image's
+        assert not torch.equal(bank[0], bank[1])
+
+
+def test_towers_become_soft_experts_of_each_key():
+    seed = build(MOT)
+    router = SoftRouter.Config(experts=(2, 2, 2))
+    attention = RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=6, router=router)
+    layers = (LayerRange(attention=attention, experts=routed(6, router)),)
+    model, report = upcycle(seed, layers=layers, return_report=True)
+    assert {change.function for change in report.changes} == {"changed"}
+    towers, bank = (part.model.backbone.layers[0].self_attn.q_proj.weight for part in (seed, model))
+    assert torch.equal(bank, towers[[0, 0, 1, 1, 2, 2]])
 
 
 def test_a_model_of_some_towers_keeps_their_experts(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from omnimoe.config import ConfigError
 from omnimoe.experts import RoutedExperts
 from omnimoe.layers import RowLayout
 from omnimoe.routers import ByModalityRouter, SoftRouter, TopKRouter
+from tests.declarations import DENSE, build, ids_like, routed
 
 KEYS = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 0]])
 VALID = torch.tensor([[True] * 6, [True, True, False, True, True, False]])
@@ -138,6 +141,32 @@ def test_pools_and_shared_experts_stand_beside_it():
     wanted = rows.to_rows(torch.einsum("btes,besd->btd", routing.slots.combine, torch.stack(out, 1)))
     shared = layer.shared_experts(given, torch.tensor([12], dtype=torch.int32))
     torch.testing.assert_close(y, wanted + shared, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("experts", [(), (1, 2)], ids=["all rows", "by key"])
+def test_documents_of_a_packed_row_are_mixed_apart(experts):
+    layer, x = make(experts=experts), torch.randn(2, 6, 8)
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, -1]])
+    valid = documents >= 0
+    rows = RowLayout.build(KEYS, num_keys=2, valid=valid)
+    rows = dataclasses.replace(rows, document_ids=rows.to_rows(documents))
+    found = rows.to_time(layer(rows.to_rows(x), rows)[0])
+    for batch in range(2):
+        for document in range(int(documents[batch].max()) + 1):
+            own = documents[batch] == document
+            keys = KEYS[batch, own].unsqueeze(0)
+            alone = RowLayout.build(keys, num_keys=2)
+            wanted = alone.to_time(layer(alone.to_rows(x[batch, own].unsqueeze(0)), alone)[0])
+            torch.testing.assert_close(found[batch, own], wanted[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_keeps_documents_apart():
+    config = DENSE.replace(experts=routed(3, SoftRouter.Config(num_slots=2)))
+    model, ids = build(config), ids_like(config)
+    segments = torch.tensor([[0] * 5 + [1] * 7] * 2)
+    packed = model(ids, segment_ids=segments).logits
+    for part in (slice(0, 5), slice(5, 12)):
+        torch.testing.assert_close(packed[:, part], model(ids[:, part]).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_what_it_cannot_have_is_refused():

@@ -68,6 +68,8 @@ def test_one_of_ones_own_is_saved_counted_and_generates(by_key, tmp_path):
         step = again(ids[:, at : at + 1], past_key_values=step.past_key_values)
         torch.testing.assert_close(step.logits[:, 0], out.logits[:, at], atol=1e-5, rtol=1e-4)
     assert again.generate(ids[:, :6], max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (2, 8)
+    with pytest.raises(ConfigError, match="needs no auxiliary ones"):
+        omnimoe.add_auxiliary_routers(again)
 
 
 DEPTH_60 = DepthRouter.Config(capacity=0.6)

@@ -61,22 +61,23 @@ EXPERTS = {
 
 def in_attention(experts, **changes) -> RoutedAttention.Config:
     """The same router over the projections of attention."""
+    same = ("num_experts", "router", "num_shared_experts", "shared_gate", "num_zero_experts")
     return RoutedAttention.Config(
-        num_heads=4, num_kv_heads=2, num_experts=experts.num_experts, router=experts.router, **changes
+        num_heads=4, num_kv_heads=2, **{name: getattr(experts, name) for name in same}, **changes
     )
 
 
-# each router also over the banks of attention; those whose experts are free or weigh what goes in have no place there
-OVER_FEED_FORWARD_ALONE = {"free experts", "null experts", "input"}
+# each router also over the banks of attention; experts that give back what they get have no place there
+OVER_FEED_FORWARD_ALONE = {"free experts", "input"}
 ATTENTIONS = {
     f"attention, {name}": in_attention(experts)
     for name, experts in EXPERTS.items()
     if name not in OVER_FEED_FORWARD_ALONE
 }
-OWN_HEADS = {"own_heads": True, "routed_sites": ("q_proj", "o_proj"), "qk_norm": "rms"}
+OWN_HEADS = {"own_heads": True, "qk_norm": "rms"}
 ATTENTIONS |= {
     f"own heads, {name}": in_attention(EXPERTS[name], **OWN_HEADS)
-    for name in ("skills", "deepseek", "capacity", "expert choice", "auxiliary")
+    for name in ("skills", "deepseek", "null experts", "capacity", "expert choice", "auxiliary")
 }
 PARTS = EXPERTS | ATTENTIONS
 CAUSAL = [name for name, part in PARTS.items() if part.is_causal]

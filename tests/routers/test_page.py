@@ -13,7 +13,7 @@ from omnimoe import OmniMoeForCausalLM
 from omnimoe.backbone import LayerRange
 from omnimoe.compare import compare
 from omnimoe.data import Corpus
-from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts
+from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts, RoutedStateSpace
 from omnimoe.model import MODELS
 from omnimoe.routers import ROUTERS, DepthRouter, HashRouter, TopKRouter
 from omnimoe.routers.balance import BalanceConfig
@@ -76,7 +76,13 @@ def test_every_router_and_field_is_on_the_page():
 def test_every_setting_on_the_page_exists():
     """Those written ``field=value``."""
     configs = [ROUTERS.get(name).Config for name in ROUTERS.names()]
-    configs += [RoutedExperts.Config, RoutedAttention.Config, DepthRouter.Config, TrainSettings]
+    configs += [
+        RoutedExperts.Config,
+        RoutedAttention.Config,
+        RoutedStateSpace.Config,
+        DepthRouter.Config,
+        TrainSettings,
+    ]
     known = {field.name for config in configs for field in dataclasses.fields(config)}
     known |= {"attention", "step", "depth", "by", "path", "use_cache", "router", "towers", "router_aux_loss_coef"}
     quoted = " ".join(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)))
