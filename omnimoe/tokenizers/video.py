@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 _EARLY = 1e-6
 """Seconds by which a frame's time may lie above the moment it is shown at, from rounding."""
 
+_DRAWN_TEXT = ("ansi", "bintext", "idf", "xbin")
+"""Codecs of FFmpeg that draw characters on a screen, by which almost any file of text is a film."""
+
 Frames = Iterable[tuple[float, Callable[[], Any]]]
 """Time in seconds from the start, and a function that gives the picture."""
 
@@ -207,6 +210,8 @@ class VideoTokenizer(Tokenizer):
                 if not container.streams.video:
                     raise TokenizerError(f"{_name(file)} has no video in it")
                 stream = container.streams.video[0]
+                if stream.codec_context.name in _DRAWN_TEXT:
+                    raise TokenizerError(f"{_name(file)} is text and no film")
                 # Packets carry times without being decoded, so the length is known first and memory stays small.
                 unit = float(stream.time_base or 0)
                 times = [packet.pts * unit for packet in container.demux(stream) if packet.pts is not None]

@@ -254,6 +254,10 @@ def test_files_that_are_no_film_are_refused(tokenizer, film, tmp_path):
     (tmp_path / "empty.mp4").write_bytes(whole[:start] + bytes(end - start) + whole[end:])
     with pytest.raises(TokenizerError, match="cannot be read|can be decoded"):
         tokenizer.encode(tmp_path / "empty.mp4")
+    for ending in ("txt", "nfo"):
+        (tmp_path / f"some.{ending}").write_text("red heart\n" * 2000)
+        with pytest.raises(TokenizerError, match=f"some.{ending} is text and no film"):
+            tokenizer.encode(tmp_path / f"some.{ending}")
     clip = next((Path(__file__).parents[1] / "fixtures" / "speech").glob("*.wav"))
     with pytest.raises(TokenizerError, match="no video in it"):
         tokenizer.encode(clip)
