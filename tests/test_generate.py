@@ -198,6 +198,13 @@ def test_a_seed_repeats_and_leaves_the_global_generator_alone(model, tokenizers)
     assert unseeded[0] != unseeded[1]
 
 
+@pytest.mark.parametrize("to", ["image", "speech", "any"])
+def test_with_the_tokenizers_that_ship_the_global_generator_is_left_alone_too(model, to):
+    state = torch.get_rng_state()
+    generate(model, {"text": "a"}, to, seed=5, max_new_tokens=64)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_text_ends_where_another_span_would_begin(model, tokenizers, monkeypatch):
     def scripted(ids, **options):
         assert {EOS_ID, BEGIN_IMAGE_ID, BEGIN_SPEECH_ID} == set(options["eos_token_id"])

@@ -85,7 +85,10 @@ class CodecTokenizer(Tokenizer):
         kind = plain.pop("type", None)
         if kind != cls.registered_name:
             raise TokenizerError(f"{file} holds a {kind!r} tokenizer, not {cls.registered_name!r}")
-        tokenizer = cls.Config.from_dict(plain).build()
+        place = torch.get_default_device()
+        # the first weights of a network are drawn, and these are thrown away
+        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+            tokenizer = cls.Config.from_dict(plain).build()
         try:
             tokenizer.network.load_state_dict(state)
         except RuntimeError as error:

@@ -65,6 +65,13 @@ def test_a_call_gives_the_whole_span(name, raw, modality, markers):
     assert span.positions.dtype == torch.int64
 
 
+@pytest.mark.parametrize("name", ["text", "bytes", "picture", "picture_latents", "speech", "video"])
+def test_loading_leaves_the_global_generator_alone(name):
+    state = torch.get_rng_state()
+    load_tokenizer(name)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_arguments_of_encode_pass_through_a_call():
     tokenizer = load_tokenizer("speech")
     assert len(tokenizer(clip(), sample_rate=48_000)) < len(tokenizer(clip())) / 2.5
