@@ -171,7 +171,7 @@ def _sort_in(
         store.row(source="own", style="", key=key, **held, **common, **extra)
         return
     # No words, for words in a key count as the name of a thing.
-    key = fields.get("key") or hashlib.sha1(document.where.encode()).hexdigest()
+    key = fields.get("key") or hashlib.sha1(os.fsencode(document.where)).hexdigest()
     if set(kinds) == {"text"}:
         text = "".join(span["text"] for span in spans)
         documents.append({"source": "own", "key": key, "text": text, "heads": [], **common})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,41 @@ def test_bad_files_stop_it_or_are_left_out(own_rows: Path, tmp_path: Path, caplo
         build_own(source, tmp_path / "other", on_error="never")
     with pytest.raises(ValueError, match="image_size must be 64 or 128, got 32"):
         build_own(source, tmp_path / "other", image_size=32)
+
+
+LONE = "a \ud800 half"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"text": LONE}, "the text has a lone surrogate at 2"),
+        ({"text": LONE, "image": "001.png"}, "the text has a lone surrogate at 2"),
+        ({"spans": ["A thing", {"image": "001.png"}, LONE]}, "the text has a lone surrogate at 2"),
+        ({"text": "a thing", "image": f"{LONE}.png"}, "the file name of image has a lone surrogate at 2"),
+        ({"text": "a thing", "key": LONE}, "key has a lone surrogate at 2"),
+    ],
+)
+def test_half_a_character_is_told_with_file_and_line(
+    own_rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, line: dict, message: str
+) -> None:
+    source = tmp_path / "bad"
+    shutil.copytree(own_rows, source)
+    (source / "more.jsonl").write_text(json.dumps({"text": "words"}) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(DocumentError, match=rf"more\.jsonl, line 2: {message}"):
+        build_own(source, tmp_path / "out")
+    built = build_own(source, tmp_path / "out", on_error="skip")
+    assert len(lines_of(built / "rows.jsonl")) == 24
+    assert "1 documents could not be read" in caplog.text
+
+
+def test_a_file_name_of_other_bytes_is_no_matter(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/caf\xe9.txt")).write_text("coffee")
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    assert len(lines_of(build_own(tmp_path / "in", tmp_path / "out") / "text.jsonl")) == 1
 
 
 def test_a_folder_of_ones_own_loads_and_trains(own_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,10 +122,23 @@ def decode(modality: str, raw: Any, where: str) -> Any:
     if modality == "text":
         if not isinstance(raw, str):
             raise DocumentError(f"{where}: text must be a string, not {type(raw).__name__}")
-        return raw
+        return check_characters(raw, "the text", where)
     if not isinstance(raw, RawFile):
         return raw
     return {"image": _picture, "speech": _sound, "video": _video}[modality](raw, where)
+
+
+def check_characters(text: str, what: str, where: str) -> str:
+    """The text itself, unless a half of a pair of surrogates is in it, which JSON can write and UTF-8 cannot.
+
+    Raises:
+        DocumentError: with the place of the half.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DocumentError(f"{where}: {what} has a lone surrogate at {error.start}, which is no character") from None
+    return text
 
 
 def _picture(raw: RawFile, where: str) -> Image.Image:

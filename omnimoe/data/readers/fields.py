@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from omnimoe.data.readers.base import Document, DocumentError, RawFile
+from omnimoe.data.readers.base import Document, DocumentError, RawFile, check_characters
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "text": ("text", "caption", "transcription", "transcript", "sentence"),
@@ -56,7 +56,11 @@ def to_document(
     """
     if not isinstance(fields, Mapping):
         raise DocumentError(f"{where}: a row is an object with fields, not {type(fields).__name__}")
-    kept = {to: str(fields[name]) for name, to in _KEPT.items() if isinstance(fields.get(name), str | int)}
+    kept = {
+        to: check_characters(str(fields[name]), name, where)
+        for name, to in _KEPT.items()
+        if isinstance(fields.get(name), str | int)
+    }
     if "split" in kept:
         kept["split"] = _split(kept["split"], where)
     for name in SPANS:
@@ -110,7 +114,7 @@ def _value(modality: str, value: Any, where: str, find: Callable[[str], RawFile]
             raise DocumentError(f"{where}: text must be a string, not {type(value).__name__}")
         return value
     if isinstance(value, str):
-        return find(value)
+        return find(check_characters(value, f"the file name of {modality}", where))
     if isinstance(value, bytes):
         return RawFile(name=f"the {modality}", data=value)
     if isinstance(value, Mapping):
