@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from omnimoe.tokenizers import TOKENIZERS, load_tokenizer
+from omnimoe.tokenizers.codec import WEIGHTS, CodecTokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tokenizers.md").read_text(encoding="utf-8")
 
@@ -28,6 +29,17 @@ def test_the_table_says_the_sizes_of_what_ships():
     for name in ("text", "bytes", "picture", "speech"):
         row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
         assert f"{load_tokenizer(name).vocab_size:,}" in row
+
+
+def test_the_table_says_what_ships():
+    found = {}
+    for name in TOKENIZERS.names():
+        kind = TOKENIZERS.get(name)
+        row = next((line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |")), None)
+        if row is not None and issubclass(kind, CodecTokenizer):
+            found[name] = row.split(" | ")[5]
+            assert (found[name] == "ships") == (WEIGHTS / kind.shipped).is_file()
+    assert list(found) == ["picture", "picture_128", "picture_latents", "speech"]
 
 
 def test_a_tokenizer_of_ones_own():
