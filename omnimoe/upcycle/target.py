@@ -11,7 +11,7 @@ from omnimoe.config import ConfigError
 from omnimoe.experts import Experts, FeedForward, RoutedExperts
 from omnimoe.layers import TowerMap, resolve_towers
 from omnimoe.model import OmniMoeConfig
-from omnimoe.routers import ByModalityRouter, ExpertChoiceRouter, Router, TopKRouter
+from omnimoe.routers import ByModalityRouter, ExpertChoiceRouter, Router, SoftRouter, TopKRouter
 from omnimoe.upcycle.keys import extend_keys
 from omnimoe.upcycle.vocabulary import Vocabulary
 
@@ -230,6 +230,8 @@ def multiplied(router: Router.Config, times: int) -> Router.Config:
         )
     if isinstance(router, ExpertChoiceRouter.Config):
         return router.replace(capacity_factor=times * router.capacity_factor)
+    if isinstance(router, SoftRouter.Config):
+        return router.replace(experts=tuple(times * count for count in router.experts))
     return router
 
 
