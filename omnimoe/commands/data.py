@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODALITY=NAME[:PATH]",
-        help="with --tokenize: another one than that which ships, such as image=picture_128:FILE of your own training; "
-        "those that ship draw 64 pixels; may be repeated",
+        help="with --tokenize: another one than the usual, such as image=picture_128 for pictures of 128 pixels, or "
+        "NAME:FILE of your own training; may be repeated",
     )
     build.add_argument(
         "--versions",

@@ -25,7 +25,7 @@ Document = Mapping[str, Any] | Sequence[tuple[str, Any]]
 """Modality and raw input, in order: ``{"text": "a red apple"}`` or ``[("text", "a red"), ("image", pixels)]``."""
 
 PICTURES = {64: "picture", 256: "picture_128"}
-"""Picture tokenizers by the codes of a picture. The first ships; the second says where weights of it are to lie."""
+"""Picture tokenizers by the codes of a picture."""
 CONTINUOUS = {"image": "picture_latents"}
 """Continuous tokenizers that ship."""
 

@@ -33,7 +33,7 @@ def latents() -> PictureLatentTokenizer:
 
 @pytest.fixture(scope="module")
 def large() -> LargePictureTokenizer:
-    """Fresh weights: those of this form do not ship."""
+    """A small one of fresh weights."""
     torch.manual_seed(0)
     made = LargePictureTokenizer(LargePictureTokenizer.Config(hidden_size=40, encoder_blocks=1, decoder_blocks=1))
     made.network.half().float()  # files hold float16
@@ -101,8 +101,17 @@ def test_larger_pictures_have_256_codes(large):
     assert torch.equal(large.encode(PICTURES[0]), large.encode_batch([PICTURES[0]])[0])
 
 
-def test_a_form_without_shipped_weights_says_so():
-    with pytest.raises(TokenizerError, match="no picture_128 tokenizer at .*picture_128.safetensors; pass a file"):
+def test_codes_of_larger_pictures_bring_back_more_than_those_of_small_ones_enlarged():
+    real = pixels(128)
+    shipped, codes = load_tokenizer("picture_128"), load_tokenizer("picture")
+    small = codes.decode_batch(codes.encode_batch(pixels(64)))
+    enlarged = np.stack([np.asarray(Image.fromarray(picture).resize((128, 128), 3)) for picture in small])
+    assert psnr(shipped.decode_batch(shipped.encode_batch(real)), real) > psnr(enlarged, real) + 2
+
+
+def test_a_form_without_shipped_weights_says_so(monkeypatch):
+    monkeypatch.setattr(LargePictureTokenizer, "shipped", "absent.safetensors")
+    with pytest.raises(TokenizerError, match="no picture_128 tokenizer at .*absent.safetensors; pass a file"):
         load_tokenizer("picture_128")
 
 
