@@ -276,7 +276,10 @@ def _score_flops(config: Config, hidden_size: int, length: int) -> float:
 def _attention_router(config: Any, hidden_size: int, modality: int) -> int:
     """Weights of the router of attention, where it has one."""
     router = getattr(config, "router", None)
-    return 0 if router is None else router.router_params(hidden_size, config.num_scored_experts, modality)
+    if router is None:
+        return 0
+    gate = hidden_size * (config.shared_gate == "sigmoid")
+    return gate + router.router_params(hidden_size, config.num_scored_experts, modality)
 
 
 def _attention_vectors(config: Config, hidden_size: int, modality: int) -> float:

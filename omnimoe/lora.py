@@ -302,6 +302,7 @@ def _owners(modules: dict[str, nn.Module], every: frozenset[int]) -> dict[str, _
             found[f"{name}.experts"] = _by_copy([(copy,) for copy in module.towers])
         elif isinstance(module, RoutedProjections):
             keys = _keys_of_experts(module.router, module.num_experts, every)
+            keys += (every,) * module.declared.num_shared_experts
             found |= {f"{name}.{site}": keys for site in module.declared.experts_at}
         elif isinstance(module, RoutedExperts):
             found[f"{name}.experts"] = _keys_of_experts(module.router, module.num_experts, every)

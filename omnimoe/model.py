@@ -253,7 +253,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         if self._needs_token_ids and input_ids is not None:
             rows = replace(rows, token_ids=rows.to_rows(input_ids))
         if self._mixes_rows and segment_ids is not None:
-            rows = replace(rows, document_ids=rows.to_rows(segment_ids.long()))
+            rows = replace(rows, document_ids=rows.to_rows(segment_ids.unique(return_inverse=True)[1]))
         if block_ids is None and config.bidirectional_modalities:
             noisy = self._noisy(modality_ids, rows, features, timesteps) if config.private_noise else None
             block_ids = block_ids_of(config, modality_ids, input_ids, noisy)

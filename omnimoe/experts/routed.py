@@ -149,7 +149,8 @@ class RoutedExperts(Experts):
             chosen = self.router.experts_per_token(self.num_experts + free, modality)
             if chosen is None:
                 return None
-            chosen *= self.num_experts / (self.num_experts + free)
+            own_bank = len(self.router.reached_experts(self.num_experts, modality))
+            chosen *= own_bank / (own_bank + free)
             shared = self.num_shared_experts * (self.shared_intermediate_size or self.intermediate_size)
             own = 2 * hidden_size * self.num_constant_experts + hidden_size * (self.shared_gate == "sigmoid")
             router = self.router.router_params(hidden_size, self.num_scored_experts, modality)

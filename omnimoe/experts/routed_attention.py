@@ -116,9 +116,9 @@ class RoutedProjections(BaseAttention):
             """Copies of a projection that a token of ``modality`` meets on average; None where unknown."""
             if site not in self.experts_at:
                 return 1.0
-            count = self.num_experts + self.num_zero_experts
-            chosen = self.router.experts_per_token(count, modality)
-            return None if chosen is None else chosen * self.num_experts / count + self.num_shared_experts
+            own = len(self.router.reached_experts(self.num_experts, modality))
+            chosen = self.router.experts_per_token(self.num_experts + self.num_zero_experts, modality)
+            return None if chosen is None else chosen * own / (own + self.num_zero_experts) + self.num_shared_experts
 
     def __init__(
         self, config: RoutedProjections.Config, *, hidden_size: int, num_modalities: int, layer_idx: int

@@ -76,7 +76,10 @@ def _(module: RoutedExperts, keys: tuple[int, ...]) -> dict[str, Index]:
 
 @kept_copies.register
 def _(module: RoutedProjections, keys: tuple[int, ...]) -> dict[str, Index]:
-    return dict.fromkeys(module.declared.experts_at, _kept_experts(module.router, keys))
+    kept, first = _kept_experts(module.router, keys), module.num_experts
+    if kept is not None:
+        kept += tuple(range(first, first + module.declared.num_shared_experts))  # which every row meets
+    return dict.fromkeys(module.declared.experts_at, kept)
 
 
 @kept_copies.register

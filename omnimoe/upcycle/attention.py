@@ -7,7 +7,7 @@ from torch import nn
 from omnimoe.config import ConfigError
 from omnimoe.experts import RoutedProjections
 from omnimoe.layers import BankLinear, ExpertLinear
-from omnimoe.upcycle.experts import pools_of
+from omnimoe.upcycle.experts import BESIDE, pools_of, stand_alike
 from omnimoe.upcycle.gates import CHANGED, EXACT
 from omnimoe.upcycle.sources import Change, Choices, Plan, Start, start_of
 
@@ -57,6 +57,8 @@ def _(new: RoutedProjections, old: nn.Module, choices: Choices) -> Plan:
         forms = [tuple(getattr(part.declared, name, None) for name in FORM) for part in (new, old)]
         if forms[0] != forms[1]:
             outcomes[CHANGED] = "experts are at other projections, or meet in another place, than in the seed"
+        if not stand_alike(new.declared, old.declared):
+            outcomes[CHANGED] = BESIDE
     worst = CHANGED if CHANGED in outcomes else EXACT
     plan.changes.append(Change(where="", function=worst, why=outcomes[worst]))
     return plan

@@ -15,6 +15,7 @@ from omnimoe.routers import ByModalityRouter, Router, SoftRouter, StaticRouter
 from omnimoe.upcycle.gates import (
     CHANGED,
     EXACT,
+    REMIXED,
     RESCALED,
     SAME_ROUTES,
     UNGATED,
@@ -70,8 +71,10 @@ def _(new: RoutedExperts, old: nn.Module, choices: Choices) -> Plan:
         plan.starts[f"experts.{name}"] = start
     if noise and len(set(index)) < len(index):
         outcomes[CHANGED] = f"copies are moved apart by {noise:g} of their spread"
-    if isinstance(old, FeedForward) and new.shared_experts is not None:
+    if getattr(old, "shared_experts", None) is None and new.shared_experts is not None:
         plan.factors["shared_experts.down_proj"] = 0.0  # beside the copies it adds nothing at first
+    if isinstance(old, RoutedExperts) and not stand_alike(new.config, old.config):
+        outcomes[CHANGED] = BESIDE
     worst = next(name for name in (CHANGED, RESCALED, EXACT) if name in outcomes)
     plan.changes.append(Change(where="", function=worst, why=outcomes[worst]))
     return plan
@@ -89,6 +92,7 @@ class Pool:
         path: of the router inside of the experts.
         old_path: of the seed's.
         is_split: the seed's router met rows of other pools too.
+        was_mixed: rows of a key met several experts of the seed at once, by static routes.
         keeps_routes: rows of each key meet as many experts as those of its origin did, in the same way.
     """
 
@@ -99,6 +103,7 @@ class Pool:
     path: str
     old_path: str
     is_split: bool = False
+    was_mixed: bool = False
     keeps_routes: bool = False
     fresh: set[str] = field(default_factory=set)
 
@@ -109,6 +114,8 @@ class Pool:
         config = _config_of(new)
         if self.keeps_routes:
             return SAME_ROUTES
+        if self.was_mixed:
+            return REMIXED
         if not isinstance(old, Routed) or self.old is None:
             return fresh_gate(config, len(self.index), declared(new))
         counts = {self.index.count(expert) for expert in self.pool}
@@ -158,7 +165,8 @@ def pools_of(new: Routed, old: Any, origin: tuple[int, ...]) -> Iterator[Pool]:
         spread = [expert for count, group in zip(counts, groups, strict=True) for expert in _spread(count, group)]
         seed = getattr(old, "router", None)
         if not isinstance(seed, SoftRouter):
-            yield Pool(spread, tuple(sorted(set(spread))), router, None, "router.", "")
+            mixed = any(_mixes(old, group) for group in groups)
+            yield Pool(spread, tuple(sorted(set(spread))), router, None, "router.", "", was_mixed=mixed)
             return
         keeps = bool(seed.config.experts) and seed.config.num_slots == router.config.num_slots
         keeps = keeps and all(count == len(group) for count, group in zip(counts, groups, strict=True))
@@ -170,19 +178,23 @@ def pools_of(new: Routed, old: Any, origin: tuple[int, ...]) -> Iterator[Pool]:
             inner, path = _router_at(old, origin[key])
             pool = _pool_of(old, origin[key])
             own = router.routers[key]
-            yield Pool(_spread(count, pool), pool, own, inner, f"router.routers.{key}.", path, is_split)
+            mixed = _mixes(old, pool)
+            yield Pool(_spread(count, pool), pool, own, inner, f"router.routers.{key}.", path, is_split, mixed)
         return
     if isinstance(router, StaticRouter):
         index = [-1] * new.num_experts
-        held = _config_of(old) if isinstance(old, Routed) else None
+        held: Any = _config_of(old) if isinstance(old, Routed) else None
         asked: Any = _config_of(new)
-        keeps = isinstance(held, StaticRouter.Config) and held.combine == asked.combine
+        was_static, was_mixed = isinstance(held, StaticRouter.Config), False
+        keeps = was_static and held.combine == asked.combine
         for key, chosen in enumerate(router.experts_of_keys):
             pool = _pool_of(old, origin[key])
             own_set = [expert for expert in chosen if expert >= 0]
             if len(own_set) < len(pool):
                 raise ConfigError(f"static routes give key {key} {len(own_set)} experts, the seed has {len(pool)}")
-            keeps = keeps and len(own_set) == len(pool)
+            was_mixed |= was_static and len(pool) > 1
+            even = asked.combine == "mean" and not len(own_set) % len(pool)
+            keeps = keeps and (len(own_set) == len(pool) or even)
             for expert, source in zip(own_set, _spread(len(own_set), pool), strict=True):
                 if index[expert] not in (-1, source):
                     raise ConfigError(
@@ -190,7 +202,7 @@ def pools_of(new: Routed, old: Any, origin: tuple[int, ...]) -> Iterator[Pool]:
                     )
                 index[expert] = source
         found = [max(0, source) for source in index]
-        yield Pool(found, tuple(set(index)), router, None, "router.", "", keeps_routes=keeps)
+        yield Pool(found, tuple(set(index)), router, None, "router.", "", was_mixed=was_mixed, keeps_routes=keeps)
         return
     pools = {_pool_of(old, key) for key in set(origin)}
     if len(pools) > 1:
@@ -200,7 +212,12 @@ def pools_of(new: Routed, old: Any, origin: tuple[int, ...]) -> Iterator[Pool]:
         )
     inner, path = _router_at(old, origin[0])
     pool = pools.pop()
-    yield Pool(_spread(new.num_experts, pool), pool, router, inner, "router.", path)
+    yield Pool(_spread(new.num_experts, pool), pool, router, inner, "router.", path, was_mixed=_mixes(old, pool))
+
+
+def _mixes(old: Any, pool: tuple[int, ...]) -> bool:
+    """Whether static routes of the seed gave a row several experts at once."""
+    return isinstance(getattr(old, "router", None), StaticRouter) and len(pool) > 1
 
 
 def _pool_of(old: Any, key: int) -> tuple[int, ...]:
@@ -222,6 +239,19 @@ def _router_at(old: Any, key: int) -> tuple[Any, str]:
     if isinstance(old.router, ByModalityRouter):
         return old.router.routers[key], f"router.routers.{key}."
     return old.router, "router."
+
+
+BESIDE = "what stands beside the experts, or what their weights multiply, is other than in the seed"
+
+
+def stand_alike(new: RoutedConfig, old: RoutedConfig) -> bool:
+    """Whether the same stands beside experts that were routed before; shared ones that are new add nothing."""
+    names = ("free_experts", "weights_on")
+    if any(getattr(new, name, None) != getattr(old, name, None) for name in names):
+        return False
+    if not old.num_shared_experts:
+        return new.shared_gate != "softmax"
+    return (new.num_shared_experts, new.shared_gate) == (old.num_shared_experts, old.shared_gate)
 
 
 def declared(experts: Routed) -> RoutedConfig:

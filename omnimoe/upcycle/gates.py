@@ -52,6 +52,7 @@ class Gate:
 
 
 UNROUTED = Gate(1.0, True, True, "a network without a router")
+REMIXED = Gate(None, False, True, "experts that a key's rows met together weigh otherwise than they did")
 SAME_ROUTES = Gate(1.0, True, True, "the seed's routes")
 UNGATED = Gate(None, False, True, "the seed weighed a lone expert, the new model does not")
 

@@ -13,7 +13,7 @@ from omnimoe import LayerRange, OmniMoeConfig, Tokens, active_params, flops, upc
 from omnimoe.config import ConfigError
 from omnimoe.data import Corpus
 from omnimoe.experts import FeedForward, RoutedAttention, RoutedExperts, RoutedProjections, RoutedStateSpace
-from omnimoe.flops import UnknownCostError
+from omnimoe.flops import UnknownCostError, total_params
 from omnimoe.layers import (
     ATTENTIONS,
     Attention,
@@ -318,6 +318,18 @@ def test_uni_perceiver_moe_counts_as_its_paper_does(width, layers, heads, dense,
     assert active_params(base.replace(layers=(sparse,))) / 1e6 == pytest.approx(moe, abs=2.5)
 
 
+def test_free_experts_are_chosen_like_those_of_the_same_key_and_a_gate_is_counted():
+    router = ByModalityRouter.Config(experts=(2, 2, 2), router=TopKRouter.Config(top_k=2))
+    attention = RoutedAttention.Config(num_heads=4, num_experts=6, router=router, num_zero_experts=2)
+    assert [attention.copies_met("q_proj", key) for key in range(3)] == [1, 1, 1]
+    beside = {"num_heads": 4, "num_experts": 2, "num_shared_experts": 2}
+    plain, gated = (
+        DENSE.replace(attention=RoutedAttention.Config(shared_gate=gate, **beside)) for gate in ("none", "sigmoid")
+    )
+    assert active_params(gated) - active_params(plain) == 2 * DENSE.hidden_size
+    assert active_params(plain) == total_params(plain)
+
+
 @pytest.mark.parametrize("site", ["attention", "experts"])
 def test_what_slots_cost_is_not_said(site):
     parts = {
@@ -441,6 +453,97 @@ def test_experts_that_meet_in_another_place_are_changed():
         found, difference = told(seed, other)
         assert found == {"changed"}
         assert difference > 0.1
+
+
+BESIDE = {
+    "a gate": ({"num_shared_experts": 2}, {"num_shared_experts": 2, "shared_gate": "sigmoid"}),
+    "none": ({"num_shared_experts": 2}, {}),
+    "a zero expert": ({}, {"num_zero_experts": 1}),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("site", ["attention", "experts"])
+def test_what_stands_beside_changes_the_function_and_new_shared_experts_do_not(site, name):
+    def config(beside):
+        if site == "experts":
+            return DENSE.replace(experts=routed(4, TopKRouter.Config(), **beside))
+        return DENSE.replace(attention=RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=4, **beside))
+
+    def grown(seed, beside):
+        part = getattr(config(beside), site)
+        asked = {"layers": (LayerRange(**{site: part}),), "batch": ids_like(DENSE), "return_report": True}
+        _, report = upcycle(build(config(seed)), **asked)
+        return {change.function for change in report.changes}, report.measured.difference
+
+    one, other = BESIDE[name]
+    if (site, name) != ("attention", "none"):
+        found, difference = grown(one, other)
+        assert found == {"changed"}
+        assert difference > 1e-2
+    found, difference = grown({}, {"num_shared_experts": 2})
+    assert found == {"exact"}
+    assert difference < 2e-6
+
+
+REMIXED = {
+    "three for two": (
+        StaticRouter.Config(experts_of_keys=(0, (1, 2), 3)),
+        StaticRouter.Config(experts_of_keys=(0, (1, 2, 4), 3)),
+        5,
+    ),
+    "sums for means": (
+        StaticRouter.Config(experts_of_keys=((0, 1), 2, 3)),
+        StaticRouter.Config(experts_of_keys=((0, 1), 2, 3), combine="sum"),
+        4,
+    ),
+    "a learned router": (
+        StaticRouter.Config(experts_of_keys=((0, 1), 2, 3)),
+        ByModalityRouter.Config(experts=(2, 1, 1), router=TopKRouter.Config(top_k=2)),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REMIXED)
+@pytest.mark.parametrize("site", ["attention", "experts"])
+def test_sets_of_experts_that_weigh_otherwise_are_changed(site, name):
+    router, asked, count = REMIXED[name]
+
+    def part(num_experts, chosen):
+        if site == "experts":
+            return routed(num_experts, chosen)
+        return RoutedAttention.Config(num_heads=4, num_kv_heads=2, num_experts=num_experts, router=chosen)
+
+    seed = build(DENSE.replace(**{site: part(4, router)}))
+    layers = (LayerRange(**{site: part(count, asked)}),)
+    _, report = upcycle(seed, layers=layers, batch=ids_like(DENSE), return_report=True)
+    assert {change.function for change in report.changes} == {"changed"}
+    assert report.measured.difference > 1e-2
+
+
+def test_shared_experts_are_met_by_every_key(tmp_path):
+    """By loading of towers, by freezing and by LoRA alike."""
+    attention = RoutedAttention.Config(
+        num_heads=4, num_kv_heads=2, num_experts=3, router=StaticRouter.Config(), num_shared_experts=2
+    )
+    config = DENSE.replace(attention=attention)
+    model, ids = build(config), ids_like(config)
+    model.save_pretrained(tmp_path)
+    alone = omnimoe.from_pretrained(tmp_path, towers=["image"])
+    held, bank = (part.model.backbone.layers[0].self_attn.v_proj.weight for part in (model, alone))
+    assert torch.equal(bank, held[[1, 3, 4]])
+    model.train()
+    omnimoe.freeze(model, ["text"])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = omnimoe.keep_frozen(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    now = model.model.backbone.layers[0].self_attn.v_proj.weight
+    same = [
+        torch.equal(now[copy], before["model.backbone.layers.0.self_attn.v_proj.weight"][copy]) for copy in range(5)
+    ]
+    assert same == [True, False, False, True, True]
 
 
 SETS = StaticRouter.Config(experts_of_keys=((0, 1), 2, (0, 3)), combine="sum")
