@@ -9,7 +9,7 @@ from torch import Tensor
 
 from omnimoe.config import ConfigError
 from omnimoe.experts.base import Experts, check_network, register_experts
-from omnimoe.experts.beside import check_beside, given_beside
+from omnimoe.experts.beside import UnderRouter
 from omnimoe.experts.free import FreeExperts
 from omnimoe.experts.pooled import PooledMLP
 from omnimoe.experts.sent import Sent
@@ -25,7 +25,7 @@ class RoutedExperts(Experts):
     """Experts under any registered router."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Experts.Config):
+    class Config(UnderRouter, Experts.Config):
         """A mixture of experts."""
 
         num_experts: int = 8
@@ -74,7 +74,7 @@ class RoutedExperts(Experts):
                 check_network(self.shared_intermediate_size, self.activation, self.gated)
             if self.weights_on not in WEIGHTS_ON:
                 raise ConfigError(f"unknown weights_on {self.weights_on!r}; known: {', '.join(WEIGHTS_ON)}")
-            check_beside(self)
+            self.check_beside()
             if self.weights_on == "input" and self.router.mixes_rows:
                 raise ConfigError(
                     f"weights_on='input' scales rows that experts get, and {type(self.router).__qualname__} gives them "
@@ -91,30 +91,8 @@ class RoutedExperts(Experts):
             )
 
         @property
-        def num_gated_experts(self) -> int:
-            """Shared experts that the router gives weights to."""
-            return self.num_shared_experts if self.shared_gate == "softmax" else 0
-
-        @property
-        def num_scored_experts(self) -> int:
-            """Experts that the router has a score for."""
-            return self.num_experts + len(self.free_experts) + self.num_gated_experts
-
-        @property
         def needs_key_order(self) -> bool:
             return self.router.needs_key_order
-
-        @property
-        def is_causal(self) -> bool:
-            return self.router.is_causal
-
-        @property
-        def has_causal_form(self) -> bool:
-            return self.router.has_causal_form
-
-        @property
-        def num_token_ids(self) -> int:
-            return self.router.num_token_ids
 
         @property
         def tp_plan(self) -> dict[str, str]:
@@ -164,7 +142,7 @@ class RoutedExperts(Experts):
             hidden_size=hidden_size,
             num_experts=config.num_experts,
             num_modalities=num_modalities,
-            **given_beside(config),
+            **config.given_beside(),
         )
         network = config.activation, config.gated, config.bias
         self.experts: BankMLP | PooledMLP

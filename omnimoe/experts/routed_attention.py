@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from omnimoe.config import ConfigError
-from omnimoe.experts.beside import check_beside, given_beside
+from omnimoe.experts.beside import UnderRouter
 from omnimoe.experts.sent import Mixed, Sent
 from omnimoe.layers import (
     Attention,
@@ -40,7 +40,7 @@ class RoutedProjections(BaseAttention):
     """Projections of the part that may be experts."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(BaseAttention.Config):
+    class Config(UnderRouter, BaseAttention.Config):
         """Projections that are experts."""
 
         num_experts: int = 8
@@ -65,7 +65,7 @@ class RoutedProjections(BaseAttention):
             both = sorted(set(self.experts_at) & set(getattr(self, "site_towers", {})))
             if both:
                 raise ConfigError(f"{both[0]} is routed and has a tower map in site_towers; drop one of them")
-            check_beside(self)
+            self.check_beside()
 
         @property
         def experts_at(self) -> tuple[str, ...]:
@@ -83,30 +83,8 @@ class RoutedProjections(BaseAttention):
             return ("zero",) * self.num_zero_experts
 
         @property
-        def num_gated_experts(self) -> int:
-            """Shared experts that the router gives weights to."""
-            return self.num_shared_experts if self.shared_gate == "softmax" else 0
-
-        @property
-        def num_scored_experts(self) -> int:
-            """Experts that the router has a score for."""
-            return self.num_experts + self.num_zero_experts + self.num_gated_experts
-
-        @property
         def needs_key_order(self) -> bool:
             return super().needs_key_order or self.router.needs_key_order
-
-        @property
-        def is_causal(self) -> bool:
-            return self.router.is_causal
-
-        @property
-        def has_causal_form(self) -> bool:
-            return self.router.has_causal_form
-
-        @property
-        def num_token_ids(self) -> int:
-            return self.router.num_token_ids
 
         @property
         def tp_plan(self) -> dict[str, str]:
@@ -130,7 +108,7 @@ class RoutedProjections(BaseAttention):
             hidden_size=hidden_size,
             num_experts=config.num_experts,
             num_modalities=num_modalities,
-            **given_beside(config),
+            **config.given_beside(),
         )
         self.shared_gate = Scorer(hidden_size, 1) if config.shared_gate == "sigmoid" else None
         for site in config.experts_at:

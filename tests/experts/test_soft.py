@@ -167,6 +167,9 @@ def test_a_model_keeps_documents_apart():
     packed = model(ids, segment_ids=segments).logits
     for part in (slice(0, 5), slice(5, 12)):
         torch.testing.assert_close(packed[:, part], model(ids[:, part]).logits, atol=1e-5, rtol=1e-4)
+    out = model(ids, segment_ids=segments * 10_000)
+    assert torch.equal(out.logits, packed)
+    assert out.routings[0].slots.dispatch.shape == (2, 3, 2 * 2, 12)  # by the documents there are, not by their ids
 
 
 def test_what_it_cannot_have_is_refused():
