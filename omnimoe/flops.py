@@ -390,6 +390,7 @@ def formulas() -> dict[Any, Any]:
             ours.experts_mlp: _experts_formula,
             ours.experts_mlp_backward: _experts_backward_formula,
             ours.attend: _attention_formula,
+            ours.attend_backward: _attention_backward_formula,
             ours.selective_scan: _scan_formula,
             ours.selective_scan_backward: _scan_backward_formula,
         }

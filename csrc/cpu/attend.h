@@ -48,12 +48,14 @@ inline A largest(typename Lanes<A>::Vector v) {
 template <class A>
 constexpr A kLowest = sizeof(A) == 4 ? A(-3e38) : A(-1e300);
 
-// Row i of a tile of scores: `own` of them count, of those the ones that are seen; the rest become shares of nothing.
+// Row i of a tile of scores: from `first` to `own` they count, of those the ones that are seen; the rest become shares
+// of nothing.
 template <class T>
 struct Scores {
   using A = Accumulator<T>;
   A* tiles;        // panel after panel, (kMostRows, kPanel) each
-  int64_t own;     // scores that count
+  int64_t first;   // of a panel
+  int64_t own;     // one past the last score that counts
   int64_t padded;  // whole vectors of shares that are written
   const bool* seen;
   A scale;
@@ -71,7 +73,7 @@ Accumulator<T> scale_row(const Scores<T>& s, int64_t row) {
   using F = Flags<A>;
   const V lowest = broadcast(kLowest<A>);
   V most = lowest;
-  for (int64_t key = 0; key < s.own; key += kLanes<T>) {
+  for (int64_t key = s.first; key < s.own; key += kLanes<T>) {
     A* at = s.at(row, key);
     const int held = int(least(kLanes<T>, s.own - key));
     V v = load(at) * s.scale;
@@ -95,7 +97,7 @@ Accumulator<T> share_row(const Scores<T>& s, int64_t row, Accumulator<T> top, ty
   using V = typename Lanes<A>::Vector;
   const V zero = {}, lowest = broadcast(kLowest<A>);
   V total = {};
-  int64_t key = 0;
+  int64_t key = s.first;
   for (; key < s.own; key += kLanes<T>) {
     const V v = load(s.at(row, key));
     const V share = v <= lowest ? zero : exponential(v - top);
@@ -118,6 +120,34 @@ inline int64_t end_of_keys(const Attend& a, int64_t sequence, int64_t query) {
   return end;
 }
 
+// The first key that a query may see, or one before it; the end where it sees none.
+inline int64_t start_of_keys(const Attend& a, int64_t sequence, int64_t query, int64_t end) {
+  if (!a.mask) return 0;
+  const bool* seen = a.mask + sequence * a.mask_batch_stride + query * a.mask_row_stride;
+  int64_t start = 0;
+  uint64_t eight;
+  while (start + 8 <= end && (std::memcpy(&eight, seen + start, 8), !eight)) start += 8;
+  while (start < end && !seen[start]) ++start;
+  return start;
+}
+
+// The keys that a row of a task may see.
+struct KeysOf {
+  int64_t start, end;
+};
+
+// All that a few rows in turn may see; nothing where they see nothing.
+inline KeysOf keys_of(const KeysOf* rows, int64_t start, int64_t count) {
+  KeysOf all{rows[start].start, rows[start].end};
+  for (int64_t r = start + 1; r < start + count; ++r) {
+    if (rows[r].start >= rows[r].end) continue;
+    if (all.start >= all.end) all = rows[r];
+    all.start = rows[r].start < all.start ? rows[r].start : all.start;
+    all.end = rows[r].end > all.end ? rows[r].end : all.end;
+  }
+  return all;
+}
+
 template <class T>
 void attend(const Attend& a) {
   using A = Accumulator<T>;
@@ -137,11 +167,12 @@ void attend(const Attend& a) {
       (at_once * query_stride + key_panels * key_units * panel + value_panels * value_units * panel +
        kMostRows * share_stride) * int64_t{sizeof(Unit)} +
       (key_panels * kMostRows * panel + at_once * (value_panels * panel + 2)) * int64_t{sizeof(A)} +
-      2 * at_once * int64_t{sizeof(int64_t)} + 1024;
+      at_once * int64_t{sizeof(int64_t) + sizeof(KeysOf)} + 1024;
   for_each_task(a.threads, tasks_of(), bytes, [&](int64_t task, Scratch& scratch) {
     const int64_t first = task % chunks * at_once, count = least(at_once, rows - first);
     const int64_t kv_head = task / chunks % a.kv_heads, b = task / chunks / a.kv_heads;
-    int64_t *place = scratch.take<int64_t>(at_once), *ends = scratch.take<int64_t>(at_once);
+    int64_t* place = scratch.take<int64_t>(at_once);
+    KeysOf* own_keys = scratch.take<KeysOf>(at_once);
     Unit* copy = scratch.take<Unit>(at_once * query_stride);
     Unit* packed_keys = scratch.take<Unit>(key_panels * key_units * panel);
     Unit* packed_values = scratch.take<Unit>(value_panels * value_units * panel);
@@ -155,7 +186,12 @@ void attend(const Attend& a) {
     const auto head_of = [&](int64_t r) { return kv_head * group + (first + r) % group; };
     for (int64_t r = 0; r < count; ++r) {
       place[r] = head_of(r) * a.query.head_stride + query_of(r) * a.query.row_stride;
-      ends[r] = r && query_of(r) == query_of(r - 1) ? ends[r - 1] : end_of_keys(a, b, query_of(r));
+      if (r && query_of(r) == query_of(r - 1)) {
+        own_keys[r] = own_keys[r - 1];
+      } else {
+        const int64_t end = end_of_keys(a, b, query_of(r));
+        own_keys[r] = {start_of_keys(a, b, query_of(r), end), end};
+      }
       top[r] = kLowest<A>;
       total[r] = 0;
     }
@@ -163,13 +199,9 @@ void attend(const Attend& a) {
     const T* keys = static_cast<const T*>(a.key.data) + b * a.key.batch_stride + kv_head * a.key.head_stride;
     const T* values = static_cast<const T*>(a.value.data) + b * a.value.batch_stride + kv_head * a.value.head_stride;
     const Staged<T> left = stage<T>({queries, 1, place}, 0, count, a.width, copy);
-    const auto last_end = [&](int64_t start, int64_t size) {
-      int64_t last = 0;
-      for (int64_t r = start; r < start + size; ++r) last = ends[r] > last ? ends[r] : last;
-      return last;
-    };
-    const int64_t end = last_end(0, count);
-    for (int64_t block = 0; block < end; block += kKeysAtOnce) {
+    const auto [begin, end] = keys_of(own_keys, 0, count);
+    std::memset(sums, 0, count * value_panels * panel * sizeof(A));
+    for (int64_t block = begin; block < end; block += kKeysAtOnce) {
       const int64_t held = least(kKeysAtOnce, end - block);
       for (int64_t key = 0; key < held; key += lanes)
         pack_along<T>(keys + (block + key) * a.key.row_stride, a.key.row_stride, int(least(lanes, held - key)), a.width,
@@ -181,18 +213,20 @@ void attend(const Attend& a) {
                        int(least(lanes, c < a.value_width ? a.value_width - c : 0)), held,
                        packed_values + c / panel * value_units * panel + c % panel, panel);
       in_blocks(count, kMostRows, [&](int64_t start, int64_t size) {
-        const int64_t seen = least(held, last_end(start, size) - block);
-        if (seen <= 0) return;
-        for (int64_t p = 0; p < ceil_div(seen, panel); ++p)
+        const KeysOf all = keys_of(own_keys, start, size);
+        const int64_t seen = least(held, all.end - block);
+        const int64_t from = all.start > block ? (all.start - block) / panel * panel : 0;
+        if (seen <= from) return;
+        for (int64_t p = from / panel; p < ceil_div(seen, panel); ++p)
           panel_tile<T>(size, left.data + start * left.stride, left.stride, 1, packed_keys + p * key_units * panel,
                         key_units, tiles + p * kMostRows * panel);
         for (int64_t i = 0; i < size; ++i) {
-          const int64_t r = start + i, own = least(seen, ends[r] - block);
+          const int64_t r = start + i, own = least(seen, own_keys[r].end - block);
           const bool* mask = a.mask ? a.mask + b * a.mask_batch_stride + query_of(r) * a.mask_row_stride + block : nullptr;
-          const Scores<T> scores{tiles, own < 0 ? 0 : own, ceil_div(seen, lanes) * lanes, mask, A(a.scale)};
+          const Scores<T> scores{tiles, from, own, ceil_div(seen, lanes) * lanes, mask, A(a.scale)};
           const A found = scale_row<T>(scores, i), most = found > top[r] ? found : top[r];
           const A more = share_row<T>(scores, i, most, reinterpret_cast<Share*>(shares + i * share_stride));
-          if (block) {
+          if (total[r] != 0) {
             const V before = exponential(broadcast(top[r]) - most);
             total[r] *= before[0];
             for (int64_t c = 0; c < value_panels * panel; c += lanes) {
@@ -204,13 +238,17 @@ void attend(const Attend& a) {
           top[r] = most;
         }
         for (int64_t p = 0; p < value_panels; ++p)
-          panel_tile<T>(size, shares, share_stride, 1, packed_values + p * value_units * panel, units<T>(seen),
-                        sums + start * value_panels * panel + p * size * panel, {}, block > 0);
+          panel_tile<T>(size, shares + units<T>(from), share_stride, 1,
+                        packed_values + (p * value_units + units<T>(from)) * panel, units<T>(seen - from),
+                        sums + start * value_panels * panel + p * size * panel, {}, true);
       });
     }
     in_blocks(count, kMostRows, [&](int64_t start, int64_t size) {
       for (int64_t i = 0; i < size; ++i) {
         const int64_t r = start + i;
+        if (a.log_sums)
+          static_cast<A*>(a.log_sums)[(b * a.heads + head_of(r)) * a.queries + query_of(r)] =
+              total[r] == 0 ? A(0) : top[r] + A(__builtin_log(total[r]));
         T* to = static_cast<T*>(a.out) + ((b * a.queries + query_of(r)) * a.heads + head_of(r)) * a.value_width;
         for (int64_t c = 0; c < a.value_width; c += lanes) {
           const A* from = sums + start * value_panels * panel + c / panel * size * panel + i * panel + c % panel;

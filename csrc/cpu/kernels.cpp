@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attend.h"
+#include "attend_backward.h"
 #include "experts.h"
 #include "norm.h"
 #include "products.h"
@@ -41,6 +42,9 @@ extern const Kernels kernels = {
     },
     [](const Rope& a) { by_type(a, a.type, [](auto t, const auto& c) { rope<decltype(t)>(c); }); },
     [](const Attend& a) { by_type(a, a.type, [](auto t, const auto& c) { attend<decltype(t)>(c); }); },
+    [](const AttendBackward& a) {
+      by_type(a, a.forward.type, [](auto t, const auto& c) { attend_backward<decltype(t)>(c); });
+    },
     [](const Scan& a) { a.type == Type::f64 ? scan<double>(a) : scan<float>(a); },
     [](const ScanBackward& a) { a.forward.type == Type::f64 ? scan_backward<double>(a) : scan_backward<float>(a); },
 };

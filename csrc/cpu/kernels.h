@@ -158,7 +158,17 @@ struct Attend {
   Sequences query, key, value;
   const bool* mask;  // [b, i, j] is true where query i sees key j; or null
   int64_t mask_batch_stride, mask_row_stride;
-  void* out;  // (batch, queries, heads, value_width)
+  void* out;       // (batch, queries, heads, value_width)
+  void* log_sums;  // (batch, heads, queries) float, double for f64: the logarithm of what shares are divided by; or null
+};
+
+// Where forward reads `out` and `log_sums`. Gradients have positions before heads, as `out` has.
+struct AttendBackward {
+  Attend forward;
+  const void* grad;  // (batch, queries, heads, value_width)
+  void* grad_query;  // (batch, queries, heads, width)
+  void* grad_key;    // (batch, keys, kv_heads, width)
+  void* grad_value;  // (batch, keys, kv_heads, value_width)
 };
 
 constexpr int64_t kScanChunk = 32;       // positions from one state that is kept to the next
@@ -198,6 +208,7 @@ struct Kernels {
   void (*rms_norm_backward)(const RMSNormBackward&);
   void (*rope)(const Rope&);
   void (*attend)(const Attend&);
+  void (*attend_backward)(const AttendBackward&);
   void (*scan)(const Scan&);
   void (*scan_backward)(const ScanBackward&);
 };

@@ -49,8 +49,13 @@ CPU_SCHEMAS = (
     "rope(Tensor x, Tensor cos, Tensor sin) -> Tensor",
     # softmax(scale * query @ key^T) @ value for query (B, H, Q, C), key (B, G, K, C) and value (B, G, K, D), to
     # (B, Q, H, D); G divides H. A mask (B or 1, 1, Q, K) is true where a query sees a key; causal, the last query is at
-    # the last key. A query that sees no key gives zeros.
-    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal) -> Tensor",
+    # the last key. A query that sees no key gives zeros. And, where kept, the logarithms of what shares are divided by,
+    # (B, H, Q) float32, or float64 for it, of the scaled scores.
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool causal, bool keep) "
+    "-> (Tensor, Tensor)",
+    # The gradients of query (B, Q, H, C), key (B, K, G, C) and value (B, K, G, D): positions before heads, as in out.
+    "attend_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums, Tensor? mask, "
+    "float scale, bool causal) -> (Tensor, Tensor, Tensor)",
     # The scan of omnimoe.ops.selective_scan, of float32 or float64: y (B, T, I), the last state (B, I, S) and the state
     # before each chunk of positions, (chunks, B, I, S).
     "selective_scan(Tensor x, Tensor step, Tensor rate, Tensor into, Tensor out, Tensor? state, Tensor? starts) "
@@ -122,8 +127,15 @@ def _rope_shape(x, cos, sin):
     return x.new_empty(x.shape)
 
 
-def _attend_shape(query, key, value, mask, scale, causal):
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+def _attend_shape(query, key, value, mask, scale, causal, keep):
+    batch_size, num_heads, length, _ = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_empty(batch_size, length, num_heads, value.shape[3])
+    return out, query.new_empty(batch_size if keep else 0, num_heads, length, dtype=wide)
+
+
+def _attend_backward_shape(grad, query, key, value, out, log_sums, mask, scale, causal):
+    return tuple(part.transpose(1, 2).new_empty(part.transpose(1, 2).shape) for part in (query, key, value))
 
 
 def _selective_scan_shape(x, step, rate, into, out, state, starts):
@@ -264,35 +276,20 @@ def _rope_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     return ops.rope(grad, cos, -sin), None, None
 
 
-def _keep_attend(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    query, key, value, mask, ctx.scale, ctx.causal = inputs
-    ctx.save_for_backward(query, key, value, mask)
+def _keep_attend(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, mask, ctx.scale, ctx.causal, keep = inputs
+    if not keep:
+        raise RuntimeError("attend has a gradient only of what it kept; pass keep=True")
+    ctx.save_for_backward(query, key, value, *output, mask)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _attend_backward(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, mask = ctx.saved_tensors
-    wide = torch.promote_types(query.dtype, torch.float32)
-    # (B, G, H / G, ...): queries that share a key beside each other
-    asking, given = (part.to(wide).unflatten(1, (key.shape[1], -1)) for part in (query, grad.transpose(1, 2)))
-    asked, worth = (part.to(wide).unsqueeze(2) for part in (key, value))
-    scores = asking @ asked.transpose(-2, -1) * ctx.scale
-    seen = mask
-    if ctx.causal:
-        square = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        seen = square.tril(scores.shape[-1] - scores.shape[-2])
-    if seen is not None:
-        seen = seen if seen.ndim == 2 else seen.unsqueeze(1)
-        scores = scores.masked_fill(~seen, float("-inf"))
-    shares = scores.softmax(-1).nan_to_num(0.0)  # where a query sees no key
-    by_share = given @ worth.transpose(-2, -1)
-    by_score = shares * (by_share - (by_share * shares).sum(-1, keepdim=True)) * ctx.scale
-    found = (
-        (by_score @ asked).flatten(1, 2),
-        (by_score.transpose(-2, -1) @ asking).sum(2),
-        (shares.transpose(-2, -1) @ given).sum(2),
-    )
-    grads = (part.to(query.dtype) for part in found)
-    return *grads, None, None, None
+def _attend_backward(ops: Any, ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    found = ops.attend_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.causal)
+    return *(part.transpose(1, 2) for part in found), None, None, None, None
 
 
 def _keep_selective_scan(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -320,6 +317,7 @@ _SHAPES: dict[str, Any] = {
     "rms_norm_backward": _rms_norm_backward_shape,
     "rope": _rope_shape,
     "attend": _attend_shape,
+    "attend_backward": _attend_backward_shape,
     "selective_scan": _selective_scan_shape,
     "selective_scan_backward": _selective_scan_backward_shape,
 }

@@ -128,6 +128,73 @@ def test_the_kernel_at_drawn_sizes(heads, queries, past, width, is_causal, seed)
     assert (found.double() - exact).norm() <= 1e-5 * exact.norm()
 
 
+def slopes(call, operands, mask, scale, is_causal, grad):
+    """What a call gives, and the gradients of its operands."""
+    inputs = [part.detach().requires_grad_() for part in operands]
+    out = call(*inputs, mask, scale, is_causal)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("kind", ["all", "causal", "mask"])
+@pytest.mark.parametrize("shape", [(1, 8, 4, 50, 130, 64, 64), (2, 3, 3, 33, 33, 16, 24), (1, 4, 1, 70, 300, 7, 33)])
+def test_the_gradients_of_the_kernel_at_any_size(dtype, kind, shape):
+    operands = parts(*shape, dtype)
+    mask = drawn_mask(shape[0], shape[3], shape[4]) if kind == "mask" else None
+    if mask is not None:
+        mask[:, :, 0, :-1] = mask[:, :, 5:9, shape[4] // 3 :] = False  # keys that lie far apart
+        mask[:, :, 5:9, 0] = True
+    grad = torch.randn(shape[0], shape[3], shape[1], shape[6], generator=torch.Generator().manual_seed(1)).to(dtype)
+    wide = [part.double() for part in operands]
+    exact = slopes(reference.attend, wide, mask, 0.2, kind == "causal", grad)
+    found = slopes(cpp.attend, operands, mask, 0.2, kind == "causal", grad)
+    for part, wanted in zip(found, exact, strict=True):
+        assert part.dtype == dtype
+        assert (part.double() - wanted).norm() <= 2 * TOLERANCES[dtype] * wanted.norm()
+
+
+@pytest.mark.usefixtures("compiled")
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    spans=st.lists(st.tuples(st.integers(0, 420), st.integers(0, 420)), min_size=1, max_size=60),
+    keys=st.integers(1, 420),
+    width=st.integers(1, 40),
+    seed=st.integers(0, 9),
+)
+def test_the_gradients_of_documents_that_lie_anywhere(heads, spans, keys, width, seed):
+    query, key, value = parts(1, *heads, len(spans), keys, width, width + 1, torch.float32, seed)
+    first, last = torch.tensor(spans).T.sort(0).values
+    place = torch.arange(keys)
+    mask = ((place >= first[:, None]) & (place < last[:, None]))[None, None]
+    grad = torch.randn(1, len(spans), heads[0], width + 1, generator=torch.Generator().manual_seed(seed))
+    wide = [part.double() for part in (query, key, value)]
+    exact = slopes(lambda *call: plain_softmax(*call[:4]), wide, mask, 1.0, False, grad.double())
+    found = slopes(cpp.attend, (query, key, value), mask, 1.0, False, grad)
+    for part, wanted in zip(found, exact, strict=True):
+        # with one key a difference of equal numbers
+        assert (part.double() - wanted).norm() <= 1e-5 * (wanted.norm() + 1)
+    hidden = ~mask.any(2).squeeze()
+    assert not found[2][:, :, hidden].any()
+    assert not found[3][:, :, hidden].any()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_is_kept_for_backward():
+    query, key, value = (part.contiguous() for part in parts(2, 4, 2, 50, 60, 16, 24, torch.float32))
+    kept = []
+
+    def keep(part):
+        kept.append(tuple(part.shape))
+        return part
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part):
+        cpp.attend(query.requires_grad_(), key, value, None, 0.5, True)
+    shapes = (query.shape, key.shape, value.shape, (2, 50, 4, 24), (2, 4, 50))
+    assert sorted(kept) == sorted(tuple(shape) for shape in shapes)  # and no matrix of scores
+
+
 @pytest.mark.usefixtures("compiled")
 def test_the_number_of_threads_changes_no_bit():
     operands, threads = parts(1, 4, 2, 300, 700, 24, 24, torch.float32), torch.get_num_threads()
@@ -135,10 +202,10 @@ def test_the_number_of_threads_changes_no_bit():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(cpp.attend(*operands, None, 0.3, True))
+            found.append(slopes(cpp.attend, operands, None, 0.3, True, torch.ones(1, 300, 4, 24)))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*found)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.usefixtures("compiled")
@@ -164,15 +231,16 @@ def test_numbers_may_be_added_to_the_scores(heads):
 @pytest.mark.usefixtures("compiled")
 def test_which_implementation_runs():
     query, key, value = parts(1, 4, 2, 3, 5, 8, 8, torch.float32)
-    with torch.no_grad():
-        assert torch.equal(attend(query, key, value, scale=0.5), cpp.attend(query, key, value, None, 0.5, False))
-    assert torch.equal(attend(query, key, value, scale=0.5), fused.attend(query, key, value, None, 0.5, False))
+    assert torch.equal(attend(query, key, value, scale=0.5), cpp.attend(query, key, value, None, 0.5, False))
     with backend("cpp"), pytest.raises(BackendError, match="adds to the scores"):
         attend(query, key, value, torch.zeros(1, 1, 3, 5), scale=0.5)
     with backend("cpp"), pytest.raises(BackendError, match="dtypes differ"):
         attend(query, key, value.double(), scale=0.5)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert attend(query, key, value, scale=0.5).dtype == torch.bfloat16
+    halves = [part.bfloat16() for part in (query, key, value)]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attend(query, key, value, scale=0.5)
+        attend(query, key, value, torch.zeros(1, 1, 3, 5), scale=0.5)  # which PyTorch's takes
+    assert torch.equal(mixed, cpp.attend(*halves, None, 0.5, False))
     assert [one.backend for one in IMPLEMENTATIONS] == ["torch", "cpp", "reference"]
     assert [one.backend for one in KERNELS_FIRST] == ["cpp", "torch", "reference"]
 
@@ -201,6 +269,18 @@ def test_shapes_that_do_not_fit_are_refused():
     for operands, options, message in wrong:
         with pytest.raises(ValueError, match=message):
             attend(*operands, scale=1.0, **options)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_query_that_sees_nothing_has_no_gradient():
+    query, key, value = parts(1, 2, 2, 6, 5, 8, 8, torch.float32)
+    mask = torch.ones(1, 1, 6, 5, dtype=torch.bool)
+    mask[:, :, 2] = False
+    _, of_query, *others = slopes(cpp.attend, (query, key, value), mask, 1.0, False, torch.ones(1, 6, 2, 8))
+    assert not of_query[:, :, 2].any()
+    assert all(part.isfinite().all() for part in (of_query, *others))
+    empty = slopes(cpp.attend, (query, key[:, :, :0], value[:, :, :0]), None, 1.0, False, torch.ones(1, 6, 2, 8))
+    assert [part.abs().sum() for part in empty] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -87,6 +87,14 @@ def _norm_backward(tokens: int, rows: int, dtype: torch.dtype) -> tuple[Any, ...
     return torch.randn(rows, 4, dtype=dtype), x, weight, inverse, ends(rows)
 
 
+def _attend_backward(tokens: int, rows: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    shapes = (2, 4, tokens, 3), (2, 2, rows, 3), (2, 2, rows, 5)
+    operands = [torch.randn(*shape, dtype=dtype) for shape in shapes]
+    mask = torch.arange(tokens * rows).view(1, 1, tokens, rows) % 3 < 2
+    out, log_sums = OPS.attend(*operands, mask, 0.5, False, True)
+    return torch.randn_like(out), *operands, out, log_sums, mask, 0.5, False
+
+
 def _scan(has_state: bool) -> Callable[..., tuple[Any, ...]]:
     def arguments(tokens: int, rows: int, dtype: torch.dtype) -> tuple[Any, ...]:
         wide = torch.promote_types(dtype, torch.float32)
@@ -145,16 +153,22 @@ SAMPLES = [
         "masked",
         lambda t, r, d: (
             normal(2, 4, t, 3, dtype=d), normal(2, 2, r, 3, dtype=d), normal(2, 2, r, 5, dtype=d),
-            torch.arange(t * r).view(1, 1, t, r) % 3 < 2, 0.5, False,
+            torch.arange(t * r).view(1, 1, t, r) % 3 < 2, 0.5, False, True,
         ),
     ),
     Sample(
         "attend",
         "causal",
         lambda t, r, d: (
-            normal(1, 2, t, 3, dtype=d), *(normal(1, 1, t + 2, 3, dtype=d) for _ in "kv"), None, 0.5, True,
+            normal(1, 2, t, 3, dtype=d), *(normal(1, 1, t + 2, 3, dtype=d) for _ in "kv"), None, 0.5, True, True,
         ),
     ),
+    Sample(
+        "attend",
+        "that keeps nothing",
+        lambda t, r, d: (*(normal(1, 1, t, 3, dtype=d).detach() for _ in "qkv"), None, 0.5, True, False),
+    ),
+    Sample("attend_backward", "masked", _attend_backward),
     Sample("selective_scan", "plain", _scan(has_state=False)),
     Sample("selective_scan", "with a state and starts", _scan(has_state=True)),
     Sample("selective_scan_backward", "with starts", _scan_backward),
@@ -251,6 +265,7 @@ def test_any_dtype_and_shape_of_rows_is_copied():
 def test_nothing_is_read_outside_of_the_operands():
     x, order, offsets = torch.randn(4, 3), torch.arange(4), torch.tensor([2, 4], dtype=torch.int32)
     heads = torch.randn(1, 2, 4, 3), torch.randn(1, 2, 4, 3), torch.randn(1, 2, 4, 3)
+    y, sums = OPS.attend(*heads, None, 1.0, True, True)
     scan = _scan(has_state=False)(4, 0, torch.float32)[:5]
     wrong = [
         (OPS.gather_rows, (x, torch.tensor([0, 4]), None), "index 4 is not within the 4 rows"),
@@ -263,8 +278,10 @@ def test_nothing_is_read_outside_of_the_operands():
         (OPS.route_plan, (order.int(), 3), "int64"),
         (OPS.grouped_mm, (x, torch.randn(2, 5, 3), offsets, torch.randn(2, 4)), "bias must be"),
         (OPS.grouped_mm, (x, torch.randn(2, 5, 3), offsets, None, order + 1), "is not within the 4 rows"),
-        (OPS.attend, (*heads, torch.ones(1, 1, 4, 3, dtype=torch.bool), 1.0, False), "mask must be"),
-        (OPS.attend, (*heads[:2], heads[2][:, :, :3], None, 1.0, False), "key must be"),
+        (OPS.attend, (*heads, torch.ones(1, 1, 4, 3, dtype=torch.bool), 1.0, False, True), "mask must be"),
+        (OPS.attend, (*heads[:2], heads[2][:, :, :3], None, 1.0, False, True), "key must be"),
+        (OPS.attend_backward, (y[:, :3], *heads, y, sums, None, 1.0, True), "grad must be"),
+        (OPS.attend_backward, (y, *heads, y, sums[:, :, :3], None, 1.0, True), "log_sums must be"),
         (OPS.selective_scan, (*scan[:4], scan[4][:, :3], None, None), "out has not the shape"),
         (OPS.selective_scan, (*scan, scan[2], None), "state has not the shape"),
         (OPS.selective_scan, (*scan, None, torch.ones(2, 3, dtype=torch.bool)), "starts must be"),

@@ -24,7 +24,7 @@ def attend(
         is_causal: a query sees no later key, the last query being at the last key; then there is no mask.
 
     Returns:
-        ``(B, Q, H, C_v)`` in the dtype of ``query``.
+        ``(B, Q, H, C_v)`` in the dtype of ``query`` (under autocast, of autocast).
 
     Raises:
         ValueError: if the shapes do not fit, or a mask comes with ``is_causal``.
@@ -43,21 +43,24 @@ def attend(
     if mask is not None and (is_causal or mask.shape[2:] != (query_length, key_length)):
         told = "one beside is_causal" if is_causal else tuple(mask.shape)
         raise ValueError(f"mask must be (B, 1, {query_length}, {key_length}), got {told}")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
     order = KERNELS_FIRST if _suits_kernel(query) else IMPLEMENTATIONS
     operands = query, key, value, mask
     return choose("attend", order, *operands, scale, is_causal)(*operands, scale, is_causal)
 
 
 def _suits_kernel(query: Tensor) -> bool:
-    """Whether the compiled kernel is ahead: on a CPU, where nothing is kept for backward."""
-    return query.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    """Whether the compiled kernel is ahead: on a CPU, where no graph is traced."""
+    return query.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _why_not_kernel(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, is_causal: bool
 ) -> str:
-    if torch.is_autocast_enabled(query.device.type):
-        return "autocast knows PyTorch's attention alone"
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1):
         return f"a mask of {mask.dtype} {tuple(mask.shape)} adds to the scores, or differs by head"
     if not query.dtype == key.dtype == value.dtype:
@@ -71,4 +74,5 @@ IMPLEMENTATIONS = (
     Implementation("reference", reference.attend),
 )
 KERNELS_FIRST = kernels_first(IMPLEMENTATIONS)
-"""On a CPU under ``no_grad``: keys are packed once for all the queries that share them and never copied for each."""
+"""On a CPU: keys are packed once for all the queries that share them and never copied for each, and keys that a mask
+hides in front or behind are left out."""

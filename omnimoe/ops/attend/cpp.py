@@ -1,4 +1,4 @@
-"""The compiled kernel for a CPU; its gradient makes the scores again."""
+"""The compiled kernels for a CPU; the gradient's makes the scores again."""
 
 from __future__ import annotations
 
@@ -10,4 +10,5 @@ from omnimoe.ops._library import call
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
     """See :func:`omnimoe.ops.attend`."""
-    return call(torch.ops.omnimoe.attend, query, key, value, mask, scale, is_causal)
+    keep = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    return call(torch.ops.omnimoe.attend, query, key, value, mask, scale, is_causal, keep)[0]
