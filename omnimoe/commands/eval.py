@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=number, metavar="X", help="of pictures, or image=X,speech=Y; 1 is none, as if left out"
     )
+    parser.add_argument(
+        "--best-of",
+        type=whole,
+        metavar="N",
+        help="of pictures, or image=N,speech=M: keep the one of N under which the model finds the prompt likeliest",
+    )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences, pictures or clips at once")
     parser.add_argument("--untrained", action="store_true", help="evaluate zoo names without weights too, fresh")
     parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda; the fastest there is if left out")
@@ -123,9 +129,12 @@ def labels(models: list[str]) -> dict[str, str]:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """What was asked for, by modality; one number holds for pictures and speech, one of guidance for pictures."""
+    """What was asked for, by modality; one number holds for pictures and speech, but these for pictures alone: one of
+    guidance, one of candidates.
+    """
     found: dict[str, dict[str, float]] = {"image": {}, "speech": {}}
-    for what, usual in (("temperature", ("image", "speech")), ("top_k", ("image", "speech")), ("guidance", ("image",))):
+    both, pictures = ("image", "speech"), ("image",)
+    for what, usual in (("temperature", both), ("top_k", both), ("guidance", pictures), ("best_of", pictures)):
         given = getattr(args, what)
         named = given if isinstance(given, dict) else dict.fromkeys(usual if given is not None else (), given)
         for modality, value in named.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -20,6 +21,7 @@ from omnimoe.evaluate.base import METRICS, RESERVED, EvaluationError, Measure, N
 from omnimoe.evaluate.bench import SAMPLING, Bench
 from omnimoe.evaluate.raw import RawCorpus
 from omnimoe.flops import total_params
+from omnimoe.generation.sampling import Sampling
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.tokenizers import Tokenizer
 
@@ -156,12 +158,14 @@ def evaluate(
 
     Raises:
         EvaluationError: if there is no model, or an option is out of range.
+        GenerationError: if a choice of sampling is.
         RegistryError: if a metric is unknown; the message names the nearest.
         CorpusError: if there is no such corpus, split or raw folder.
         DataMismatchError: if the corpus does not fit a model.
     """
     wanted = metric_names() if metrics is None else list(dict.fromkeys(metrics))
     _check(models, wanted, num, candidates, batch_size)
+    _check_sampling(models, sampling or {})
     corpus = Corpus.load(corpus) if isinstance(corpus, str) else corpus
     folder = None if out is None else Path(out)
     if folder is not None:
@@ -265,3 +269,16 @@ def _check(
         raise EvaluationError(f"candidates must be sizes of at least 2, got {tuple(candidates)}")
     if batch_size < 1:
         raise EvaluationError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def _check_sampling(models: Mapping[str, OmniMoeForCausalLM], sampling: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses options out of range before anything is measured."""
+    choices = {field.name for field in dataclasses.fields(Sampling)}
+    for to, options in sampling.items():
+        drawn = options.get("best_of", 1)
+        if not isinstance(drawn, int) or drawn < 1:
+            raise EvaluationError(f"best_of of {to} must be a whole number of at least 1, got {drawn!r}")
+        named = {what: {to: value} for what, value in options.items() if what in choices}
+        for model in models.values():
+            if to in model.config.modality_names:
+                Sampling.usual(model, **named)

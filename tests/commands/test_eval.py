@@ -63,19 +63,19 @@ def test_how_models_were_sampled_is_kept(capsys, tmp_path):
     set_sampling(model, {"speech": {"temperature": 0.6, "guidance": 2.0}})
     model.save_pretrained(tmp_path / "model")
     given = ["eval", f"m={tmp_path / 'model'}", "--metrics", "loss", "--num", "3", "--out", str(tmp_path), "--json"]
-    asked = ["--device", "cpu", "--temperature", "0.7", "--guidance", "image=3,speech=1"]
+    asked = ["--device", "cpu", "--temperature", "0.7", "--guidance", "image=3,speech=1", "--best-of", "2"]
     kept = {}
     for name in ("even", "saved"):
         assert main([*given, *asked, "--sampling", name]) == 0
         kept[name] = json.loads(capsys.readouterr().out)["settings"]
     assert kept["even"]["sampling"] == {
-        "image": {"temperature": 0.7, "top_k": 100, "guidance": 3.0},
+        "image": {"temperature": 0.7, "top_k": 100, "guidance": 3.0, "best_of": 2},
         "speech": {"temperature": 0.7, "top_k": 50, "guidance": 1.0},
         "text": {"temperature": 0.0},
     }
     assert "saved_sampling" not in kept["even"]
     assert kept["saved"]["sampling"] == {
-        "image": {"temperature": 0.7, "guidance": 3.0},
+        "image": {"temperature": 0.7, "guidance": 3.0, "best_of": 2},
         "speech": {"temperature": 0.7, "guidance": 1.0},
     }
     assert kept["saved"]["saved_sampling"] == {"m": {"speech": {"temperature": 0.6, "guidance": 2.0}}}
@@ -97,6 +97,9 @@ def test_a_name_without_weights(capsys, tmp_path):
         (["mot_nano", "--metrics", "retrival"], "did you mean 'retrieval'"),
         (["mot_nano", "--untrained", "--raw", "nowhere"], "nowhere is not a built corpus"),
         (["mot_nano", "--untrained", "--candidates", "1"], "candidates must be sizes of at least 2"),
+        (["mot_nano", "--untrained", "--best-of", "0"], "best_of of image must be a whole number of at least 1, got 0"),
+        (["mot_nano", "--untrained", "--temperature", "-1"], "temperature must be 0 or more and finite, got -1"),
+        (["mot_nano", "--best-of", "text=3"], "--best-of takes image=X and speech=X, got 'text'"),
         (["mot_nano", "--guidance", "text=3"], "--guidance takes image=X and speech=X, got 'text'"),
         (["a=x", "a=y"], "two models are called 'a'"),
     ],

@@ -96,3 +96,7 @@ def test_models_are_sampled_alike_or_as_each_was_saved(bench, fresh):
     bench.sampling = {"image": {"temperature": 1.0}}
     (asked,) = bench.generate(saved, caption, "image")
     assert not torch.equal(asked.ids, own.ids)
+    bench.sampling = {"image": {"best_of": 3}}
+    (best,) = bench.generate(fresh, caption, "image")
+    drawn = generate(fresh, caption, "image", seed=bench.seed, num_samples=3)
+    assert any(torch.equal(best.ids, one.ids) for one in drawn)
