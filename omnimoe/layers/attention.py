@@ -21,7 +21,7 @@ from omnimoe.layers.position_bias import BiasedMask
 from omnimoe.layers.rope import Rope, rope
 from omnimoe.layers.rows import RowLayout
 from omnimoe.layers.uneven import Width, copy_widths, linear_bank
-from omnimoe.ops import attend
+from omnimoe.ops import attend, missing_kernels
 from omnimoe.ops.attend.fused import for_each_query
 from omnimoe.registry import Registry
 
@@ -276,9 +276,11 @@ def scaled_dot_product(
 
 
 def _is_faster_unfused(query: Tensor, key: Tensor) -> bool:
-    """Whether this is training in bfloat16 on a CPU over short rows: the fused kernel's backward is slow there."""
+    """Whether this is training in bfloat16 on a CPU over short rows, without our kernel."""
     is_trained = torch.is_grad_enabled() and query.requires_grad
-    return is_trained and query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= 256
+    if not is_trained or query.device.type != "cpu" or query.dtype != torch.bfloat16 or key.shape[2] > 256:
+        return False
+    return torch.compiler.is_compiling() or bool(missing_kernels())
 
 
 def eager(module: Attention, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor]:
