@@ -54,7 +54,7 @@ template <class T>
 struct Scores {
   using A = Accumulator<T>;
   A* tiles;        // panel after panel, (kMostRows, kPanel) each
-  int64_t first;   // of a panel
+  int64_t first;   // where a panel begins
   int64_t own;     // one past the last score that counts
   int64_t padded;  // whole vectors of shares that are written
   const bool* seen;
@@ -120,7 +120,7 @@ inline int64_t end_of_keys(const Attend& a, int64_t sequence, int64_t query) {
   return end;
 }
 
-// The first key that a query may see, or one before it; the end where it sees none.
+// The first key that a query may see; the end where it sees none.
 inline int64_t start_of_keys(const Attend& a, int64_t sequence, int64_t query, int64_t end) {
   if (!a.mask) return 0;
   const bool* seen = a.mask + sequence * a.mask_batch_stride + query * a.mask_row_stride;
