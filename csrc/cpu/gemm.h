@@ -78,6 +78,7 @@ constexpr int kPanel = 2 * kLanes<T>;
 constexpr int kMostRows = kVectorBytes == 64 ? 12 : 6;  // accumulators that fit into the registers, in pairs
 constexpr int kMostDotRows = kVectorBytes == 64 ? 6 : 3;
 constexpr int kDotColumns = 4;
+constexpr int64_t kLongRow = 4096;  // bytes of a bank's row, a page of memory
 constexpr int64_t kDotBytesAhead = 96 << 10;  // from what is read along the depth to what is fetched meanwhile
 
 template <class T>
@@ -258,35 +259,35 @@ inline __attribute__((always_inline)) void panel_product(
   }
 }
 
-// R staged rows times 4 rows of a bank, both along the depth: sums[i][j] = left[i] . right[j].
-template <class T, int R>
-inline __attribute__((always_inline)) void dot_product(
-    const typename Scheme<T>::Unit* left, int64_t row_step, const T* const (&right)[kDotColumns], int64_t depth,
-    Accumulator<T>* sums, int64_t sums_stride) {
+// R staged rows times C rows of a bank, both along the depth; lanes of a total are still apart. Several rows of a bank
+// are fetched ahead, a single one by the processor itself.
+template <class T, int R, int C>
+inline __attribute__((always_inline)) void along_depth(
+    const typename Scheme<T>::Unit* left, int64_t row_step, const T* const* right, int64_t depth,
+    typename Lanes<Accumulator<T>>::Vector (&total)[R][C]) {
   using S = Scheme<T>;
   using V = typename Lanes<Accumulator<T>>::Vector;
   using UnitVector = typename S::UnitVector;
   constexpr int lanes = kLanes<T>, per = S::kPerUnit;
-  V total[R][kDotColumns];
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < kDotColumns; ++j) total[i][j] = V{};
+    for (int j = 0; j < C; ++j) total[i][j] = V{};
   int64_t k = 0;  // in units
   for (; (k + lanes) * per <= depth; k += lanes) {
-    UnitVector columns[kDotColumns];
-    for (int j = 0; j < kDotColumns; ++j) {
+    UnitVector columns[C];
+    for (int j = 0; j < C; ++j) {
       columns[j] = S::load_units(right[j] + k * per);
-      __builtin_prefetch(right[j] + k * per + kDotBytesAhead / sizeof(T), 0, 2);
+      if constexpr (C > 1) __builtin_prefetch(right[j] + k * per + kDotBytesAhead / sizeof(T), 0, 2);
     }
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i) {
       const UnitVector row = load_as<UnitVector>(left + i * row_step + k);
-      for (int j = 0; j < kDotColumns; ++j) total[i][j] = multiply_add(total[i][j], row, columns[j]);
+      for (int j = 0; j < C; ++j) total[i][j] = multiply_add(total[i][j], row, columns[j]);
     }
   }
   if (k * per < depth) {
     const int64_t rest = depth - k * per;
-    UnitVector columns[kDotColumns];
-    for (int j = 0; j < kDotColumns; ++j) {
+    UnitVector columns[C];
+    for (int j = 0; j < C; ++j) {
       T tail[lanes * per] = {};
       std::memcpy(tail, right[j] + k * per, rest * sizeof(T));
       columns[j] = S::load_units(tail);
@@ -295,8 +296,26 @@ inline __attribute__((always_inline)) void dot_product(
       typename S::Unit tail[lanes] = {};
       std::memcpy(tail, left + i * row_step + k, units<T>(rest) * sizeof(typename S::Unit));
       const UnitVector row = load_as<UnitVector>(tail);
-      for (int j = 0; j < kDotColumns; ++j) total[i][j] = multiply_add(total[i][j], row, columns[j]);
+      for (int j = 0; j < C; ++j) total[i][j] = multiply_add(total[i][j], row, columns[j]);
     }
+  }
+}
+
+// R staged rows times 4 rows of a bank: sums[i][j] = left[i] . right[j]. One or two rows only wait for memory, which
+// gives short rows of a bank fastest one after the other, and long ones side by side. The sums are the same.
+template <class T, int R>
+inline __attribute__((always_inline)) void dot_product(
+    const typename Scheme<T>::Unit* left, int64_t row_step, const T* const (&right)[kDotColumns], int64_t depth,
+    Accumulator<T>* sums, int64_t sums_stride) {
+  typename Lanes<Accumulator<T>>::Vector total[R][kDotColumns];
+  if (R <= 2 && depth * int64_t{sizeof(T)} <= kLongRow) {
+    for (int j = 0; j < kDotColumns; ++j) {
+      typename Lanes<Accumulator<T>>::Vector one[R][1];
+      along_depth<T, R, 1>(left, row_step, right + j, depth, one);
+      for (int i = 0; i < R; ++i) total[i][j] = one[i][0];
+    }
+  } else {
+    along_depth<T, R, kDotColumns>(left, row_step, right, depth, total);
   }
   for (int i = 0; i < R; ++i) sum_four<Accumulator<T>>(total[i], sums + i * sums_stride);
 }
