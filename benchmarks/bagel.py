@@ -65,10 +65,10 @@ class Ours:
         self.cache = None
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """``(T, D)`` of a prompt, whose cache is kept."""
-        out = self.model.model(input_ids=ids, use_cache=True)
+        """``(V,)`` logits of what follows a prompt, whose cache is kept."""
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
-        return out.last_hidden_state[0]
+        return out.logits[0, 0]
 
     def decode(self, token: int) -> Tensor:
         """``(V,)`` logits of one token more, which the cache forgets again."""
@@ -120,7 +120,8 @@ class Port:
         """See :class:`Ours`."""
         self.cache = self.kind(SIZES["num_hidden_layers"])
         rows = self.peer.language_model.model.embed_tokens(ids[0])
-        return self._run(rows, torch.arange(PROMPT), past=0, is_causal=True, mode="und")
+        kept = self._run(rows, torch.arange(PROMPT), past=0, is_causal=True, mode="und")
+        return self.peer.language_model.lm_head(kept[-1])
 
     def decode(self, token: int) -> Tensor:
         """See :class:`Ours`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from omnimoe.config import Config, ConfigError, Configurable
 from omnimoe.config import Config as ConfigBase
 from omnimoe.experts import Experts, FeedForward
-from omnimoe.layers import Attention, AttentionMask, BaseAttention, Norm, Rope, RowLayout
+from omnimoe.layers import Asked, Attention, AttentionMask, BaseAttention, Norm, Rope, RowLayout
 from omnimoe.layers.uneven import build_norm
 from omnimoe.routers import DepthRouter, Routing
 from omnimoe.routers.depth import lengthened, shortened, thinned
@@ -118,6 +118,12 @@ class Block(nn.Module, Configurable):
             self.mlp_scale = None if config.experts.is_absent else LayerScale(hidden_size, config.layer_scale)
         self.depth = None if config.depth is None else config.depth.build(hidden_size=hidden_size)
 
+    @property
+    def takes_asked(self) -> bool:
+        """Whether it can leave out rows that nobody reads: no router sees them, and attention is as it is here."""
+        is_plain = type(self.self_attn).forward is Attention.forward
+        return is_plain and self.depth is None and isinstance(self.mlp, FeedForward)
+
     def forward(
         self, x: Tensor, rows: RowLayout, mask: AttentionMask, cache: Any = None
     ) -> tuple[Tensor, Routings, Tensor | None]:
@@ -130,7 +136,8 @@ class Block(nn.Module, Configurable):
             cache: keys and values of what came before, or None.
 
         Returns:
-            ``(N, D)`` rows, the routings of the layer, and the attention weights where they were kept.
+            ``(N, D)`` rows, or those that ``rows.asked`` names (see :attr:`takes_asked`), the routings of the layer,
+            and the attention weights where they were kept.
         """
         if self.depth is None:
             return self._work(x, rows, mask, cache)
@@ -155,6 +162,8 @@ class Block(nn.Module, Configurable):
     ) -> tuple[Tensor, Routings, Tensor | None]:
         is_pre = self.norm_placement == "pre"
         mixed = self.self_attn(self.attention_norm(x, rows) if is_pre else x, rows, mask, cache)
+        if rows.asked is not None:
+            x, rows = x[rows.asked.index], rows.asked.rows
         mixed, weights, *routed = mixed if isinstance(mixed, tuple) else (mixed, None)
         mixed = mixed if is_pre else self.attention_norm(mixed, rows)
         x = x + (mixed if self.attention_scale is None else self.attention_scale(mixed))
@@ -240,6 +249,7 @@ class Backbone(nn.Module):
         cache: Any = None,
         *,
         observe: Callable[[Tensor], Tensor] | None = None,
+        asked: Asked | None = None,
     ) -> tuple[Tensor, list[Routing | None], list[Tensor | None]]:
         """All layers in turn.
 
@@ -250,12 +260,13 @@ class Backbone(nn.Module):
             positions: ``(N, A)``, the rotary position of each row.
             cache: keys and values of what came before, or None.
             observe: is shown the rows before each layer, and gives those that the layer gets.
+            asked: the rows that are read after the last layer, where not all are and it takes that.
 
         Returns:
-            ``(N, D)`` rows, the routings of :attr:`parts`, and each layer's attention weights.
+            ``(N, D)`` rows, or those asked for, the routings of :attr:`parts`, and each layer's attention weights.
         """
         routings, of_attention, attentions, tables = [], [], [], {}
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, start=1):
             if observe is not None:
                 x = observe(x)
             placed = rows
@@ -264,6 +275,8 @@ class Backbone(nn.Module):
                 if which not in tables:
                     tables[which] = rows.with_rotary(*Rope(which[0], head_dim=which[1]).table(positions))
                 placed = tables[which]
+            if asked is not None and number == len(self.layers):
+                placed = asked.among(placed)
             x, (routing, *routed), weights = layer(x, placed, mask, cache)
             routings.append(routing)
             of_attention += routed

@@ -39,7 +39,8 @@ from omnimoe.inputs import (
     rotary_positions,
     valid_positions,
 )
-from omnimoe.layers import KEY_RULES, Attention, AttentionMask, Head, RowLayout
+from omnimoe.layers import KEY_RULES, Asked, Attention, AttentionMask, Head, RowLayout
+from omnimoe.layers.attention import scaled_dot_product
 from omnimoe.layers.embedding import HeadLayer, LearnedPositions, NormedEmbedding, ScaledEmbedding
 from omnimoe.layers.masks import uncached_facts
 from omnimoe.layers.uneven import build_norm
@@ -161,6 +162,7 @@ class OmniMoeModel(OmniMoePreTrainedModel):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        hidden_to_keep: int = 0,
         **kwargs: Any,
     ) -> OmniMoeModelOutput:
         """Runs the stack.
@@ -189,6 +191,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             output_attentions: return attention weights, for which ``"sdpa"`` attends as ``"eager"`` does;
                 ``config.output_attentions`` where None.
             return_dict: False gives a plain tuple of what is there.
+            hidden_to_keep: last hidden states of the last positions only, that many; 0 for all. Of the others a last
+                layer without routers makes keys and values alone, where no gradient and nothing else is asked for.
             kwargs: what transformers passes to every model and this one has no use for; anything else is refused.
 
         Returns:
@@ -294,6 +298,10 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             x = self.places(x, rows, rows.to_rows(positions)[:, 0])
         kept = selected(output_hidden_states, config.num_layers + 1)
         seen: list[Tensor | None] = []
+        asked = None
+        wants_all = bool(kept or output_router_logits or output_attentions or config.num_layers in later)
+        if 0 < hidden_to_keep < length and not wants_all and self._may_leave_out(mask):
+            asked = Asked.last(hidden_to_keep, rows, mask, key_ids, modality_ids)
 
         def observe(x: Tensor) -> Tensor:
             x = entered(x, later, len(seen))
@@ -308,15 +316,17 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             rows.to_rows(positions),
             past_key_values,
             observe=observe if kept or later else None,
+            asked=asked,
         )
         x = entered(x, later, config.num_layers)
         weights = tuple(part for part in attentions if part is not None)
         if output_attentions and not weights and self._attends:
             raise InputError(f"attention {attends!r} gives no weights; call set_attn_implementation('eager') for them")
-        hidden = rows.to_time(self.norm(x, rows))
+        read = rows if asked is None else asked.rows
+        hidden = read.to_time(self.norm(x, read))
         seen.append(hidden if config.num_layers in kept else None)
         out = OmniMoeModelOutput(
-            last_hidden_state=hidden,
+            last_hidden_state=hidden[:, -hidden_to_keep:],
             past_key_values=past_key_values,
             hidden_states=tuple(seen) if kept else None,
             attentions=weights if output_attentions else None,
@@ -325,6 +335,12 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             rows=rows,
         )
         return as_asked(out, return_dict, config)
+
+    def _may_leave_out(self, mask: AttentionMask) -> bool:
+        """Whether the last layer can be spared rows that nobody reads."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not len(self.backbone.layers):
+            return False
+        return mask.attend is scaled_dot_product and mask.bias is None and self.backbone.layers[-1].takes_asked
 
     def _embed(
         self,
@@ -528,6 +544,9 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, Aligns, GenerationMi
         """
         shift_labels = kwargs.pop("shift_labels", None)
         check_arguments(kwargs, self.forward)
+        is_scored = any(given is not None for given in (labels, shift_labels, targets))
+        reads_in = features is None or (isinstance(features, dict) and {*features} <= {*self.config.input_only})
+        is_end = isinstance(logits_to_keep, int) and not is_scored and reads_in
         out = self.model(
             input_ids=input_ids,
             modality_ids=modality_ids,
@@ -545,6 +564,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, Aligns, GenerationMi
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            hidden_to_keep=logits_to_keep if is_end else 0,
         )
         hidden, rows = out.last_hidden_state, out.rows
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep

@@ -19,7 +19,8 @@ class OmniMoeModelOutput(ModelOutput):
     """What the stack returns.
 
     Args:
-        last_hidden_state: ``(B, T, D)``, after the final norm; zeros at padding.
+        last_hidden_state: ``(B, T, D)``, after the final norm; zeros at padding. Of the last positions alone, where
+            ``hidden_to_keep`` says how many.
         past_key_values: the cache, if one is in use.
         hidden_states: ``(B, T, D)`` before each layer and after the last, if asked for; None where others were.
         attentions: ``(B, H, T, K)`` of each layer, if asked for and the attention implementation gives them.

@@ -1,5 +1,6 @@
 """Tier 2: modules with parameters. A weight site is a bank of copies; rows say which copy each token meets."""
 
+from omnimoe.layers.asked import Asked
 from omnimoe.layers.attention import ATTENTIONS, Attention, BaseAttention, register_attention
 from omnimoe.layers.bank import Bank, TowerMap, num_copies, resolve_towers
 from omnimoe.layers.keys import KEY_RULES, register_key_rule
@@ -24,6 +25,7 @@ __all__ = [
     "MASK_RULES",
     "POSITION_BIASES",
     "ROPE_SCALINGS",
+    "Asked",
     "Attention",
     "AttentionMask",
     "Bank",

@@ -227,18 +227,25 @@ class Attention(BaseAttention):
             cache: a transformers cache that already holds what came before, or None.
 
         Returns:
-            ``(N, D)`` rows, and ``(B, H, Q, K)`` attention weights where the implementation gives them.
+            ``(N, D)`` rows, or those that ``rows.asked`` names, and ``(B, H, Q, K)`` attention weights where the
+            implementation gives them.
         """
-        query, key, value = (self._heads(site(x, rows)) for site in (self.q_proj, self.k_proj, self.v_proj))
+        asked = rows.asked
+        asking, placed, seen = (x, rows, mask) if asked is None else (x[asked.index], asked.rows, asked.mask)
+        query = self._heads(self.q_proj(asking, placed))
+        key, value = self._heads(self.k_proj(x, rows)), self._heads(self.v_proj(x, rows))
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query, rows), self.k_norm(key, rows)
-        if rows.cos is not None and rows.sin is not None and self.rope is not None:
-            query, key = rope(query, rows.cos, rows.sin), rope(key, rows.cos, rows.sin)
-        query, key, value = (rows.to_time(part).transpose(1, 2) for part in (query, key, value))
+            query, key = self.q_norm(query, placed), self.k_norm(key, rows)
+        if self.rope is not None and rows.cos is not None and rows.sin is not None:
+            assert placed.cos is not None
+            assert placed.sin is not None
+            query, key = rope(query, placed.cos, placed.sin), rope(key, rows.cos, rows.sin)
+        query = placed.to_time(query).transpose(1, 2)
+        key, value = (rows.to_time(part).transpose(1, 2) for part in (key, value))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        mixed, weights = self._attend(query, key, value, mask)
-        return self.o_proj(rows.to_rows(mixed.flatten(2)), rows), weights
+        mixed, weights = self._attend(query, key, value, seen)
+        return self.o_proj(placed.to_rows(mixed.flatten(2)), placed), weights
 
     def _heads(self, x: Tensor) -> Tensor:
         """``(N, H·C)`` to ``(N, H, C)``, as many heads as there are here."""

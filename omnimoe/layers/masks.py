@@ -218,6 +218,20 @@ class AttentionMask:
         """Whether keys stand for places of a cache of fixed size that nothing may have been written to."""
         return isinstance(self.past_length, Tensor) or self.key_length > self.past_length + self.query_length
 
+    def last(self, count: int) -> AttentionMask:
+        """The mask of the last ``count`` queries alone, over the same keys."""
+        blocks = None if self.block_ids is None else self.block_ids[:, -count:]
+        # blocks of earlier queries are unknown to the fewer, so what is not plain is cut out of the whole
+        cached = {} if self.is_plain_causal else {"dense": self.dense()[:, :, -count:]}
+        return dataclasses.replace(
+            self,
+            query_length=count,
+            past_length=self.past_length + self.query_length - count,
+            key_ids=self.key_ids[:, -count:],
+            block_ids=blocks,
+            _cached=cached,
+        )
+
     def allowed(self, batch: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Whether queries may attend to keys, by index; arguments broadcast, as FlexAttention's ``mask_mod`` has it.
 

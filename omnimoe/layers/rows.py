@@ -21,6 +21,7 @@ from torch.utils._pytree import register_dataclass
 from omnimoe.ops import permute, route_plan
 
 if TYPE_CHECKING:
+    from omnimoe.layers.asked import Asked
     from omnimoe.layers.linear import ExpertLinear
 
 
@@ -56,6 +57,7 @@ class RowLayout:
         choices: remembers what routers choose, where layers are recomputed in backward; see :meth:`choosing`.
         compute: computes a bank of experts in another way than our ops: the last argument of ``BankMLP.forward``.
         sent: the experts that each row was sent to, inside of an attention that routes; see ``ExpertLinear``.
+        asked: the rows that are read after this layer, where not all are; only in a last layer that takes it.
     """
 
     batch_size: int
@@ -76,6 +78,7 @@ class RowLayout:
     choices: AbstractContextManager | None = None
     compute: Callable | None = None
     sent: tuple[MeetsExperts, ...] = ()
+    asked: Asked | None = None
     _per_towers: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
