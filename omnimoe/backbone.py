@@ -121,7 +121,8 @@ class Block(nn.Module, Configurable):
     @property
     def takes_asked(self) -> bool:
         """Whether it can leave out rows that nobody reads: no router sees them, and attention is as it is here."""
-        is_plain = type(self.self_attn).forward is Attention.forward
+        kind = type(self.self_attn)
+        is_plain = kind.forward is Attention.forward and kind._attend is Attention._attend
         return is_plain and self.depth is None and isinstance(self.mlp, FeedForward)
 
     def forward(

@@ -202,6 +202,8 @@ class OmniMoeModel(OmniMoePreTrainedModel):
             InputError: for inputs of a wrong shape, dtype or range.
         """
         check_arguments(kwargs, self.forward)
+        if hidden_to_keep < 0:
+            raise InputError(f"hidden_to_keep counts the last positions, got {hidden_to_keep}; pass 0 for all of them")
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
@@ -564,7 +566,7 @@ class OmniMoeForCausalLM(OmniMoePreTrainedModel, Generates, Aligns, GenerationMi
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
-            hidden_to_keep=logits_to_keep if is_end else 0,
+            hidden_to_keep=max(0, logits_to_keep) if is_end else 0,
         )
         hidden, rows = out.last_hidden_state, out.rows
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep

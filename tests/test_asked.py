@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omnimoe.inputs import InputError
 from omnimoe.layers import MASK_RULES, Attention, AttentionMask
 from omnimoe.layers.masks import uncached_facts
 from tests.declarations import CACHED, DECLARATIONS, DENSE, MOT, build, ids_like
@@ -111,14 +112,19 @@ def test_attention_of_another_form_is_not_asked():
     model, ids = build(DENSE), ids_like(DENSE)
     wanted = model(ids, logits_to_keep=1).logits
 
-    class Watched(Attention):
+    class Forward(Attention):
         def forward(self, x, rows, mask, cache=None):
             return super().forward(x, rows, mask, cache)
 
+    class Attend(Attention):
+        def _attend(self, query, key, value, mask):
+            return super()._attend(query, key, value, mask)
+
     seen = counted_rows(model)
-    model.model.backbone.layers[-1].self_attn.__class__ = Watched
-    torch.testing.assert_close(model(ids, logits_to_keep=1).logits, wanted, **CLOSE)
-    assert seen == [ids.numel()]
+    for kind in (Forward, Attend):
+        model.model.backbone.layers[-1].self_attn.__class__ = kind
+        torch.testing.assert_close(model(ids, logits_to_keep=1).logits, wanted, **CLOSE)
+    assert seen == [ids.numel()] * 2
 
 
 @torch.no_grad()
@@ -129,3 +135,11 @@ def test_the_stack_alone_keeps_what_it_is_told_to():
         whole = model.model(ids).last_hidden_state
         torch.testing.assert_close(model.model(ids, hidden_to_keep=2).last_hidden_state, whole[:, -2:], **CLOSE)
         assert model.model(ids, hidden_to_keep=99).last_hidden_state.shape == whole.shape
+        with pytest.raises(InputError, match="hidden_to_keep counts the last positions, got -1"):
+            model.model(ids, hidden_to_keep=-1)
+
+
+@torch.no_grad()
+def test_a_number_below_zero_is_what_it_is_in_transformers():
+    model, ids = build(DENSE), ids_like(DENSE)
+    assert torch.equal(model(ids, logits_to_keep=-3).logits, model(ids).logits[:, 3:])

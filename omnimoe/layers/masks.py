@@ -219,7 +219,11 @@ class AttentionMask:
         return isinstance(self.past_length, Tensor) or self.key_length > self.past_length + self.query_length
 
     def last(self, count: int) -> AttentionMask:
-        """The mask of the last ``count`` queries alone, over the same keys."""
+        """The mask of the last ``count`` queries alone, over the same keys.
+
+        It is whole in :meth:`dense`, :meth:`shown` and :meth:`additive`; :meth:`allowed` and :meth:`flex` know no
+        blocks of the queries that are gone.
+        """
         blocks = None if self.block_ids is None else self.block_ids[:, -count:]
         # blocks of earlier queries are unknown to the fewer, so what is not plain is cut out of the whole
         cached = {} if self.is_plain_causal else {"dense": self.dense()[:, :, -count:]}
