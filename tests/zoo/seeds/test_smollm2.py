@@ -17,13 +17,6 @@ GENESIS = (
 PERPLEXITY = 7.5873
 """Of these 43 predicted tokens, without a token before them."""
 
-BEGINNING = (
-    "In the beginning God created the heavens and the earth. And the earth was without form, and void; and darkness "
-    "was upon the face of the deep"
-)
-BEGINNING_PERPLEXITY = 12.6
-"""Of these, after the token that begins a document."""
-
 
 @pytest.mark.slow
 def test_real_weights(tmp_path):
@@ -38,9 +31,6 @@ def test_real_weights(tmp_path):
     assert float((mine.logits - other.logits).norm() / other.logits.norm()) < 1e-5
     assert float(mine.loss.exp()) == pytest.approx(float(other.loss.exp()), rel=1e-5)
     assert float(mine.loss.exp()) == pytest.approx(PERPLEXITY, rel=1e-4)
-    ids = torch.tensor([[1, *words.encode(BEGINNING).ids]])
-    with torch.no_grad():
-        assert float(ours(ids, labels=ids).loss.exp()) == pytest.approx(BEGINNING_PERPLEXITY, abs=0.05)
 
     prompt = torch.tensor([words.encode("The capital of France is").ids])
     options = {"max_new_tokens": 12, "do_sample": False}
