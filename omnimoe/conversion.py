@@ -15,6 +15,7 @@ from omnimoe.convert.folders import BESIDE, check_destination
 from omnimoe.convert.load import fetch_weights
 from omnimoe.hub import MODELS
 from omnimoe.model import OmniMoeForCausalLM
+from omnimoe.publish import read_manifest
 
 TARGETS = ("omnimoe", "published")
 
@@ -46,6 +47,7 @@ def convert_checkpoint(
     token: str | bool | None = None,
     local_files_only: bool = False,
     overwrite: bool = False,
+    outline: bool = False,
 ) -> Conversion:
     """Writes a published checkpoint as one of ours, or one of ours in the layout it was published in.
 
@@ -62,21 +64,25 @@ def convert_checkpoint(
         token: for what is private or gated.
         local_files_only: look on the Hub's local cache alone.
         overwrite: replace the model that is in ``destination``; refused where False.
+        outline: of a model, which may be on the meta device, write names, shapes and types alone. ``from_pretrained``
+            loads that with ``device="meta"``, and nothing else does.
 
     Raises:
         CheckpointError: if the source is of no family that is known, malformed, or does not fit, or there is a model in
             ``destination``; nothing is written.
-        ValueError: for another target.
+        ValueError: for another target, or an outline of what is no model.
     """
     if to not in TARGETS:
         raise ValueError(f"a checkpoint is converted to {' or '.join(map(repr, TARGETS))}, not to {to!r}")
     MODELS.names()  # the families bring their converters
     destination = Path(destination)
+    if outline and not isinstance(source, OmniMoeForCausalLM):
+        raise ValueError(f"outline=True is for a model, got {fspath(source)!r}; load it with device='meta' first")
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite}
     if isinstance(source, OmniMoeForCausalLM):
         if to != "published":
             raise ValueError("a model of ours is saved with save_pretrained; pass to='published' for its old layout")
-        return _written(to_published(source, destination, **how).name, destination)
+        return _written(to_published(source, destination, outline=outline, **how).name, destination)
     hub = Hub(revision=revision, token=token, local_files_only=local_files_only)
     place = Source.find(source, hub=hub)
     folder = place.fetch()
@@ -107,7 +113,8 @@ def _patterns(beside: Iterable[str]) -> list[str]:
 
 
 def _written(family: str, folder: Path) -> Conversion:
-    entries = [entry for path in sorted(folder.glob("*.safetensors")) for entry in read_header(path).values()]
+    files = [folder / name for name in read_manifest(folder) if name.endswith(".safetensors")]
+    entries = [entry for path in files for entry in read_header(path, outline=True).values()]
     return Conversion(
         family=family, folder=folder, num_tensors=len(entries), num_bytes=sum(entry.size for entry in entries)
     )

@@ -251,10 +251,12 @@ class GuardedFiles(PreTrainedModel):
 
         Raises:
             OSError: with ``errno.ENOSPC`` if the disk is full; what the folder held is unchanged.
-            ValueError: if no folder is named.
+            ValueError: if no folder is named, or the weights have no numbers.
         """
         if not isinstance(save_directory, str | PathLike) or not fspath(save_directory):
             raise ValueError(f"save_directory must be a folder, got {save_directory!r}; '.' is the current one")
+        if state_dict is None and not hasattr(self, "hf_device_map"):  # which may keep weights elsewhere meanwhile
+            self._check_numbers()
         folder = Path(save_directory)
         if kwargs.get("distributed_checkpoint"):
             # every rank writes into it, at its own time
@@ -353,6 +355,15 @@ class GuardedFiles(PreTrainedModel):
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
+            )
+
+    def _check_numbers(self) -> None:
+        """Refuses weights on the meta device."""
+        held = [name for name, tensor in self.named_parameters() if tensor.is_meta]
+        if held:
+            raise ValueError(
+                f"{len(held):,} weights of this {type(self).__name__} are on the meta device, {held[0]} for one, and "
+                "have no numbers to save; build or load it without device='meta'"
             )
 
     def _bytes_to_save(self, state_dict: dict[str, Tensor] | None) -> int:

@@ -147,8 +147,13 @@ def _check_quantisation(path: Path, quantisation: Any) -> None:
         ) from error
 
 
-def check_weights(folder: Path, *, variant: str | None = None) -> dict[str, Entry]:
+def check_weights(folder: Path, *, variant: str | None = None, outline: bool = False) -> dict[str, Entry]:
     """Refuses a folder whose weights are missing or malformed, or would be looked for outside of it.
+
+    Args:
+        folder: of the checkpoint.
+        variant: of the weights.
+        outline: as for :func:`~omnimoe.checkpoint.header.read_header`.
 
     Returns:
         The weights by name, as their headers declare them; of files that each rank of a run wrote, all parts of a
@@ -171,13 +176,13 @@ def check_weights(folder: Path, *, variant: str | None = None) -> dict[str, Entr
     if index is not None:
         for shard in sorted(set(index.values())):
             keys = [key for key, file in index.items() if file == shard]
-            held = check_shard(folder, shard, keys)
+            held = check_shard(folder, shard, keys, outline=outline)
             twice = sorted(set(held) & set(found))
             if twice:
                 raise CheckpointError(f"{folder / shard} holds {twice[0]}, and so does a shard before it; save again")
             found |= held
     elif (folder / own).exists():
-        found = read_header(inside(folder, own))
+        found = read_header(inside(folder, own), outline=outline)
     elif local:
         for name in local:
             found |= read_header(inside(folder, name))
@@ -210,13 +215,14 @@ def is_of_ranks(folder: Path) -> bool:
     return any(_RANK_LOCAL.fullmatch(path.name) for path in folder.iterdir())
 
 
-def check_shard(folder: Path, shard: str, keys: list[str]) -> dict[str, Entry]:
+def check_shard(folder: Path, shard: str, keys: list[str], *, outline: bool = False) -> dict[str, Entry]:
     """Refuses a shard that is missing or malformed, or does not hold what the index says.
 
     Args:
         folder: of the checkpoint.
         shard: name of the file.
         keys: the weights that the index looks for in it.
+        outline: as for :func:`~omnimoe.checkpoint.header.read_header`.
 
     Returns:
         These weights.
@@ -224,7 +230,7 @@ def check_shard(folder: Path, shard: str, keys: list[str]) -> dict[str, Entry]:
     if not (folder / shard).exists():
         raise CheckpointError(f"{folder / shard} is missing; it holds {parts_of(keys)}. Fetch or copy it again")
     try:
-        found = read_header(inside(folder, shard))
+        found = read_header(inside(folder, shard), outline=outline)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. It holds {parts_of(keys)}") from error
     absent = sorted(set(keys) - set(found))

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from omnimoe.checkpoint.errors import CheckpointError, parse_json
 from omnimoe.checkpoint.sniff import suspicion
 
+OUTLINE = {"omnimoe": "outline"}
+"""Metadata of a file that is a header alone: names, shapes and types of tensors without their numbers."""
 HEADER_LIMIT = 32 << 20
 """Bytes of the largest header that is read, for 300,000 weights; the library reads 100 MB."""
 BITS = {
@@ -49,8 +51,12 @@ class Entry:
     size: int
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path, *, outline: bool = False) -> dict[str, Entry]:
     """The tensors of a safetensors file by name, read from its header alone.
+
+    Args:
+        path: of the file.
+        outline: take one without numbers too, written from a model on the meta device.
 
     Raises:
         CheckpointError: if it is no such file, or one that no save writes.
@@ -78,10 +84,10 @@ def read_header(path: Path) -> dict[str, Entry]:
         plain = parse_json(text, constants=False)
     except (ValueError, RecursionError) as error:
         _refuse(path, f"has a header that is no JSON of this format: {error}")
-    return _tensors(path, plain, size - 8 - length)
+    return _tensors(path, plain, size - 8 - length, outline)
 
 
-def _tensors(path: Path, plain: dict[str, Any], available: int) -> dict[str, Entry]:
+def _tensors(path: Path, plain: dict[str, Any], available: int, outline: bool) -> dict[str, Entry]:
     notes = plain.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         _refuse(path, f"has metadata that are no texts by name: {_short(notes)}")
@@ -112,6 +118,13 @@ def _tensors(path: Path, plain: dict[str, Any], available: int) -> dict[str, Ent
             how = "a hole before" if begin > place else "an overlap at"
             _refuse(path, f"has {how} {name!r}, which begins at byte {begin} and not at {place}")
         place = end
+    if not available and OUTLINE.items() <= notes.items():
+        if outline:
+            return found
+        raise CheckpointError(
+            f"{path} is an outline, the names, shapes and types of {len(found):,} tensors without their numbers; load "
+            "it with device='meta'"
+        )
     if place > available:
         raise CheckpointError(
             f"{path} is cut off: {place:,} bytes of tensors belong there, and {available:,} are there"

@@ -136,8 +136,8 @@ class Converter:
         """Why a published name has no place here, or None where it should have one."""
         if name in self.filled(config):
             return "nothing reads them"
-        if (file := self.file_to_keep(name)) is not None:
-            return f"where the folder is converted, they go along in {file}"
+        if self.file_to_keep(name) is not None:
+            return "they go along where the folder is converted"
         patterns = self.ignored(config) if callable(self.ignored) else self.ignored
         return next((why for pattern, why in patterns.items() if re.fullmatch(pattern, name)), None)
 

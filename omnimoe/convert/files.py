@@ -19,7 +19,7 @@ from torch import Tensor
 
 from omnimoe.checkpoint import CheckpointError, check_weights, read_json
 from omnimoe.checkpoint.folder import check_shard, inside
-from omnimoe.checkpoint.header import Entry, read_header
+from omnimoe.checkpoint.header import OUTLINE, Entry, read_header
 from omnimoe.convert.rules import Shape
 
 DTYPES = {
@@ -45,29 +45,32 @@ class Weights:
         folder: of a checkpoint.
         files: for each prefix that names are given, the file, or the file whose index is there; it may lie in a folder
             below.
+        outline: take files without numbers too, of which there is nothing to :meth:`read`.
 
     Raises:
         CheckpointError: if a file is missing or malformed, lies outside of the folder, or two files hold one name.
     """
 
-    def __init__(self, folder: Path, files: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, str] | None = None, *, outline: bool = False) -> None:
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self.is_outline = False
         self._places: dict[str, tuple[Path, str]] = {}
         self._opened: dict[Path, Any] = {}
         self._closing = contextlib.ExitStack()
         for prefix, file in (files or {"": "model.safetensors"}).items():
             index = _index_of(folder, file)
             if file == "model.safetensors":
-                check_weights(folder)
+                check_weights(folder, outline=outline)
             for name in file_names(folder, {prefix: file})[prefix]:
                 keys = [key for key, shard in index.items() if shard == name]
                 if not keys and not (folder / name).exists():
                     raise CheckpointError(f"{folder} has no {name}; fetch or copy it again")
-                entries = check_shard(folder, name, keys)
+                entries = check_shard(folder, name, keys, outline=outline)
                 self._list(inside(folder, name), prefix, entries)
 
     def _list(self, path: Path, prefix: str, entries: Mapping[str, Entry]) -> None:
+        self.is_outline |= path.stat().st_size < sum(entry.size for entry in entries.values())
         for stored, entry in entries.items():
             name = prefix + stored
             if name in self._places:
@@ -128,6 +131,7 @@ class Held:
         self.tensors = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        self.is_outline = any(tensor.is_meta for tensor in tensors.values())
 
     def read(self, name: str, region: tuple[slice, ...] = ()) -> Tensor:
         """A tensor, or a slice of it."""
@@ -180,7 +184,7 @@ def stored_names(folder: Path, file: str = "model.safetensors") -> list[str]:
     index = _index_of(folder, file)
     if index or not (folder / file).exists():
         return sorted(index)
-    return sorted(read_header(inside(folder, file)))
+    return sorted(read_header(inside(folder, file), outline=True))
 
 
 def write_weights(
@@ -190,6 +194,7 @@ def write_weights(
     *,
     file: str = "model.safetensors",
     max_shard_size: int | str = "5GB",
+    outline: bool = False,
 ) -> None:
     """Writes tensors into one file, or into several and an index.
 
@@ -199,6 +204,7 @@ def write_weights(
         read: gives the parts of a tensor one by one, in the order of its memory.
         file: name of the file, which may lie in a folder below.
         max_shard_size: bytes of a file, or words such as ``"5GB"``.
+        outline: write the headers alone, and read nothing.
     """
     stem, _, suffix = file.rpartition(".")
     split = split_state_dict_into_shards_factory(
@@ -209,7 +215,7 @@ def write_weights(
     )
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     for name, held in split.filename_to_tensors.items():
-        _write_file(folder / name, {key: tensors[key] for key in held}, read)
+        _write_file(folder / name, {key: tensors[key] for key in held}, None if outline else read)
     if split.is_sharded:
         shards = {name: shard.rpartition("/")[2] for name, shard in split.tensor_to_filename.items()}
         index = {"metadata": split.metadata, "weight_map": shards}
@@ -217,9 +223,9 @@ def write_weights(
 
 
 def _write_file(
-    path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]], read: Callable[[str], Iterable[Tensor]]
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]], read: Callable[[str], Iterable[Tensor]] | None
 ) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **({} if read else OUTLINE)}}
     end = 0
     # wide types first, so that every tensor starts at a multiple of its width
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
@@ -231,6 +237,8 @@ def _write_file(
     told += b" " * (-len(told) % 8)
     with path.open("wb") as out:
         out.write(struct.pack("<Q", len(told)) + told)
+        if read is None:
+            return
         for name in order:
             for part in read(name):
                 data = part.to("cpu", tensors[name][0]).contiguous()

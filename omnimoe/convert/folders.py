@@ -124,6 +124,7 @@ def to_published(
     *,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    outline: bool = False,
 ) -> Converter:
     """Writes a model that came from a published checkpoint in the layout it came in.
 
@@ -132,13 +133,14 @@ def to_published(
         destination: where to.
         max_shard_size: bytes of a file.
         overwrite: replace what another save or conversion has written there.
+        outline: write names, shapes and types without the numbers, of a model.
 
     Returns:
         The converter of its family.
 
     Raises:
-        CheckpointError: if the model came from no published checkpoint, is no longer of the shape it had then, or the
-            files are there already.
+        CheckpointError: if the model came from no published checkpoint, is no longer of the shape it had then, has no
+            numbers, or the files are there already.
     """
     if isinstance(source, Path):
         config = OmniMoeConfig.from_dict(read_json(inside(source, CONFIG), CheckpointError))
@@ -147,12 +149,18 @@ def to_published(
         with torch.device("meta"):
             plan = converter.plan(OmniMoeForCausalLM(config))
         with Weights(source) as weights:
-            _export(weights, plan, converter, config, destination, max_shard_size, source)
+            _export(weights, plan, converter, config, destination, max_shard_size, source, False)
         return converter
     converter = _family_of(source.config, "this model")
     check_destination(destination, converter, overwrite)
     held = Held(source.state_dict())
-    _export(held, converter.plan(source), converter, source.config, destination, max_shard_size, None)
+    if held.is_outline and not outline:
+        hollow = next(name for name, tensor in held.tensors.items() if tensor.is_meta)
+        raise CheckpointError(
+            f"{hollow} of this model is on the meta device and has no numbers to write; load it without device='meta', "
+            "or pass outline=True to write names, shapes and types alone"
+        )
+    _export(held, converter.plan(source), converter, source.config, destination, max_shard_size, None, outline)
     return converter
 
 
@@ -164,6 +172,7 @@ def _export(
     destination: Path,
     max_shard_size: int | str,
     beside: Path | None,
+    outline: bool,
 ) -> None:
     missing = [name for name, shape in plan.ours.items() if weights.shapes.get(name) != shape]
     if missing:
@@ -174,7 +183,7 @@ def _export(
     by_published = plan.by_published()
     tensors = {name: (weights.dtypes[by_published[name][0].ours], shape) for name, shape in plan.published.items()}
     for group in converter.absent_groups(config):
-        if is_changed(weights, plan, converter, config, group):
+        if not weights.is_outline and is_changed(weights, plan, converter, config, group):
             logger.warning("%s is written with the %s, read without it and changed since", destination, group)
             continue
         left_out = converter.group(group, list(tensors))
@@ -214,7 +223,8 @@ def _export(
             yield piece.change.back(tensor.squeeze(0) if len(piece.region) == 2 else tensor)
 
     files = config.published["files"]
-    with publish(destination, needed=_bytes(tensors.values()), replaces=_saved(destination)) as fresh:
+    needed = 0 if outline else _bytes(tensors.values())
+    with publish(destination, needed=needed, replaces=_saved(destination)) as fresh:
         dtype = str(main_dtype(weights.dtypes, weights.shapes)).removeprefix("torch.")
         for name, plain in files.items():
             kind = next((key for key in ("dtype", "torch_dtype") if key in plain), None)
@@ -225,7 +235,7 @@ def _export(
             mine = {name: held for name, held in tensors.items() if _prefix_of(name, converter) == prefix}
             stored = {name.removeprefix(prefix): held for name, held in mine.items()}
             read = _reader(prefix, parts)
-            write_weights(fresh, stored, read, file=file, max_shard_size=max_shard_size)
+            write_weights(fresh, stored, read, file=file, max_shard_size=max_shard_size, outline=outline)
         if beside is not None:
             _copy_beside(beside, fresh, converter, without=frozenset(converter.kept.values()))
 

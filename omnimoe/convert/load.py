@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from omnimoe.checkpoint import CheckpointError, Source
 from omnimoe.checkpoint.finite import check_choice
 from omnimoe.checkpoint.finite import check_finite as look_for_nan
@@ -85,7 +87,8 @@ def load_converted(
     if verify:
         weights = file_names(folder, converter.weight_files).values()
         verify_folder(folder, needed={*converter.json_files, *(name for names in weights for name in names)})
-    with Published(folder, converter, strict=strict) as held:
+    on_meta = device is not None and torch.device(device).type == "meta"
+    with Published(folder, converter, strict=strict, outline=on_meta) as held:
         model = held.load(dtype=dtype, device=device, attn_implementation=attn_implementation, check_size=check_size)
     look_for_nan(model, check_finite, folder)
     return model

@@ -43,16 +43,17 @@ class Published:
         folder: of the checkpoint.
         converter: of its family.
         strict: refuse missing, unexpected and misshapen tensors; otherwise log them, and what is missing is fresh.
+        outline: take files without numbers too, for a model on the meta device.
 
     Raises:
         CheckpointError: if a file is missing or malformed, or the weights do not fit the config.
     """
 
-    def __init__(self, folder: Path, converter: Converter, *, strict: bool = True) -> None:
+    def __init__(self, folder: Path, converter: Converter, *, strict: bool = True, outline: bool = False) -> None:
         self.folder, self.converter = folder, converter
         self.config: OmniMoeConfig = converter.read(folder)
         check_generation(folder)
-        self.weights = Weights(folder, converter.weight_files)
+        self.weights = Weights(folder, converter.weight_files, outline=outline)
         self.weights.respell(converter.spellings)
         try:
             self._check(strict)
@@ -119,11 +120,19 @@ class Published:
             )
         if absent:
             self.config.published["absent"] = sorted(absent)
-        for why in sorted(set(ignored.values())):
+        kept = {name: file for name in sorted(ignored) if (file := self.converter.file_to_keep(name)) is not None}
+        for why in sorted({why for name, why in ignored.items() if name not in kept}):
             count = sum(held == why for held in ignored.values())
             logger.info("%d tensors of %s have no place here: %s", count, self.folder, why)
-        if kept := sorted(name for name in ignored if self.converter.file_to_keep(name) is not None):
-            self.config.published["kept"] = kept
+        if kept:
+            self.config.published["kept"] = list(kept)
+            counts = Counter(name.removeprefix("model.").partition(".")[0] for name in kept)
+            parts = ", ".join(f"{count} of {part}" for part, count in counts.items())
+            logger.warning(
+                "%s holds %d tensors that are no part of a %s model: %s. A loaded model is without them; a converted "
+                "folder has them in %s",
+                *(self.folder, len(kept), self.converter.name, parts, ", ".join(sorted({*kept.values()}))),
+            )
         for name, of in repeated.items():
             self._check_twin(name, of)
         if repeated:
@@ -151,7 +160,7 @@ class Published:
         """Refuses a repeated tensor that differs from the one it repeats, since only one of them would be kept."""
         shape = self.weights.shapes[name]
         same = of in self.weights.shapes and shape == self.weights.shapes[of]
-        for start in range(0, shape[0], ROWS) if same else ():
+        for start in range(0, shape[0], ROWS) if same and not self.weights.is_outline else ():
             rows = (slice(start, start + ROWS),)
             same = same and torch.equal(self.weights.read(name, rows), self.weights.read(of, rows))
         if not same:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from omnimoe.checkpoint.header import BITS, HEADER_LIMIT, Entry, read_header
+from omnimoe.checkpoint import CheckpointError
+from omnimoe.checkpoint.header import BITS, HEADER_LIMIT, OUTLINE, Entry, read_header
 from tests.checkpoint.files import WEIGHTS, load, safetensors
 from tests.children import capped
 from tests.hazard_rows import EXAMPLES
@@ -164,6 +165,21 @@ def test_what_is_unusual_and_legal(tmp_path, header, data):
     path.write_bytes(safetensors(header, data))
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == set(read_header(path))
+
+
+def test_a_header_without_numbers_is_one_only_where_it_says_so(tmp_path):
+    path, marked = tmp_path / "a.safetensors", {"__metadata__": OUTLINE} | one()
+    path.write_bytes(safetensors(marked))
+    assert read_header(path, outline=True) == {"a": Entry("F32", (2,), 8)}
+    for content, asked, told in [
+        (safetensors(marked), False, "an outline, .* 1 tensors without their numbers; load it with device='meta'"),
+        (safetensors(one()), True, "is cut off: 8 bytes of tensors belong there, and 0 are there"),
+        (safetensors(marked, EIGHT[:4]), True, "is cut off: 8 bytes of tensors belong there, and 4 are there"),
+        (safetensors(marked | {"b": FLOAT}), True, "an overlap at 'b'"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=told):
+            read_header(path, outline=asked)
 
 
 def test_what_a_header_says(saved, model):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import metadata_load
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -423,6 +424,33 @@ def test_generation_settings_that_mean_nothing(llama, tmp_path):
     (folder / "generation_config.json").write_text('{"max_new_tokens": "x"}')
     with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be used"):
         from_pretrained(folder)
+
+
+def test_an_outline_is_all_but_the_numbers(llama, tmp_path):
+    """Of a model on the meta device or any other, in shards too; it is taken for weights nowhere."""
+    hollow = from_pretrained(llama, device="meta")
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight of this model is on the meta device"):
+        convert_checkpoint(hollow, tmp_path / "first", to="published")
+    convert_checkpoint(hollow, tmp_path / "first", to="published", outline=True, max_shard_size="20KB")
+    convert_checkpoint(from_pretrained(llama), tmp_path / "second", to="published", outline=True, max_shard_size="20KB")
+    first, second = (
+        {path.name: path.read_bytes() for path in tmp_path.glob(f"{part}/*")} for part in ("first", "second")
+    )
+    assert len(first) > 4
+    assert first == second
+    again = from_pretrained(tmp_path / "first", device="meta")
+    assert {name: held.shape for name, held in again.state_dict().items()} == {
+        name: held.shape for name, held in hollow.state_dict().items()
+    }
+    told = "is an outline, the names, shapes and types of .* without their numbers; load it with device='meta'"
+    for use in (from_pretrained, lambda folder: convert_checkpoint(folder, tmp_path / "ours")):
+        with pytest.raises(CheckpointError, match=told):
+            use(tmp_path / "first")
+    with pytest.raises(SafetensorError):
+        load_file(next((tmp_path / "first").glob("*.safetensors")))
+    with pytest.raises(ValueError, match="outline=True is for a model, got .*; load it with device='meta' first"):
+        convert_checkpoint(tmp_path / "first", tmp_path / "more", to="published", outline=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
 def test_counts_past_any_model_are_refused_in_every_file():

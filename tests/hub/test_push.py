@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainingArguments
 
-from omnimoe import CheckpointError, from_pretrained, lora_targets
+from omnimoe import CheckpointError, from_pretrained, load, lora_targets
 from omnimoe.model_card import MARK
 from tests.declarations import MOT, build, ids_like
 from tests.hub.conftest import same
@@ -166,6 +166,13 @@ def test_a_tag_may_be_a_string(writer, model):
     card = ModelCard(writer.repositories[NAME].files()["README.md"].decode())
     assert "tiny" in card.data.tags
     assert "t" not in card.data.tags
+
+
+def test_a_save_of_weights_without_numbers(tmp_path):
+    hollow = load("mot_nano", device="meta")
+    with pytest.raises(ValueError, match=r"52 weights of this OmniMoe.* are on the meta device.*no numbers to save"):
+        hollow.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("folder", ["", None])

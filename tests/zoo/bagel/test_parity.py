@@ -16,6 +16,7 @@ from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.bagel import BAGEL, bagel_7b_mot
 from tests.zoo.bagel import oracle
 from tests.zoo.bagel.documents import LLM, VIT, Latent, Seen, batch, documents, tokens
+from tests.zoo.hollow import loads_and_saves, refuses
 from tests.zoo.weights import close
 
 
@@ -208,14 +209,28 @@ def test_a_missing_tensor_is_named(folder, tmp_path, name, cause):
         omnimoe.from_pretrained(copy)
 
 
-def test_full_size_is_the_published_list():
+def test_full_size_is_the_published_list(tmp_path):
     """Counts of the published file; its size in bytes, 29,214,685,336, follows from them."""
-    with torch.device("meta"):
-        plan = BAGEL.plan(OmniMoeForCausalLM(bagel_7b_mot()))
-    assert plan.published == published_list()
-    assert len(plan.published) == 1223
-    assert sum(torch.Size(shape).numel() for shape in plan.published.values()) == 14_607_260_128
-    assert sum(is_sight(name) for name in plan.published) == 426
+    keys = published_list()
+    assert len(keys) == 1223
+    assert sum(torch.Size(shape).numel() for shape in keys.values()) == 14_607_260_128
+    assert sum(is_sight(name) for name in keys) == 426
+    model = loads_and_saves("bagel_7b_mot", keys, tmp_path)
+    assert BAGEL.plan(model).published == keys
+
+
+@pytest.mark.parametrize(
+    ("changed", "other"),
+    [
+        (
+            "language_model.model.layers.27.mlp_moe_gen.down_proj.weight",
+            "language_model.model.layers.27.mlp_gen.weight",
+        ),
+        ("llm2vae.weight", "llm_to_vae.weight"),
+    ],
+)
+def test_a_key_that_does_not_fit_is_named_at_full_size(tmp_path, changed, other):
+    refuses("bagel_7b_mot", published_list(), tmp_path, changed, other)
 
 
 def published_list() -> dict[str, tuple[int, ...]]:

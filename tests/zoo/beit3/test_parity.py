@@ -17,6 +17,7 @@ from omnimoe.convert import find_converter, to_omnimoe, to_published
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.beit3 import BEIT3
 from tests.zoo.beit3.peer import TINY, Peer, equal_weights, for_ours, make_peer, published, side_by_side, torchscale
+from tests.zoo.hollow import loads_and_saves
 from tests.zoo.weights import close
 
 torchscale()
@@ -274,14 +275,14 @@ def test_what_is_not_converted_is_refused(change, told):
     ("name", "millions", "tensors"),
     [("beit3_base", 271, 493), ("beit3_large", 739, 973), ("beit3_base_itc", 222, 494), ("beit3_large_itc", 675, 974)],
 )
-def test_published_list_at_full_size(name, millions, tensors):
+def test_published_list_at_full_size(name, millions, tensors, tmp_path):
     """Against torchscale's class on the meta device, and the counts that the authors print for a task's pictures."""
     model = omnimoe.load(name, device="meta")
     plain = model.config.published["files"]["config.json"]
     with torch.device("meta"):
         wanted = {key: tuple(held.shape) for key, held in Peer(plain).state_dict().items()}
-    plan = BEIT3.plan(model)
-    assert plan.published == wanted
+    assert BEIT3.plan(model).published == wanted
+    loads_and_saves(name, wanted, tmp_path)
     assert len(wanted) == tensors
     count = sum(math.prod(shape) for shape in wanted.values())
     side = {"beit3_base": 480, "beit3_large": 480}.get(name, 384)

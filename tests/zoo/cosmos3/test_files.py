@@ -15,6 +15,7 @@ from omnimoe.convert import to_omnimoe, to_published
 from omnimoe.model import MODELS, OmniMoeForCausalLM
 from omnimoe.zoo.cosmos3.convert import COSMOS3, ROOT, TRANSFORMER, VISION
 from tests.zoo.cosmos3.tiny import KINDS, ROOT_OF, TRANSFORMER_OF, batch, make_model, samples
+from tests.zoo.hollow import loads_and_saves, refuses
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -146,7 +147,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_full_size_is_the_published_list(name):
+def test_full_size_is_the_published_list(name, tmp_path):
     """Against the classes of diffusers and transformers, built from the same published config."""
     diffusers = pytest.importorskip("diffusers", reason="pip install 'omnimoe[diffusers]'")
     config = MODELS.get(name)()
@@ -163,6 +164,12 @@ def test_full_size_is_the_published_list(name):
     assert made == wanted
     counts = [(len(part), sum(torch.Size(shape).numel() for shape in part.values())) for part in (made, seen)]
     assert (*counts[0], *counts[1]) == PUBLISHED[name]
+    loads_and_saves(name, plan.published, tmp_path)
+
+
+def test_a_key_that_does_not_fit_is_named_at_full_size(tmp_path):
+    keys = COSMOS3.plan(omnimoe.load("cosmos3_nano", device="meta")).published
+    refuses("cosmos3_nano", keys, tmp_path, "layers.3.mlp_moe_gen.down_proj.weight", "layers.3.mlp_gen.down.weight")
 
 
 @pytest.mark.parametrize("name", ["cosmos3_nano", "cosmos3_edge"])

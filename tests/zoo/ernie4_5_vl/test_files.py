@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
 from transformers.core_model_loading import revert_weight_conversion
 
-from omnimoe import CheckpointError, OmniMoeForCausalLM, convert_checkpoint, from_pretrained
+from omnimoe import CheckpointError, convert_checkpoint, from_pretrained
 from omnimoe.model import MODELS
 from omnimoe.zoo.ernie4_5_vl.convert import ERNIE4_5_VL, ERNIE4_5_VL_FLAT, FLAT
 from tests.zoo.ernie4_5_vl.tiny import SEEN, TEXT, VISION, batches, publish, reference
+from tests.zoo.hollow import loads_and_saves, refuses
 from tests.zoo.weights import assert_same_tensors, close, stored
 
 FILE = "model.safetensors"
@@ -183,14 +184,15 @@ def test_a_config_that_asks_for_more_is_refused(folder, changes, message):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if "424b" in name else ()) for name in STATED]
 )
-def test_full_size_is_the_published_list(name):
+def test_full_size_is_the_published_list(name, tmp_path):
     """Names and shapes that transformers' class saves; the larger count is that of the published files."""
     config = MODELS.get(name)()
     with torch.device("meta"):
-        plan = ERNIE4_5_VL.plan(OmniMoeForCausalLM(config))
         plain = config.published["files"]["config.json"]
         other = Ernie4_5_VLMoeForConditionalGeneration(Ernie4_5_VLMoeConfig(**plain))
         state = {key: held for key, held in other.state_dict().items() if key not in other.all_tied_weights_keys}
         wanted = {key: tuple(held.shape) for key, held in revert_weight_conversion(other, state).items()}
-    assert plan.published == wanted
     assert (len(wanted), sum(prod(shape) for shape in wanted.values())) == STATED[name]
+    assert ERNIE4_5_VL.plan(loads_and_saves(name, wanted, tmp_path)).published == wanted
+    changed = "model.layers.3.mlp.experts.70.down_proj.weight"
+    refuses(name, wanted, tmp_path, changed, "model.layers.3.mlp.experts.140.down_proj.weight")

@@ -15,6 +15,7 @@ from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.convert import find_converter, to_omnimoe, to_published
 from omnimoe.zoo.one_peace import published
 from omnimoe.zoo.one_peace.convert import KEPT, ONE_PEACE
+from tests.zoo.hollow import loads_and_saves
 from tests.zoo.one_peace.oracle import TINY, published_list, rows_of, vector
 from tests.zoo.weights import close, gradients_of, published_of, random_model, write_folder
 
@@ -204,11 +205,12 @@ def test_a_setting_left_out_has_the_default_of_the_authors():
         ONE_PEACE.config_of({**TINY, "encoder": encoder})
 
 
-def test_published_list_at_full_size():
+def test_published_list_at_full_size(tmp_path):
     """The names of the authors' code at their settings, 4B in all and 1.5B of the branch for pictures."""
     model = omnimoe.load("one_peace_4b", device="meta")
     found = ONE_PEACE.plan(model).published
     assert found == published_list()
+    loads_and_saves("one_peace_4b", found, tmp_path)
     count = sum(torch.Size(shape).numel() for shape in found.values())
     pictures = sum(
         torch.Size(shape).numel() for name, shape in found.items() if "text" not in name and "audio" not in name

@@ -1,16 +1,9 @@
-"""Seeds at full size, without memory: transformers' own model says which tensors a published file has.
-
-A file with the whole header and a hole in the place of the numbers takes no room on the disk, so the real way of
-loading reads the real list of keys.
-"""
+"""Seeds at full size, without memory: transformers' own model says which tensors a published file has."""
 
 from __future__ import annotations
 
-import json
-import struct
 from functools import cache
 from math import prod
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from omnimoe import CheckpointError, OmniMoeForCausalLM, from_pretrained, list_models, model_info
 from omnimoe.convert import CONVERTERS
 from omnimoe.model import MODELS
+from tests.zoo.hollow import loads_and_saves, write_hollow
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mixtral", "olmoe", "deepseek", "gpt_oss", "ernie4_5")
 SEEDS = sorted(name for family in FAMILIES for name in list_models(family=family))
@@ -67,28 +61,11 @@ def published_keys(name: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in revert_weight_conversion(model, held).items()}
 
 
-def write_hollow(folder: Path, name: str, keys: dict[str, tuple[int, ...]]) -> Path:
-    """A checkpoint whose numbers are a hole."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for key, shape in keys.items():
-        start, end = end, end + 2 * prod(shape)
-        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    told = json.dumps(header).encode()
-    told += b" " * (-len(told) % 8)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(told)) + told)
-        file.truncate(8 + len(told) + end)
-    plain = MODELS.get(name)().published["files"]["config.json"]
-    (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
-    return folder
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_exact_list_of_keys_loads_and_is_given_back(name, tmp_path):
     keys = published_keys(name)
-    model = from_pretrained(write_hollow(tmp_path, name, keys), device="meta")
+    model = loads_and_saves(name, keys, tmp_path)
     assert model.dtype == torch.bfloat16
-    assert all(parameter.is_meta for parameter in model.parameters())
     plan = CONVERTERS.get(model.config.published["family"]).plan(model)
     assert plan.published == keys
     assert sum(map(prod, plan.published.values())) == sum(map(prod, plan.ours.values()))

@@ -11,6 +11,7 @@ from omnimoe.checkpoint import CheckpointError
 from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.convert import find_converter, to_omnimoe, to_published
 from omnimoe.zoo.uni_moe.convert import KEPT, UNI_MOE, UNI_MOE_2
+from tests.zoo.hollow import loads_and_saves
 from tests.zoo.uni_moe.oracle import TINY, TINY_2, chosen_of, logits_of, names
 from tests.zoo.weights import close, gradients_of, published_of, random_model, write_folder
 
@@ -124,12 +125,15 @@ def test_rows_of_a_tower_with_places_in_three_axes():
     close(found, logits_of(doubles, TINY_2, rows[0].double(), positions[0]))
 
 
-def test_a_folder_to_the_bit(family, weights, tmp_path):
+def test_a_folder_to_the_bit(family, weights, tmp_path, caplog):
     converter, plain, model = family
     tower = {"model.vision_tower.weight": torch.randn(3, 2), "audio_aligner.bias": torch.randn(2)}
     folder = write_folder(tmp_path / "published", plain, weights | tower)
     assert find_converter(folder) is converter
     read = omnimoe.from_pretrained(folder)
+    assert (
+        f"2 tensors that are no part of a {converter.name} model: 1 of audio_aligner, 1 of vision_tower" in caplog.text
+    )
     for name, tensor in model.state_dict().items():
         assert torch.equal(read.state_dict()[name], tensor), name
     to_omnimoe(folder, tmp_path / "ours", converter, max_shard_size="40KB")
@@ -186,10 +190,11 @@ def test_a_fixed_number_of_experts_where_there_is_no_share():
 @pytest.mark.parametrize(
     ("name", "billions"), [("uni_moe_4e", 19.72), ("uni_moe_8e", 37.04), ("uni_moe_2_omni", 26.15)]
 )
-def test_published_list_at_full_size(name, billions):
+def test_published_list_at_full_size(name, billions, tmp_path):
     """The names of the authors' code; of 2.0 the count that they print, 26B."""
     model = omnimoe.load(name, device="meta")
     converter = UNI_MOE_2 if name == "uni_moe_2_omni" else UNI_MOE
     found = converter.plan(model).published
     assert found == names(model.config.published["files"]["config.json"])
+    loads_and_saves(name, found, tmp_path)
     assert sum(torch.Size(shape).numel() for shape in found.values()) / 1e9 == pytest.approx(billions, abs=0.005)

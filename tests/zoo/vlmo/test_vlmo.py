@@ -15,6 +15,7 @@ from omnimoe.checkpoint import CheckpointError
 from omnimoe.checkpoint.errors import MisfitError
 from omnimoe.convert import find_converter, to_omnimoe, to_published
 from omnimoe.zoo.vlmo.convert import KEPT, VLMO
+from tests.zoo.hollow import loads_and_saves
 from tests.zoo.vlmo.oracle import TINY, pair_logits, published_list, rows_of, word_logits
 from tests.zoo.weights import close, gradients_of, published_of, random_model, write_folder
 
@@ -230,11 +231,12 @@ def test_a_text_past_the_table_is_refused(model):
     ("name", "sizes", "millions"),
     [("vlmo_base", (768, 12, 12, 10, 14), 175), ("vlmo_large", (1024, 24, 16, 21, 14), 562)],
 )
-def test_published_list_at_full_size(name, sizes, millions):
+def test_published_list_at_full_size(name, sizes, millions, tmp_path):
     """The names of the authors' code, and the counts that they print, which leave the heads out."""
     model = omnimoe.load(name, device="meta")
     found = VLMO.plan(model).published
     assert found == published_list(*sizes)
+    loads_and_saves(name, found, tmp_path)
     heads = ("mlm_score.", "pooler.", "itm_score.", "itc_", "logit_scale")
     count = sum(torch.Size(shape).numel() for key, shape in found.items() if not key.startswith(heads))
     assert abs(count / 1e6 - millions) < 0.7
