@@ -42,7 +42,7 @@ def convert_checkpoint(
     destination: str | PathLike[str],
     *,
     to: str = "omnimoe",
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
@@ -59,7 +59,8 @@ def convert_checkpoint(
             a model.
         destination: the folder to write. It is replaced whole or not at all; other files in it stay.
         to: ``"omnimoe"`` or ``"published"``.
-        max_shard_size: bytes of a file, or words such as ``"5GB"``.
+        max_shard_size: bytes of a file, or words such as ``"5GB"``. Where None it is that, but for the layouts of BAGEL
+            and pi0, which are one file of any size.
         revision: branch, tag or commit, on the Hub.
         token: for what is private or gated.
         local_files_only: look on the Hub's local cache alone.

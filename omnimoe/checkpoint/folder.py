@@ -232,7 +232,7 @@ def check_shard(folder: Path, shard: str, keys: list[str], *, outline: bool = Fa
     try:
         found = read_header(inside(folder, shard), outline=outline)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}. It holds {parts_of(keys)}") from error
+        raise CheckpointError(f"{error}. It holds {parts_of(keys)}" if keys else str(error)) from error
     absent = sorted(set(keys) - set(found))
     if absent:
         raise CheckpointError(

@@ -12,7 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder or Hub id of a published checkpoint, of one of ours with --to published")
     parser.add_argument("destination", help="folder to write")
     parser.add_argument("--to", choices=("omnimoe", "published"), default="omnimoe", help="the layout to write")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="largest file of weights (default: 5GB, or one file where the published layout is one)",
+    )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit, on the Hub")
     parser.add_argument("--overwrite", action="store_true", help="replace the model that is in the destination")
     parser.add_argument("--offline", action="store_true", help="look on the Hub's local cache alone")

@@ -61,6 +61,7 @@ class Converter:
             which they go along where a folder is converted; they are put back where it is written back.
         beside: further files, patterns of files, and folders of files, that go along as they are where a folder is
             converted.
+        in_one_file: the published weights are one file, however large, which other programs open by its name.
         notice: what the licence of the weights restricts, logged when they are loaded; where empty, a licence in the
             checkpoint's own card that may restrict is.
         license: of all weights of the family, where there is one for all; it goes with a model whose checkpoint says
@@ -83,6 +84,7 @@ class Converter:
     fresh: Callable[[OmniMoeConfig], Iterable[str]] = _nothing_tied
     kept: Mapping[str, str] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
+    in_one_file: bool = False
     notice: str = ""
     license: str = ""
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from math import prod
 from pathlib import Path
@@ -45,6 +46,8 @@ BESIDE = (
 )
 """Files that go along as they are, tokenizers among them."""
 
+SHARD = "5GB"
+"""Of the weights in a file, where nothing else is asked for."""
 _FREE = {"use_cache", "output_router_logits", "initializer_range", "published"}
 """Fields of a config that weights do not depend on."""
 
@@ -77,7 +80,7 @@ def to_omnimoe(
     converter: Converter,
     *,
     strict: bool = True,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
 ) -> Plan:
     """Writes a published checkpoint as one of ours; types stay as they are.
@@ -87,7 +90,7 @@ def to_omnimoe(
         destination: where to.
         converter: of its family.
         strict: as for :class:`~omnimoe.convert.published.Published`; only a whole checkpoint can be written.
-        max_shard_size: bytes of a file.
+        max_shard_size: bytes of a file; 5 GB where None.
         overwrite: replace what another save or conversion has written there.
 
     Returns:
@@ -110,7 +113,9 @@ def to_omnimoe(
         config.architectures, config.dtype = [OmniMoeForCausalLM.__name__], held.dtype
         with publish(destination, needed=_bytes(tensors.values()), replaces=_saved(destination)) as fresh:
             config.save_pretrained(fresh)
-            write_weights(fresh, tensors, lambda name: held.parts(by_ours[name]), max_shard_size=max_shard_size)
+            write_weights(
+                fresh, tensors, lambda name: held.parts(by_ours[name]), max_shard_size=max_shard_size or SHARD
+            )
             _copy_beside(folder, fresh, converter)
             _write_kept(held, fresh)
             if not (fresh / README).exists():
@@ -122,7 +127,7 @@ def to_published(
     source: Path | OmniMoeForCausalLM,
     destination: Path,
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
     outline: bool = False,
 ) -> Converter:
@@ -131,7 +136,7 @@ def to_published(
     Args:
         source: a folder of ours, or a model.
         destination: where to.
-        max_shard_size: bytes of a file.
+        max_shard_size: bytes of a file; 5 GB where None, or one file where the family's is one.
         overwrite: replace what another save or conversion has written there.
         outline: write names, shapes and types without the numbers, of a model.
 
@@ -170,7 +175,7 @@ def _export(
     converter: Converter,
     config: OmniMoeConfig,
     destination: Path,
-    max_shard_size: int | str,
+    max_shard_size: int | str | None,
     beside: Path | None,
     outline: bool,
 ) -> None:
@@ -223,6 +228,7 @@ def _export(
             yield piece.change.back(tensor.squeeze(0) if len(piece.region) == 2 else tensor)
 
     files = config.published["files"]
+    max_shard_size = max_shard_size or (sys.maxsize if converter.in_one_file else SHARD)
     needed = 0 if outline else _bytes(tensors.values())
     with publish(destination, needed=needed, replaces=_saved(destination)) as fresh:
         dtype = str(main_dtype(weights.dtypes, weights.shapes)).removeprefix("torch.")

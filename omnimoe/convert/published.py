@@ -110,7 +110,8 @@ class Published:
         if misfit:
             told = f"the weights in {self.folder} do not fit its config as a {self.converter.name} model.\n{misfit}"
             torn = [name for name, keys in groups.items() if name not in absent and not missing.isdisjoint(keys)]
-            told += likely_cause(report, wanted, held, torn)
+            beside = [name for name in ignored if self.converter.file_to_keep(name) is not None]
+            told += likely_cause(report, wanted, held, torn, beside)
             if strict:
                 raise MisfitError(f"{told}\nstrict=False loads the rest")
             logger.warning("%s\nWhat is missing is fresh.", told)
@@ -218,7 +219,11 @@ class Published:
 
 
 def likely_cause(
-    report: dict[str, Any], wanted: Mapping[str, Shape], held: Mapping[str, Shape], torn: Sequence[str] = ()
+    report: dict[str, Any],
+    wanted: Mapping[str, Shape],
+    held: Mapping[str, Shape],
+    torn: Sequence[str] = (),
+    beside: Sequence[str] = (),
 ) -> str:
     """A line on what went wrong, where the keys tell it; else nothing.
 
@@ -227,6 +232,7 @@ def likely_cause(
         wanted: shape of every name that the plan reads.
         held: shape of every name in the file.
         torn: groups of which some tensors are there, where a file may lack all or none.
+        beside: names in the file that are taken for no part of the model, which they are if they are misspelled.
     """
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     cause = ""
@@ -234,9 +240,9 @@ def likely_cause(
         cause = "the weights are quantised; take a copy in bfloat16"
     elif any("lora_" in name for name in unexpected):
         cause = "the file holds an adapter; merge it into its model first"
-    elif missing and (added := _affix(unexpected, missing)):
+    elif missing and (added := _affix([*unexpected, *sorted(beside)], missing)):
         cause = f"its names carry the prefix {added!r}, as a wrapped model saves them"
-    elif missing and (lacking := _affix(missing, unexpected)):
+    elif missing and (lacking := _affix(missing, [*unexpected, *beside])):
         cause = f"its names lack the prefix {lacking!r}, as a part of a model saves them"
     elif torn and not unexpected:
         cause = f"the file was cut or fetched in part: it may lack the {torn[0]} as a whole, and holds some of it"

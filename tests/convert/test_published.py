@@ -259,6 +259,12 @@ MISFITS = {
         lambda held: held.update({"model.last_norm.weight": held.pop("model.norm.weight")}),
         "Likely cause: renamed: model.last_norm.weight for model.norm.weight;",
     ),
+    "in several layers": (
+        lambda held: [
+            held.pop(f"model.layers.{layer}.mlp.{site}_proj.weight") for layer in (0, 1) for site in ("up", "gate")
+        ],
+        r"4 missing:\n  model\.layers\.{0-1}\.mlp\.gate_proj\.weight \(2 times\)\n  model\.layers\.{0-1}\.mlp\.up_proj",
+    ),
     "layers renamed": (
         lambda held: [
             held.update({name.replace("self_attn", "attention"): held.pop(name)})

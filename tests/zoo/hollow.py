@@ -68,6 +68,8 @@ def loads_and_saves(name: str, keys: Keys, folder: Path) -> OmniMoeForCausalLM:
     written = convert_checkpoint(model, folder / "saved", to="published", outline=True)
     assert written.num_tensors == len(keys)
     assert listed(folder / "saved", name) == keys
+    if CONVERTERS.get(model.config.published["family"]).in_one_file:
+        assert all((folder / "saved" / file).is_file() for file in _files(name).values())
     again = from_pretrained(folder / "saved", device="meta")
     assert [(key, held.shape) for key, held in again.state_dict().items()] == [
         (key, held.shape) for key, held in model.state_dict().items()

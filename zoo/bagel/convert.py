@@ -158,6 +158,7 @@ BAGEL = register_converter(
         name="bagel",
         json_files=(LLM, VIT),
         weight_files={"": "ema.safetensors"},
+        in_one_file=True,
         config=bagel_config,
         rules=bagel_rules,
         beside=("ae.safetensors",),

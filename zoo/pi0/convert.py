@@ -237,6 +237,7 @@ PI0 = register_converter(
         spellings=SPELLINGS,
         tied=repeated,
         filled=unread,
+        in_one_file=True,
         kept={SCALES: OWN_NORMALIZER},
         beside=BESIDE,
         notice="grown from PaliGemma, whose Gemma terms restrict some uses",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import omnimoe
+from omnimoe.blocks import block_ids_of, block_positions
 from omnimoe.convert import to_published
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.zoo.bagel import BAGEL, bagel_7b_mot
 from tests.zoo.bagel import oracle
-from tests.zoo.bagel.documents import LLM, VIT, Latent, Seen, batch, documents, tokens
+from tests.zoo.bagel.documents import LLM, VIT, Latent, Seen, Text, batch, documents, tokens
 from tests.zoo.hollow import loads_and_saves, refuses
 from tests.zoo.weights import close
 
@@ -70,6 +72,28 @@ def test_a_batch_without_one_kind_of_picture(model, weights, lacking):
     for row, document in enumerate(held):
         logits, _ = oracle.run(weights, document)
         close(out.logits[row, : len(logits)], logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lacking", [(), (Seen,), (Latent,)], ids=["mixed", "nothing seen", "nothing drawn"])
+def test_words_one_by_one_after_pictures(model, weights, lacking):
+    """A padded batch into a cache, its last words token by token; what was drawn is a condition, without noise."""
+    held = [[part for part in document if not isinstance(part, lacking)] for document in documents()[:3]]
+    held = [[Latent(part.rows) if isinstance(part, Latent) else part for part in document] for document in held]
+    held = [[*document, Text([22, 23])] for document in held]
+    given = batch(model, held, "left")
+    ids, mask = given.pop("input_ids"), given.pop("attention_mask")
+    positions = block_positions(block_ids_of(model.config, model.model.modality_ids_of(ids), ids), mask.bool())
+    length, cache, found = ids.shape[1], None, []
+    for start, stop in itertools.pairwise([0, *range(length - 3, length + 1)]):
+        piece = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+        out = model(ids[:, start:stop], **piece, **given, past_key_values=cache, use_cache=True)
+        cache, given = out.past_key_values, {}
+        found.append(out.logits)
+    logits = torch.cat(found, dim=1)
+    for row, document in enumerate(held):
+        wanted, _ = oracle.run(weights, document)
+        close(logits[row, -len(wanted) :], wanted)
 
 
 HELD = {

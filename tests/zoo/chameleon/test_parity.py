@@ -66,6 +66,13 @@ def laid_out(model: OmniMoeForCausalLM, documents, side: str) -> tuple[Tensor, T
     return padded(mine, 1), padded(others, 1), mask, pictures(3)[shown] if shown else None
 
 
+def of_kind(kind: str) -> list:
+    """Documents of words and pictures, or of one alone."""
+    if kind == "interleaved":
+        return DOCUMENTS
+    return [[part for part in document if isinstance(part, list) == (kind == "words")] for document in DOCUMENTS]
+
+
 def run_theirs(theirs, ids: Tensor, mask: Tensor, pixels: Tensor | None, **options):
     """Their hidden states and the logits they would give if they did not hide those of picture codes."""
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
@@ -94,12 +101,7 @@ def test_codes_of_pictures(pair):
 @torch.no_grad()
 def test_logits_and_hidden_states_of_a_padded_batch(pair, side, kind):
     theirs, _, ours = pair
-    documents = DOCUMENTS
-    if kind != "interleaved":
-        documents = [
-            [part for part in document if isinstance(part, list) == (kind == "words")] for document in DOCUMENTS
-        ]
-    mine, others, mask, pixels = laid_out(ours, documents, side)
+    mine, others, mask, pixels = laid_out(ours, of_kind(kind), side)
     wanted, logits = run_theirs(theirs, others, mask, pixels, output_hidden_states=True)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     found = ours(mine, attention_mask=mask, position_ids=positions, output_hidden_states=True)
@@ -122,14 +124,16 @@ def test_a_document_is_the_same_without_a_batch(pair):
         assert_near(together[row, mask[row].bool()], alone)
 
 
+@pytest.mark.parametrize("kind", ["interleaved", "words", "pictures"])
 @torch.no_grad()
-def test_prefill_in_pieces_and_cached_steps(pair):
+def test_prefill_in_pieces_and_cached_steps(pair, kind):
     """Theirs over the whole, ours in two pieces that cut through a picture and then token by token."""
     theirs, _, ours = pair
-    mine, others, mask, pixels = laid_out(ours, DOCUMENTS, "left")
+    mine, others, mask, pixels = laid_out(ours, of_kind(kind), "left")
     _, wanted = run_theirs(theirs, others, mask, pixels)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cuts, cache, found = [0, 11, 30, *range(31, mine.shape[1] + 1)], None, []
+    length = mine.shape[1]
+    cuts, cache, found = sorted({0, min(5, length), min(11, length), *range(min(30, length), length + 1)}), None, []
     for start, stop in itertools.pairwise(cuts):
         out = ours(
             mine[:, start:stop],
@@ -144,18 +148,21 @@ def test_prefill_in_pieces_and_cached_steps(pair):
     assert_near(torch.cat(found, dim=1)[real], wanted[real])
 
 
-def test_gradients(pair, tmp_path):
-    """Of a mixed loss over an interleaved batch; theirs, published as if they were weights, are ours."""
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["interleaved", "words", "pictures"])
+def test_gradients(pair, kind, side, tmp_path):
+    """Of a mixed loss over a padded batch; theirs, published as if they were weights, are ours."""
     theirs, _, ours = pair
-    mine, others, mask, pixels = laid_out(ours, DOCUMENTS, "right")
+    mine, others, mask, pixels = laid_out(ours, of_kind(kind), side)
     for model in (ours, theirs):
         model.zero_grad()
-    labels = mine[:, 1:].masked_fill(mask[:, 1:] == 0, -100).flatten()
+    real = mask.bool()
+    labels = mine[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), -100).flatten()
     _, logits = run_theirs(theirs, others, mask, pixels)
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels).backward()
-    out = ours(mine, attention_mask=mask, labels=mine)
+    out = ours(mine, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), labels=mine)
     out.loss.backward()
-    assert out.losses.keys() == {"text", "image"}
+    assert {name for name, count in out.counts.items() if count} == {"text", *(["image"] if kind != "words" else [])}
     twin = published_model("34b" if theirs.config.swin_norm else "7b")
     with torch.no_grad():
         for held, other in zip(twin.parameters(), theirs.parameters(), strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +99,31 @@ def test_a_prompt_in_pieces_and_then_steps(pair):
     close(rest.logits, whole[:, 2:])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("documents", [DOCUMENTS, LACKING["pictures without clips"]], ids=["mixed", "no clips"])
+def test_cached_steps_of_a_padded_batch(pair, documents):
+    theirs, _, ours = pair
+    mine, other = batches(ours, tuple((*document, 4) for document in documents), "left")
+    ids, mask = mine["input_ids"], mine["attention_mask"]
+    whole = theirs(**other).logits
+    kinds, shapes = ours.model.modality_ids_of(ids), ours.model.shapes_of(mine["features"])
+    positions = grid_positions(ours.config, kinds, shapes, mask.bool())
+    first = int((ids >= SEEN).nonzero()[:, 1].max()) + 2
+    assert first + 2 < ids.shape[1]
+    cache, given = None, {"features": mine["features"]}
+    for start, stop in itertools.pairwise([0, first, *range(first + 1, ids.shape[1] + 1)]):
+        out = ours(
+            ids[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=positions[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+            **given,
+        )
+        cache, given, kept = out.past_key_values, {}, mask[:, start:stop].bool()
+        close(out.logits[kept], whole[:, start:stop][kept])
+
+
 @pytest.mark.parametrize("documents", [DOCUMENTS, LACKING["words alone"]], ids=["mixed", "words"])
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_greedy_generation_of_a_padded_batch(pair, documents, cache):
@@ -127,7 +154,7 @@ def test_beams_and_samples_take_pictures_along(pair):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("documents", [DOCUMENTS, LACKING["words alone"]], ids=["mixed", "words"])
+@pytest.mark.parametrize("documents", [DOCUMENTS, *LACKING.values()], ids=["mixed", *LACKING])
 def test_gradients(pair, documents, side, tmp_path):
     """Their gradients, published as if they were weights, are ours."""
     theirs, _, ours = pair

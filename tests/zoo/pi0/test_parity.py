@@ -143,13 +143,16 @@ def test_every_layer_of_both_towers(model, peer):
         assert not found[:, count:, width:].any(), "columns that the narrow tower has not are zero"
 
 
-def test_gradients(model, peer):
-    held = episodes(PLAIN, (1, 2), (5, 3))
-    actions = torch.randn(2, PLAIN["chunk_size"], PLAIN["max_action_dim"], generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("cameras", "words"), [((1, 2), (5, 3)), ((1, 3, 2), (6, 2, 1))], ids=["two", "ragged"])
+def test_gradients(model, peer, cameras, words, side):
+    held = episodes(PLAIN, cameras, words)
+    shape = len(held), PLAIN["chunk_size"], PLAIN["max_action_dim"]
+    actions = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     given = for_peer(PLAIN, held)
     peer.zero_grad()
     peer(**given, actions=actions).loss.backward()
-    ours = for_ours(model, held)
+    ours = for_ours(model, held, side)
     times, noise = given["timestep"].view(-1, 1, 1), given["noise"]
     ours["features"]["action"] = (times * noise + (1 - times) * actions).flatten(0, 1)
     model.zero_grad()
@@ -157,6 +160,7 @@ def test_gradients(model, peer):
     out.loss.backward()
     held_by = dict(model.named_parameters())
     wanted = {published_name(name): parameter.grad for name, parameter in peer.named_parameters()}
+    largest = max(float(grad.norm()) for grad in wanted.values() if grad is not None)
     compared = 0
     for piece in PI0.plan(model).pieces:
         grad = wanted[piece.published]
@@ -165,7 +169,9 @@ def test_gradients(model, peer):
         if grad is None or grad.norm() < 1e-6:  # keys' biases, and what is behind the last attention of the words
             assert found.norm() < 1e-6, piece.ours
             continue
-        close(piece.place(found), piece.change.into(grad))
+        # the bias of actions sums rows that nearly cancel
+        error = (piece.place(found) - piece.change.into(grad)).norm()
+        assert error < 1e-5 * grad.norm() + 1e-7 * largest, piece.published
         compared += 1
     assert compared > 50
 

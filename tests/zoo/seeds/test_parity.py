@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -69,6 +71,27 @@ def test_cached_steps(pair):
 
 
 @torch.no_grad()
+def test_cached_steps_of_a_padded_batch(pair):
+    theirs, _, ours = pair
+    ids = ids_of()
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    whole = theirs(ids, attention_mask=mask, position_ids=positions).logits
+    cache = None
+    for start, stop in itertools.pairwise([0, 7, *range(8, ids.shape[1] + 1)]):
+        out = ours(
+            ids[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=positions[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, real = out.past_key_values, mask[:, start:stop].bool()
+        assert_near(out.logits[real], whole[:, start:stop][real])
+
+
+@torch.no_grad()
 def test_left_padding(pair):
     theirs, _, ours = pair
     ids = ids_of()
@@ -106,14 +129,20 @@ def test_beams_a_static_cache_and_attention_weights(pair):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients(pair, tmp_path):
+@pytest.mark.parametrize("padding", [None, slice(0, 5), slice(-5, None)], ids=["none", "left", "right"])
+def test_gradients(pair, padding, tmp_path):
     """Their gradients, published as if they were weights, are ours."""
     theirs, _, ours = pair
     ids = ids_of()
+    mask = torch.ones_like(ids)
+    if padding is not None:
+        mask[1, padding] = 0
+    positions, real = (mask.cumsum(1) - 1).clamp_min(0), mask.bool()
+    labels = ids.masked_fill(~real, -100)[:, 1:][real[:, :-1]]
     for model in (ours, theirs):
         model.zero_grad()
-        logits = model(ids).logits
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1][real[:, :-1]], labels).backward()
     twin = published_model(next(name for name, (kind, _) in CASES.items() if kind == theirs.config.model_type))
     with torch.no_grad():
         for held, other in zip(twin.parameters(), theirs.parameters(), strict=True):

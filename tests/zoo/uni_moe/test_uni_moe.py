@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -162,6 +164,18 @@ def test_what_does_not_fit_is_named(family, weights, tmp_path):
         held = {name: tensor for name, tensor in (weights | change).items() if tensor is not None}
         with pytest.raises(MisfitError, match=next(iter(change))):
             omnimoe.from_pretrained(write_folder(tmp_path / str(place), plain, held))
+
+
+def test_several_missing_experts_are_told_apart_and_a_prefix_is_seen(family, weights, tmp_path):
+    _, plain, _ = family
+    gone = [name for name in weights if ".layers.1." in name and re.search(r"experts\.[12]\.down_proj", name)]
+    assert len(gone) == 2
+    held = {name: tensor for name, tensor in weights.items() if name not in gone}
+    with pytest.raises(MisfitError, match=r"(?s)2 missing:\n  model\.layers\.1\.mlp\..*experts\.{1-2}\.down_proj"):
+        omnimoe.from_pretrained(write_folder(tmp_path / "gone", plain, held))
+    held = {f"module.{name}": tensor for name, tensor in weights.items()}
+    with pytest.raises(MisfitError, match=r"Likely cause: its names carry the prefix 'module\.'"):
+        omnimoe.from_pretrained(write_folder(tmp_path / "prefix", plain, held))
 
 
 @pytest.mark.parametrize(
