@@ -12,6 +12,7 @@ import torch
 
 from omnimoe.checkpoint.errors import CheckpointError, read_json
 from omnimoe.checkpoint.header import Entry, read_header
+from omnimoe.checkpoint.report import runs_of
 from omnimoe.publish import settle
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".distcp")
@@ -303,12 +304,7 @@ def parts_of(keys: Iterable[str]) -> str:
     keys = list(keys)
     layers = sorted({int(number) for key in keys for number in re.findall(r"\.layers\.(\d{1,9})\.", f".{key}")})
     others = sorted({key.removeprefix("model.").partition(".")[0] for key in keys if not re.search(r"\blayers\.", key)})
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], layer]
-        else:
-            runs.append([layer])
+    runs = runs_of(layers)
     named = ["layers " + ", ".join(" to ".join(map(str, run)) for run in runs)] if runs else []
     counted = "1 weight" if len(keys) == 1 else f"{len(keys)} weights"
     return f"{counted}: {', '.join([*named, *others[:10]])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 _PLACE = re.compile(r"(?<=[.])\d+(?=[.])")
@@ -47,14 +48,20 @@ def _numbers(numbers: list[int]) -> str:
         >>> _numbers([0, 1, 2, 7])
         '0-2,7'
     """
+    runs = runs_of(numbers)
+    told = ["-".join(map(str, run)) for run in runs[:8]]
+    return ",".join([*told, *(["..."] if len(runs) > 8 else [])])
+
+
+def runs_of(numbers: Iterable[int]) -> list[list[int]]:
+    """First and last of each run of sorted numbers; one number where a run has no other."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1] = [runs[-1][0], number]
         else:
             runs.append([number])
-    told = ["-".join(map(str, run)) for run in runs[:8]]
-    return ",".join([*told, *(["..."] if len(runs) > 8 else [])])
+    return runs
 
 
 def _listed(kind: str, count: int, lines: list[str]) -> list[str]:

@@ -144,7 +144,7 @@ def test_every_layer_of_both_towers(model, peer):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("cameras", "words"), [((1, 2), (5, 3)), ((1, 3, 2), (6, 2, 1))], ids=["two", "ragged"])
+@pytest.mark.parametrize(("cameras", "words"), [((1, 2), (5, 3)), ((2, 1, 3), (2, 6, 3))], ids=["two", "ragged"])
 def test_gradients(model, peer, cameras, words, side):
     held = episodes(PLAIN, cameras, words)
     shape = len(held), PLAIN["chunk_size"], PLAIN["max_action_dim"]
@@ -160,7 +160,6 @@ def test_gradients(model, peer, cameras, words, side):
     out.loss.backward()
     held_by = dict(model.named_parameters())
     wanted = {published_name(name): parameter.grad for name, parameter in peer.named_parameters()}
-    largest = max(float(grad.norm()) for grad in wanted.values() if grad is not None)
     compared = 0
     for piece in PI0.plan(model).pieces:
         grad = wanted[piece.published]
@@ -169,9 +168,7 @@ def test_gradients(model, peer, cameras, words, side):
         if grad is None or grad.norm() < 1e-6:  # keys' biases, and what is behind the last attention of the words
             assert found.norm() < 1e-6, piece.ours
             continue
-        # the bias of actions sums rows that nearly cancel
-        error = (piece.place(found) - piece.change.into(grad)).norm()
-        assert error < 1e-5 * grad.norm() + 1e-7 * largest, piece.published
+        close(piece.place(found), piece.change.into(grad))
         compared += 1
     assert compared > 50
 
