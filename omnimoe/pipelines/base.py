@@ -181,9 +181,9 @@ def read_documents(given: Any, read: Callable[[Any], Any]) -> list[list[Any]]:
         raise ValueError("there is no document; pass one or more")
     found = []
     for place, document in enumerate(given):
-        if isinstance(document, PathLike | np.ndarray | Tensor | Image):
+        if not isinstance(document, Sequence):
             raise ValueError(
-                f"document {place} is a {type(document).__name__}; a document is words, or a list of words and "
+                f"document {place} is of type {type(document).__name__}; a document is words, or a list of words and "
                 "pictures: [[picture, 'make it green']]"
             )
         parts = [document] if isinstance(document, str) else list(document)

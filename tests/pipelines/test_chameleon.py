@@ -251,6 +251,8 @@ def test_by_the_name_of_the_zoo_from_the_hub(hub, bare, chameleon, file, tmp_pat
         ([[]], {}, "document 0 is empty"),
         ("a red apple", {}, "must be a list of documents, got one str"),
         ([PICTURES[0]], {}, "a document is words, or a list"),
+        ([3], {}, "document 0 is of type int; a document is words, or a list"),
+        (["a", None], {}, "document 1 is of type NoneType; a document is words, or a list"),
         (["a"], {"steps": 3}, "has no steps of denoising, got steps=3"),
         (["a"], {"sizes": (8, 16)}, r"pictures of 8 x 8 pixels and no others, got \(8, 16\)"),
         (["a"], {"temperature": -1}, "temperature must be 0 or more"),
