@@ -130,7 +130,7 @@ def test_several_pictures_of_unequal_size_at_once(bagel):
         ([], None, "there is no document"),
         ("a red apple", None, "must be a list of documents, got one str"),
         (np.zeros((32, 32, 3), np.uint8), None, "got one ndarray"),
-        ([np.zeros((32, 32, 3), np.uint8), "blue"], None, "document 0 is a ndarray; a document is words"),
+        ([np.zeros((32, 32, 3), np.uint8), "blue"], None, "document 0 is of type ndarray; a document is words"),
         (["a"], 32, "for each of 1 documents, got 32"),
         (["a"], (20, 32), r"multiples of 16 up to 1024 pixels, got \(20, 32\)"),
         (["a", "b"], [(16, 16)], "one for each of 2 documents, got"),
