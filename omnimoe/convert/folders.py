@@ -113,9 +113,8 @@ def to_omnimoe(
         config.architectures, config.dtype = [OmniMoeForCausalLM.__name__], held.dtype
         with publish(destination, needed=_bytes(tensors.values()), replaces=_saved(destination)) as fresh:
             config.save_pretrained(fresh)
-            write_weights(
-                fresh, tensors, lambda name: held.parts(by_ours[name]), max_shard_size=max_shard_size or SHARD
-            )
+            size = SHARD if max_shard_size is None else max_shard_size
+            write_weights(fresh, tensors, lambda name: held.parts(by_ours[name]), max_shard_size=size)
             _copy_beside(folder, fresh, converter)
             _write_kept(held, fresh)
             if not (fresh / README).exists():
@@ -228,7 +227,8 @@ def _export(
             yield piece.change.back(tensor.squeeze(0) if len(piece.region) == 2 else tensor)
 
     files = config.published["files"]
-    max_shard_size = max_shard_size or (sys.maxsize if converter.in_one_file else SHARD)
+    if max_shard_size is None:
+        max_shard_size = sys.maxsize if converter.in_one_file else SHARD
     needed = 0 if outline else _bytes(tensors.values())
     with publish(destination, needed=needed, replaces=_saved(destination)) as fresh:
         dtype = str(main_dtype(weights.dtypes, weights.shapes)).removeprefix("torch.")

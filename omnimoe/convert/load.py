@@ -87,7 +87,7 @@ def load_converted(
     if verify:
         weights = file_names(folder, converter.weight_files).values()
         verify_folder(folder, needed={*converter.json_files, *(name for names in weights for name in names)})
-    on_meta = device is not None and torch.device(device).type == "meta"
+    on_meta = torch.device(torch.get_default_device() if device is None else device).type == "meta"
     with Published(folder, converter, strict=strict, outline=on_meta) as held:
         model = held.load(dtype=dtype, device=device, attn_implementation=attn_implementation, check_size=check_size)
     look_for_nan(model, check_finite, folder)

@@ -97,6 +97,7 @@ class Published:
         left_out = {key for keys in absent.values() for key in keys}
         unknown = [name for name in held if name not in wanted and name not in repeated]
         ignored = {name: why for name in unknown if (why := self.converter.reason_to_ignore(name, self.config))}
+        kept = {name: file for name in sorted(ignored) if (file := self.converter.file_to_keep(name)) is not None}
         report: dict[str, Any] = {
             "missing_keys": missing - left_out,
             "unexpected_keys": set(unknown) - set(ignored),
@@ -110,8 +111,7 @@ class Published:
         if misfit:
             told = f"the weights in {self.folder} do not fit its config as a {self.converter.name} model.\n{misfit}"
             torn = [name for name, keys in groups.items() if name not in absent and not missing.isdisjoint(keys)]
-            beside = [name for name in ignored if self.converter.file_to_keep(name) is not None]
-            told += likely_cause(report, wanted, held, torn, beside)
+            told += likely_cause(report, wanted, held, torn, list(kept))
             if strict:
                 raise MisfitError(f"{told}\nstrict=False loads the rest")
             logger.warning("%s\nWhat is missing is fresh.", told)
@@ -121,7 +121,6 @@ class Published:
             )
         if absent:
             self.config.published["absent"] = sorted(absent)
-        kept = {name: file for name in sorted(ignored) if (file := self.converter.file_to_keep(name)) is not None}
         for why in sorted({why for name, why in ignored.items() if name not in kept}):
             count = sum(held == why for held in ignored.values())
             logger.info("%d tensors of %s have no place here: %s", count, self.folder, why)
@@ -240,7 +239,7 @@ def likely_cause(
         cause = "the weights are quantised; take a copy in bfloat16"
     elif any("lora_" in name for name in unexpected):
         cause = "the file holds an adapter; merge it into its model first"
-    elif missing and (added := _affix([*unexpected, *sorted(beside)], missing)):
+    elif missing and (added := _affix([*unexpected, *beside], missing)):
         cause = f"its names carry the prefix {added!r}, as a wrapped model saves them"
     elif missing and (lacking := _affix(missing, [*unexpected, *beside])):
         cause = f"its names lack the prefix {lacking!r}, as a part of a model saves them"

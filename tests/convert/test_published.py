@@ -448,6 +448,8 @@ def test_an_outline_is_all_but_the_numbers(llama, tmp_path):
     assert {name: held.shape for name, held in again.state_dict().items()} == {
         name: held.shape for name, held in hollow.state_dict().items()
     }
+    with torch.device("meta"):
+        assert from_pretrained(tmp_path / "first").lm_head.weight.is_meta
     told = "is an outline, the names, shapes and types of .* without their numbers; load it with device='meta'"
     for use in (from_pretrained, lambda folder: convert_checkpoint(folder, tmp_path / "ours")):
         with pytest.raises(CheckpointError, match=told):
