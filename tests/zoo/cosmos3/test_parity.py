@@ -5,6 +5,8 @@ All three read one published folder, which our model wrote.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -96,29 +98,37 @@ def drawn(peers: tuple[Any, Any], sample: Sample) -> dict[str, Tensor]:
 
 
 def compare(model: OmniMoeForCausalLM, peers: tuple[Any, Any], held: list[Sample], side: str = "left") -> int:
-    """Holds a batch to the references, sample by sample; how many parts were compared."""
+    """Holds a batch to the references, sample by sample; how many parts that are generated were compared."""
     given = batch(model, held, side)
     with torch.no_grad():
         out = model(**given)
-        start = dict.fromkeys(("video", "sound", "action"), 0)
-        compared = 0
         for row, sample in enumerate(held):
             at = int(given["attention_mask"][row].argmax())
             close(out.logits[row, at : at + len(sample.scene.ids)], said(peers[0], sample))
-            shape = sample.scene.video
-            counts = {"video": torch.Size(shape).numel() if shape else 0}
-            counts |= {"sound": sample.scene.sound, "action": sample.scene.action}
-            wanted = drawn(peers, sample) if shape else {}
-            for name, count in counts.items():
-                mine = (out.predictions or {}).get(name, torch.empty(0))[start[name] : start[name] + count]
-                start[name] += count
-                if name == "video" and count:
-                    mine = to_latent(mine.view(*shape, -1), sample.latent.shape[2:])
-                    close(mine[:, sample.noisy], wanted[name][:, sample.noisy])
-                elif count and not (name == "action" and sample.acted):
-                    close(mine, wanted[name])
-                compared += bool(count)
-        return compared
+        return compare_generated(out.predictions or {}, peers, held)
+
+
+def compare_generated(predictions: dict[str, Tensor], peers: tuple[Any, Any], held: list[Sample]) -> int:
+    """Holds the rows of each modality to what diffusers predicts of each sample; how many parts were compared."""
+    start = dict.fromkeys(("video", "sound", "action"), 0)
+    compared = 0
+    for sample in held:
+        shape = sample.scene.video
+        counts = {"video": torch.Size(shape).numel() if shape else 0}
+        counts |= {"sound": sample.scene.sound, "action": sample.scene.action}
+        wanted = drawn(peers, sample) if shape else {}
+        for name, count in counts.items():
+            if not count:
+                continue
+            mine = predictions[name][start[name] : start[name] + count]
+            start[name] += count
+            compared += 1
+            if name == "video":
+                mine = to_latent(mine.view(*shape, -1), sample.latent.shape[2:])
+                close(mine[:, sample.noisy], wanted[name][:, sample.noisy])
+            elif not (name == "action" and sample.acted):
+                close(mine, wanted[name])
+    return compared
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -249,39 +259,71 @@ def test_no_word_sees_what_is_generated(kind, model):
 
 
 @torch.no_grad()
-def test_the_words_are_computed_once_for_all_steps(kind, model):
+@pytest.mark.parametrize("chosen", [1, 2, 4], ids=["with pictures seen", "with sound", "with actions"])
+def test_the_words_are_computed_once_for_all_steps(kind, model, peers, chosen):
     """Of a padded batch: words in two pieces into a cache, then two steps at different times over it."""
-    held = [sample for sample in samples(kind) if sample.scene.video and not sample.pictures][:1] * 2
-    held[1] = Sample(
-        type(held[0].scene)(**{**vars(held[0].scene), "ids": held[0].scene.ids[:3]}),
-        **{name: value for name, value in vars(held[0]).items() if name != "scene"},
-    )
+    sample = samples(kind)[chosen]
+    ids = sample.scene.ids
+    fewer = dataclasses.replace(sample.scene, ids=[token for token in ids if token < 100][1:], seen=[])
+    held = [sample, dataclasses.replace(sample, scene=fewer, pictures=[])]
     given = batch(model, held)
-    cut = len(held[0].scene.ids)
+    cut, parts = len(ids), dict(given["features"])
     columns = ("input_ids", "modality_ids", "position_ids")
+    seen = {"vision": parts.pop("vision")} if sample.pictures else {}
+    pictures = max((place for place, token in enumerate(ids) if token >= 100), default=0)
     cache = None
-    for start, stop in ((0, 3), (3, cut)):
-        part = {name: given[name][:, start:stop] for name in columns}
-        out = model(**part, attention_mask=given["attention_mask"][:, :stop], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-    rest = {name: given[name][:, cut:] for name in columns}
-    for scale in (1.0, 0.5):
-        times = {name: held_times * scale for name, held_times in given["timesteps"].items()}
-        whole = model(**{**given, "timesteps": times})
-        step = model(
-            **rest,
+    for start, stop in ((0, pictures + 1), (pictures + 1, cut)):
+        out = model(
+            **{name: given[name][:, start:stop] for name in columns},
+            attention_mask=given["attention_mask"][:, :stop],
+            features=seen or None,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, seen = out.past_key_values, {}
+    for time in (sample.time, sample.time / 2):
+        steps = [dataclasses.replace(one, time=time) for one in held]
+        out = model(
+            **{name: given[name][:, cut:] for name in columns},
             attention_mask=given["attention_mask"],
-            features=given["features"],
-            timesteps=times,
+            features=parts,
+            timesteps=batch(model, steps)["timesteps"],
             past_key_values=cache,
         )
-        for name, wanted in whole.predictions.items():
-            close(step.predictions[name], wanted)
+        assert compare_generated(out.predictions, peers, steps) >= 2
         cache.crop(cut - given["input_ids"].shape[1])
 
 
 @torch.no_grad()
-def test_words_one_by_one_after_pictures(kind, model, peers):
+@pytest.mark.parametrize("lacking", ["nothing", "pictures"])
+def test_words_one_by_one_after_pictures(kind, model, peers, lacking):
+    """Of a padded batch, the prompt into a cache and then word by word: the logits of each step."""
+    held = [sample for sample in samples(kind) if not sample.scene.video]
+    if lacking == "pictures":
+        held = [Sample(Scene(ids=[9, 8, 7, 6])), *(sample for sample in held if not sample.pictures)]
+    words = torch.randint(3, 90, (len(held), 3), generator=torch.Generator().manual_seed(5))
+    grown = [
+        dataclasses.replace(sample, scene=dataclasses.replace(sample.scene, ids=[*sample.scene.ids, *more]))
+        for sample, more in zip(held, words.tolist(), strict=True)
+    ]
+    given = batch(model, grown)
+    ids, features = given["input_ids"], given.get("features")
+    wanted = [said(peers[0], sample) for sample in grown]
+    cache, first, width = None, ids.shape[1] - 3, ids.shape[1]
+    for start, stop in itertools.pairwise([0, *range(first, width + 1)]):
+        mask = given["attention_mask"][:, :stop]
+        places = given["position_ids"][:, start:stop]
+        piece = {"attention_mask": mask, "position_ids": places, "features": features}
+        out = model(ids[:, start:stop], **piece, past_key_values=cache, use_cache=True)
+        cache, features = out.past_key_values, None
+        for row, logits in enumerate(wanted):
+            count = min(stop - start, len(logits) - (width - stop))
+            end = len(logits) - (width - stop)
+            close(out.logits[row, -count:], logits[end - count : end])
+
+
+@torch.no_grad()
+def test_greedy_words_after_pictures(kind, model, peers):
     """Greedy text of a padded batch, as transformers generates it one by one."""
     held = [sample for sample in samples(kind) if not sample.scene.video]
     given = batch(model, held)

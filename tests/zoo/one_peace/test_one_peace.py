@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 
 import omnimoe
 from omnimoe.checkpoint import CheckpointError
@@ -43,8 +44,8 @@ def folder(weights, tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("published"), {**TINY, "heads": []}, weights)
 
 
-def inputs(model, which: str, dtype: torch.dtype = torch.float64) -> tuple[dict, list[list]]:
-    """A batch for ours, with texts and sounds of several lengths, and the spans of each sequence."""
+def inputs(model, which: str, *, left: bool = False) -> tuple[dict, list[list]]:
+    """A batch for ours, with texts and sounds of several lengths, padded on a side; and the spans of each sequence."""
     made = torch.Generator().manual_seed(1)
     pixels = torch.randn(3, 3, 32, 32, generator=made)
     texts = [torch.randint(3, 50, (length,), generator=made).tolist() for length in (11, 4, 1)]
@@ -63,31 +64,34 @@ def inputs(model, which: str, dtype: torch.dtype = torch.float64) -> tuple[dict,
         given: list = [("text", texts[row])] if ids else []
         if "image" in which:
             ids.append(spans["vision"][row])
-            given.append(("image", pixels[row].to(dtype)))
+            given.append(("image", pixels[row].double()))
         if "audio" in which:
             ids.append(spans["audio"][row])
-            given.append(("audio", waves[row, : SAMPLES[row]].to(dtype)))
+            given.append(("audio", waves[row, : SAMPLES[row]].double()))
         rows.append(torch.cat(ids))
         parts.append(given)
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
+    side = "left" if left else "right"
+    padded = pad_sequence(rows, batch_first=True, padding_value=1, padding_side=side)
+    mask = pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True, padding_side=side)
     batch = {"input_ids": padded, "attention_mask": mask, "features": features}
     return (batch if features else {name: batch[name] for name in ("input_ids", "attention_mask")}), parts
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("which", ["text", "image", "audio", "text image", "text audio", "text image audio"])
-def test_rows(model, doubles, which):
-    batch, parts = inputs(model, which)
+def test_rows(model, doubles, which, left):
+    batch, parts = inputs(model, which, left=left)
     with torch.no_grad():
         found = model.model(**batch).last_hidden_state
     for row, given in enumerate(parts):
         close(found[row][batch["attention_mask"][row].bool()], rows_of(doubles, given))
 
 
-@pytest.mark.parametrize("which", ["text", "text image", "text audio"])
-def test_gradients(model, weights, which):
-    """Of every published tensor, on padded batches, with one or two modalities absent."""
-    batch, parts = inputs(model, which)
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("which", ["text", "image", "audio", "text image", "text audio", "text image audio"])
+def test_gradients(model, weights, which, left):
+    """Of every published tensor, on padded batches, with one or two modalities absent and none."""
+    batch, parts = inputs(model, which, left=left)
     real = batch["attention_mask"].bool()
     factors = torch.randn(*real.shape, 32, generator=torch.Generator().manual_seed(2))
     model.zero_grad()

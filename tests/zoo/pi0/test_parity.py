@@ -80,29 +80,41 @@ def test_pictures_among_words(model, peer):
     close(denoise(model, "action", **given, noise=noise, steps=10).view_as(wanted), wanted)
 
 
-def test_no_picture_at_all(model, peer):
-    """The reference has no such call, but for words in its cache."""
-    held = episodes(PLAIN, (0, 0), (4, 4))
-    words = torch.tensor([episode.words for episode in held])
-    mask, places = torch.ones_like(words), torch.arange(4).expand(2, -1)
+@pytest.mark.parametrize("words", [(4, 4), (5, 2)], ids=["even", "ragged"])
+def test_no_picture_at_all(model, peer, words):
+    """The reference has no such call, but for words in its cache: velocities, and actions drawn in ten steps."""
+    held = episodes(PLAIN, (0, 0), words)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(episode.words) for episode in held], batch_first=True)
+    mask = torch.tensor([[place < count for place in range(max(words))] for count in words]).long()
+    ours = for_ours(model, held)
+    assert "vision" not in ours["features"]
     with torch.no_grad():
         seen = peer.model.vlm(
-            input_ids=words,
+            input_ids=ids,
             attention_mask=mask,
-            position_ids=places,
-            token_type_ids=torch.zeros_like(words),
+            position_ids=mask.cumsum(-1) - 1,
+            token_type_ids=torch.zeros_like(ids),
             use_cache=True,
-        )
-        wanted = peer(
-            state=torch.stack([episode.state for episode in held]),
-            noise=torch.stack([episode.actions for episode in held]),
-            timestep=torch.tensor([episode.time for episode in held]),
-            attention_mask=mask,
-            past_key_values=seen.past_key_values,
-        ).logits
-        ours = for_ours(model, held)
-        assert "vision" not in ours["features"]
+        ).past_key_values
+
+        def velocities(actions: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+            state = torch.stack([episode.state for episode in held])
+            given = {"state": state, "noise": actions, "timestep": times, "attention_mask": mask}
+            found = peer(**given, past_key_values=seen).logits
+            seen.crop(ids.shape[1] - seen.get_seq_length())
+            return found
+
+        noise = torch.stack([episode.actions for episode in held])
+        wanted = velocities(noise, torch.tensor([episode.time for episode in held]))
         close(model(**ours).predictions["action"].view_as(wanted), wanted)
+        actions = noise
+        for step in range(10):
+            actions = actions - velocities(actions, torch.full((2,), 1 - step / 10)) / 10
+    ours.pop("timesteps")
+    start = ours["features"].pop("action")
+    for use_cache in (True, False):
+        found = denoise(model, "action", **ours, noise=start, steps=10, use_cache=use_cache)
+        close(found.view_as(actions), actions)
 
 
 def test_padding_between_words_and_state_is_not_seen(model, peer):

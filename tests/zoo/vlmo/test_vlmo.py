@@ -79,10 +79,14 @@ def test_rows_words_and_pairs(model, doubles, which, left):
         close(pairs[row], pair_logits(doubles, wanted))
 
 
-@pytest.mark.parametrize("which", ["both", "text", "vision"])
-def test_gradients(model, weights, which):
-    """Of every published tensor, in float32 on both sides, on padded batches, and with a modality absent."""
-    given, parts = inputs(which)
+@pytest.mark.parametrize(
+    ("which", "left"),
+    [("both", False), ("both", True), ("text", False), ("text", True), ("vision", False)],
+    ids=["both, right", "both, left", "text, right", "text, left", "vision"],
+)
+def test_gradients(model, weights, which, left):
+    """Of every published tensor, ours in float32, on padded batches, and with a modality absent."""
+    given, parts = inputs(which, left=left)
     real = given["attention_mask"].bool()
     made = torch.Generator().manual_seed(2)
     factors, pair_factors = torch.randn(*real.shape, 60, generator=made), torch.randn(3, 2, generator=made)
