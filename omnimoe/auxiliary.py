@@ -82,7 +82,7 @@ def add_auxiliary_routers(model: OmniMoeForCausalLM) -> OmniMoeForCausalLM:
     """
     config = with_auxiliary_routers(model.config)
     config.dtype, config._attn_implementation = model.config.dtype, model.config._attn_implementation
-    if getattr(model.config, "card", None) is not None:
+    if model.config.card is not None:
         config.card = dict(model.config.card)
     grown = OmniMoeForCausalLM(config)
     told = grown.load_state_dict(model.state_dict(), strict=False, assign=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from omnimoe.blocks import block_ids_of, block_positions
 from omnimoe.guidance import Guidance, as_guidance
-from omnimoe.inputs import InputError
+from omnimoe.inputs import InputError, check_whole
 from omnimoe.layers.masks import is_causal_rule, uncached_facts
 from omnimoe.layouts import Layout
 from omnimoe.modalities import Patches
@@ -80,8 +80,7 @@ def denoise(
     """
     config = model.config
     patches = _patches(model, name)
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
+    check_whole("steps", steps)
     if not 0 < shift < math.inf:
         raise InputError(f"shift must be above 0 and finite, got {shift}")
     guide = as_guidance(guidance)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from omnimoe.generation.prompts import (
 from omnimoe.generation.ranking import log_likelihood
 from omnimoe.generation.sampling import ByModality, Sampling, row_generators, sample, seeds_of, set_sampling
 from omnimoe.generation.streaming import TextSpanStreamer
+from omnimoe.inputs import check_whole
 from omnimoe.model import OmniMoeConfig, OmniMoeForCausalLM
 from omnimoe.spans import bounded_ranges, owned_rows, read_spans
 from omnimoe.spans.guidance import Scale
@@ -310,10 +310,7 @@ def _check_counts(num_samples: int, drawn: int, batch_size: int, steps: int, lon
     given = {"num_samples": num_samples, "best_of": drawn, "batch_size": batch_size}
     given |= {"steps": steps, "max_new_tokens": longest}
     for what, value in given.items():
-        if value < 1:
-            raise GenerationError(f"{what} must be at least 1, got {value}")
-        if not isinstance(value, Integral):
-            raise GenerationError(f"{what} must be a whole number, got {value!r}")
+        check_whole(what, value, error=GenerationError)
     if drawn < num_samples:
         raise GenerationError(f"best_of must be at least num_samples, {num_samples}, got {drawn}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from numbers import Real
 
 from torch import Tensor
 
@@ -40,6 +41,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for _, scale in self.scales:
+            if not isinstance(scale, Real):
+                raise InputError(f"guidance must be a number, got {scale!r}")
             if not 0 <= scale < math.inf:
                 raise InputError(f"guidance must be 0 or more and finite, got {scale}")
         for names, _ in self.scales:

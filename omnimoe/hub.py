@@ -386,7 +386,7 @@ def _arguments(function: Callable[..., Any]) -> frozenset[str]:
 
 def _describe(model: OmniMoePreTrainedModel, name: str) -> None:
     """Gives a model what its family says of it, for the card that is written when it is saved."""
-    card, held = card_of(name), getattr(model.config, "card", None) or {}
+    card, held = card_of(name), model.config.card or {}
     known = card.facts(name) if card else {}
     if "license" in held:  # what the checkpoint says counts, and its name and address are no other licence's
         known.pop("license_name", None)

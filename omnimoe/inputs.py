@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -52,6 +53,24 @@ def check_tensor(name: str, given: object, form: str | Callable[[], str]) -> Non
     if given is not None and not isinstance(given, Tensor):
         form = form if isinstance(form, str) else form()
         raise InputError(f"{name} must be a tensor {form}, got {type(given).__name__}; pass torch.as_tensor({name})")
+
+
+def check_whole(name: str, given: object, *, least: int = 1, error: type[ValueError] = InputError) -> None:
+    """Refuses what is no whole number, or a smaller one.
+
+    Args:
+        name: the argument's name.
+        given: what was passed.
+        least: the smallest that will do.
+        error: what to raise.
+
+    Raises:
+        InputError: with the value, or ``error`` in its place.
+    """
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise error(f"{name} must be a whole number, got {given!r}")
+    if given < least:
+        raise error(f"{name} must be at least {least}, got {given}")
 
 
 def check_arguments(unknown: Iterable[str], forward: Callable) -> None:

@@ -114,7 +114,7 @@ def is_ours(text: str | None) -> bool:
 
 
 def _facts(config: OmniMoeConfig) -> dict[str, Any]:
-    facts = getattr(config, "card", None)
+    facts = config.card
     if facts is None:
         return {}
     if not isinstance(facts, dict):

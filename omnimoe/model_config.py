@@ -336,6 +336,18 @@ class OmniMoeConfig(PreTrainedConfig):
         return self.widths[self.modality_names.index(name)] if self.widths else self.hidden_size
 
     @property
+    def card(self) -> dict[str, Any] | None:
+        """What a card tells of licence and data, by :data:`omnimoe.model_card.FACTS`; None where nothing is known.
+
+        It is saved with the rest where it was set.
+        """
+        return self.__dict__.get("card")
+
+    @card.setter
+    def card(self, facts: dict[str, Any] | None) -> None:
+        self.__dict__["card"] = facts
+
+    @property
     def modality_names(self) -> tuple[str, ...]:
         """The modalities in the order of their ids."""
         return tuple(modality.name for modality in self.modalities)

@@ -17,6 +17,15 @@ def model() -> OmniMoeForCausalLM:
     return build(MOT)
 
 
+def test_a_config_that_knows_nothing_of_it_has_none():
+    config = OmniMoeConfig()
+    assert config.card is None
+    assert "card" not in config.to_dict()
+    config.card = {"license": "mit"}
+    assert OmniMoeConfig.from_dict(config.to_dict()).card == {"license": "mit"}
+    assert OmniMoeConfig().card is None
+
+
 def test_it_says_what_was_saved(model, tmp_path):
     model.config.card = {"license": "apache-2.0", "datasets": ["org/data"], "data": "Ten pictures.", "language": "en"}
     model.save_pretrained(tmp_path / "tiny")

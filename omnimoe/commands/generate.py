@@ -129,6 +129,7 @@ def _run_published(kind: type[Pipeline], source: str, documents: list, args: arg
     """The same by the pipeline of a published family, which has tokenizers and a way of drawing of its own."""
     import torch
 
+    from omnimoe.encoders.raw import whole_pictures
     from omnimoe.generation.media import Generated
     from omnimoe.pipelines import Pipeline
 
@@ -156,6 +157,8 @@ def _run_published(kind: type[Pipeline], source: str, documents: list, args: arg
         makes: Any = {"image": kind.draw, "video": kind.film}.get(args.to, kind.interleave)
         if unused := sorted(set(chosen) - set(inspect.signature(makes).parameters)):
             raise ValueError(f"--{unused[0].replace('_', '-')} changes nothing of what {source} draws; leave it out")
+    for document in read:  # a file that is no picture is told before the model is loaded
+        whole_pictures([part for part in document if isinstance(part, Path)])
     device = default_device(args.device)
     pipeline = kind.from_pretrained(source, device=device, dtype="float32" if device == "cpu" else "auto")
     made: list[Generated] = []

@@ -235,7 +235,8 @@ def likely_cause(
     """
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     cause = ""
-    if any("weight_scale" in name or name.endswith((".qweight", ".absmax", "_blocks")) for name in unexpected):
+    packed = (".qweight", ".absmax", "_blocks", "_scale_inv")
+    if any("weight_scale" in name or name.endswith(packed) for name in unexpected):
         cause = "the weights are quantised; take a copy in bfloat16"
     elif any("lora_" in name for name in unexpected):
         cause = "the file holds an adapter; merge it into its model first"

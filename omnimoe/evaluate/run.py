@@ -22,6 +22,7 @@ from omnimoe.evaluate.bench import SAMPLING, Bench
 from omnimoe.evaluate.raw import RawCorpus
 from omnimoe.flops import total_params
 from omnimoe.generation.sampling import Sampling
+from omnimoe.inputs import check_whole
 from omnimoe.model import OmniMoeForCausalLM
 from omnimoe.tokenizers import Tokenizer
 
@@ -267,17 +268,14 @@ def _check(
         raise EvaluationError(f"num must be at least 3 concepts, or None for all, got {num}")
     if not candidates or min(candidates) < 2:
         raise EvaluationError(f"candidates must be sizes of at least 2, got {tuple(candidates)}")
-    if batch_size < 1:
-        raise EvaluationError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, error=EvaluationError)
 
 
 def _check_sampling(models: Mapping[str, OmniMoeForCausalLM], sampling: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses options out of range before anything is measured."""
     choices = {field.name for field in dataclasses.fields(Sampling)}
     for to, options in sampling.items():
-        drawn = options.get("best_of", 1)
-        if not isinstance(drawn, int) or drawn < 1:
-            raise EvaluationError(f"best_of of {to} must be a whole number of at least 1, got {drawn!r}")
+        check_whole(f"best_of of {to}", options.get("best_of", 1), error=EvaluationError)
         named = {what: {to: value} for what, value in options.items() if what in choices}
         for model in models.values():
             if to in model.config.modality_names:

@@ -22,8 +22,17 @@ from omnimoe.denoise import denoise
 from omnimoe.encoders.raw import whole_pictures
 from omnimoe.encoders.siglip import fit_size
 from omnimoe.guidance import Guidance
+from omnimoe.inputs import check_whole
 from omnimoe.model import OmniMoeForCausalLM
-from omnimoe.pipelines.base import Loading, Part, Pipeline, open_published, read_documents, register_pipeline
+from omnimoe.pipelines.base import (
+    Loading,
+    Part,
+    Pipeline,
+    noise_of,
+    open_published,
+    read_documents,
+    register_pipeline,
+)
 from omnimoe.tokenizers import Tokenizer, TokenizerError
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
 from omnimoe.zoo.bagel.autoencoder import FILE, PIXELS, BagelAutoencoder
@@ -111,8 +120,8 @@ class Bagel(Pipeline):
         Raises:
             ValueError: if there is no autoencoder, a size does not fit, or a document is empty.
         """
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        steps = STEPS if steps is None else steps
+        check_whole("steps", steps)
         read = self._read(documents)
         has_pictures = any(not isinstance(part, str) for document in read for part in document)
         published = EDITING if has_pictures else DRAWING
@@ -124,6 +133,7 @@ class Bagel(Pipeline):
         if self.autoencoder is None:
             raise ValueError(f"this copy has no autoencoder to draw with; load one with {FILE}")
         shapes = [self._shape(document, size) for document, size in zip(read, _each(sizes, len(read)), strict=True)]
+        noise = torch.cat(noise_of([(tall * wide, LATENT_CHANNELS * LATENT_PATCH**2) for tall, wide in shapes], seed))
         batch = self._batch(read, drawn=shapes)
         rows = denoise(
             self.model,
@@ -133,9 +143,9 @@ class Bagel(Pipeline):
             features=batch.features,
             drawn=self._last_span(batch),
             sizes=shapes,
-            steps=steps or STEPS,
+            steps=steps,
             shift=shift,
-            noise=_noise(shapes, seed).to(self.model.device),
+            noise=noise.to(self.model.device),
             guidance=guidance,
         )
         counts = [tall * wide for tall, wide in shapes]
@@ -263,20 +273,16 @@ def read_tokenizer(folder: Path) -> HfTextTokenizer:
         return HfTextTokenizer.from_pretrained(folder / "tokenizer.json", add_markers=False)
     from transformers import Qwen2Tokenizer
 
+    if missing := [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]:
+        raise TokenizerError(
+            f"{folder} has no {' and no '.join(missing)}, without which no words can be read; put the published files "
+            "beside the weights, or tokenizer.json"
+        )
     try:
         model = Qwen2Tokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
     except Exception as error:  # whatever a wrong file makes the library raise
         raise TokenizerError(f"{folder} has no tokenizer of Qwen2: {error}") from error
     return HfTextTokenizer(HfTextTokenizer.Config(add_markers=False), model=model)
-
-
-def _noise(shapes: Sequence[tuple[int, int]], seed: int | None) -> Tensor:
-    """Rows of all pictures; document i of a call has the noise of a call of its own with ``seed + i``."""
-    parts = []
-    for place, (tall, wide) in enumerate(shapes):
-        generator = None if seed is None else torch.Generator().manual_seed(seed + place)
-        parts.append(torch.randn(tall * wide, LATENT_CHANNELS * LATENT_PATCH**2, generator=generator))
-    return torch.cat(parts)
 
 
 def _each(sizes: Any, count: int) -> list[tuple[int, int] | None]:

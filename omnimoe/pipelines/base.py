@@ -19,6 +19,7 @@ from omnimoe.catalogue import weights_of
 from omnimoe.checkpoint import CheckpointError, Hub, Source
 from omnimoe.convert import find_converter
 from omnimoe.hub import from_pretrained
+from omnimoe.inputs import check_whole
 from omnimoe.model import MODELS, OmniMoeForCausalLM
 from omnimoe.registry import Registry
 
@@ -191,6 +192,27 @@ def read_documents(given: Any, read: Callable[[Any], Any]) -> list[list[Any]]:
             raise ValueError(f"document {place} is empty; give it words or a picture")
         found.append([part if isinstance(part, str) else read(part) for part in parts])
     return found
+
+
+def document_seeds(seed: int | None, count: int) -> list[int | None]:
+    """A seed for each document: ``seed + i``, so that one is drawn the same whatever it is drawn with.
+
+    Raises:
+        InputError: if the seed is no whole number of at least 0.
+    """
+    if seed is None:
+        return [None] * count
+    check_whole("seed", seed, least=0)
+    return [seed + place for place in range(count)]
+
+
+def noise_of(shapes: Sequence[tuple[int, ...]], seed: int | None) -> list[Tensor]:
+    """Normal noise float32 on the CPU for each document, by the seeds of :func:`document_seeds`."""
+    made = []
+    for shape, own in zip(shapes, document_seeds(seed, len(shapes)), strict=True):
+        generator = None if own is None else torch.Generator().manual_seed(own)
+        made.append(torch.randn(shape, generator=generator))
+    return made
 
 
 PIPELINES: Registry[type[Pipeline]] = Registry("pipeline")

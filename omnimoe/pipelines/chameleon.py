@@ -20,8 +20,17 @@ from torch import Tensor
 from omnimoe.generation.media import Generated
 from omnimoe.generation.prompts import Prompt, lay_out_prompt, pad_prompts, token_ids
 from omnimoe.generation.sampling import ByModality, Sampling, row_generators, sample
+from omnimoe.inputs import check_whole
 from omnimoe.model import OmniMoeForCausalLM
-from omnimoe.pipelines.base import Loading, Part, Pipeline, open_published, read_documents, register_pipeline
+from omnimoe.pipelines.base import (
+    Loading,
+    Part,
+    Pipeline,
+    document_seeds,
+    open_published,
+    read_documents,
+    register_pipeline,
+)
 from omnimoe.spans import read_spans
 from omnimoe.tokenizers import Tokenizer
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
@@ -211,8 +220,8 @@ class Chameleon(Pipeline):
         Raises:
             ValueError: if there is no decoder, a choice is out of range, or a document is empty or too long.
         """
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if max_new_tokens is not None:
+            check_whole("max_new_tokens", max_new_tokens)
         self._check_decoder()
         config = self.model.config
         prompts = self._prompts(documents, is_turn=is_turn, room=1)
@@ -240,7 +249,7 @@ class Chameleon(Pipeline):
         spans: Sequence[str] | None,
     ) -> list[tuple[Tensor, int | None]]:
         count = len(prompts)
-        seeds = torch.randint(2**62, (count,)).tolist() if seed is None else [seed + place for place in range(count)]
+        seeds = [int(torch.randint(2**62, ())) if own is None else own for own in document_seeds(seed, count)]
         return sample(
             self.model,
             prompts,

@@ -7,7 +7,9 @@ Documents of one call are worked on together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any, Unpack
@@ -18,9 +20,20 @@ from PIL import Image
 
 from omnimoe.checkpoint import CheckpointError, read_json
 from omnimoe.encoders.raw import whole_pictures
+from omnimoe.guidance import as_guidance
+from omnimoe.inputs import check_whole
 from omnimoe.joint_denoise import SchedulerSampler, denoise_jointly
 from omnimoe.model import OmniMoeForCausalLM
-from omnimoe.pipelines.base import Clip, Loading, Part, Pipeline, open_published, read_documents, register_pipeline
+from omnimoe.pipelines.base import (
+    Clip,
+    Loading,
+    Part,
+    Pipeline,
+    document_seeds,
+    open_published,
+    read_documents,
+    register_pipeline,
+)
 from omnimoe.zoo.cosmos3.convert import BASE_FPS, COMPRESSION
 from omnimoe.zoo.cosmos3.layout import PATCH, Scene, Shape, lay_out, to_latent, to_rows
 from omnimoe.zoo.cosmos3.media import CELL, decode_pictures, decode_sound, encode_picture, read_part, sound_length
@@ -150,24 +163,27 @@ class Cosmos3(Pipeline):
             raise ValueError("this copy has no autoencoder to draw with; load one with vae/ and scheduler/")
         if sound and (self.sounds is None or "sound" not in self.model.config.modality_names):
             raise ValueError("this copy makes no sound; take Nano or Super with their sound_tokenizer/, or sound=False")
-        if num_frames < 1 or not fps > 0:
-            raise ValueError(f"num_frames must be at least 1 and fps above 0, got {num_frames} and {fps}")
+        steps, guidance = STEPS if steps is None else steps, GUIDANCE if guidance is None else guidance
+        check_whole("num_frames", num_frames)
+        check_whole("steps", steps)
+        as_guidance(guidance)
+        if not isinstance(fps, Real) or not 0 < fps < math.inf:
+            raise ValueError(f"fps must be a number above 0, got {fps!r}")
         read = read_documents(documents, lambda picture: whole_pictures([picture])[0])
         asked = [_asked(document, place, num_frames) for place, document in enumerate(read)]
-        each = _each(sizes, len(asked))
+        each, seeds = _each(sizes, len(asked)), document_seeds(seed, len(asked))
         found: list[Clip | None] = [None] * len(asked)
         for size in dict.fromkeys(each):
             mine = [place for place, other in enumerate(each) if other == size]
-            seeds = [None if seed is None else seed + place for place in mine]
             made = self._film(
                 [asked[place] for place in mine],
                 size,
                 num_frames=num_frames,
                 fps=fps,
                 sound=sound,
-                guidance=GUIDANCE if guidance is None else guidance,
-                steps=STEPS if steps is None else steps,
-                seeds=seeds,
+                guidance=guidance,
+                steps=steps,
+                seeds=[seeds[place] for place in mine],
                 against=against,
             )
             for place, clip in zip(mine, made, strict=True):

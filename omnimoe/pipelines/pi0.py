@@ -21,7 +21,7 @@ from omnimoe.denoise import denoise
 from omnimoe.encoders.raw import whole_pictures
 from omnimoe.encoders.siglip import Siglip
 from omnimoe.model import OmniMoeForCausalLM
-from omnimoe.pipelines.base import Loading, Pipeline, open_published, register_pipeline
+from omnimoe.pipelines.base import Loading, Pipeline, noise_of, open_published, register_pipeline
 from omnimoe.pipelines.scales import Scale, read_scales
 from omnimoe.tokenizers import Tokenizer
 from omnimoe.tokenizers.hf_text import HfTextTokenizer
@@ -125,7 +125,7 @@ class Pi0(Pipeline):
         batch = self.batch(pictures, instructions, states)
         shape = (len(batch["input_ids"]), self.num_actions, self.channels)
         if noise is None:
-            noise = _noise(shape, seed)
+            noise = torch.stack(noise_of([shape[1:]] * shape[0], seed))
         if tuple(noise.shape) != shape:
             raise ValueError(f"noise must be {shape}, a row for each action of each sample, got {tuple(noise.shape)}")
         rows = denoise(self.model, "action", **batch, steps=steps, noise=noise.flatten(0, 1).to(self.model.device))
@@ -219,12 +219,6 @@ def training_times(count: int, generator: torch.Generator | None = None) -> Tens
 def _cameras(given: Any) -> list[Any]:
     """The pictures of a sample; one that stands alone is that of one camera."""
     return list(given) if isinstance(given, list | tuple) else [given]
-
-
-def _noise(shape: tuple[int, int, int], seed: int | None) -> Tensor:
-    """``(B, H, A)``; sample i of a call has the noise of a call of its own with ``seed + i``."""
-    generators = (None if seed is None else torch.Generator().manual_seed(seed + place) for place in range(shape[0]))
-    return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])
 
 
 __all__ = ["LONGEST", "STEPS", "WORDS", "Pi0", "Scale", "on_square", "read_scales", "training_times"]

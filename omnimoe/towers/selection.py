@@ -60,7 +60,7 @@ class Selection:
             final_norm=cut(whole.final_norm),
             layers=tuple(cut(held) for held in whole.layers),
         )
-        if hasattr(whole, "card"):
+        if whole.card is not None:
             config.card = whole.card
         return config
 

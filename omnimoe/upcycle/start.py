@@ -134,7 +134,7 @@ def upcycle(
     _check_tie(held, config)
     base = held.config.name_or_path
     if base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists():
-        config.card = {"base_model": base, **(getattr(config, "card", None) or {})}
+        config.card = {"base_model": base, **(config.card or {})}
     with torch.device("meta"):
         shape = OmniMoeForCausalLM(copy.deepcopy(config))
     choices = Choices(origin=origin, rescale=rescale, expert_noise=expert_noise, router_noise=router_noise)

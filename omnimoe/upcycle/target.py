@@ -110,9 +110,8 @@ def target_config(
     config = seed.replace(**{**values, **given})
     config.dtype = seed.dtype
     config._attn_implementation = seed._attn_implementation
-    card = getattr(seed, "card", None)
-    if card is not None:
-        config.card = dict(card)
+    if seed.card is not None:
+        config.card = dict(seed.card)
     return config
 
 

@@ -251,6 +251,10 @@ MISFITS = {
         lambda held: held.update({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1)}),
         "Likely cause: the weights are quantised; take a copy in bfloat16",
     ),
+    "quantised in blocks": (
+        lambda held: held.update({"model.layers.0.mlp.up_proj_scale_inv": torch.ones(1)}),
+        "Likely cause: the weights are quantised; take a copy in bfloat16",
+    ),
     "adapter": (
         lambda held: held.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)}),
         "Likely cause: the file holds an adapter; merge it into its model first",

@@ -21,6 +21,7 @@ from omnimoe.convert import to_published
 from omnimoe.denoise import denoise
 from omnimoe.guidance import Guidance
 from omnimoe.pipelines import Pipeline, find_pipeline
+from omnimoe.tokenizers import TokenizerError
 from tests.tokenizers.test_hf_text import byte_level
 from tests.zoo.bagel.documents import Latent, Seen, Text, batch
 from tests.zoo.bagel.test_drawing import asked
@@ -100,8 +101,28 @@ def test_documents_with_pictures_are_guided_as_edits(bagel):
     given = {"steps": 2, "seed": 0, "sizes": (32, 32)}
     (found,), (wanted,) = (bagel.draw([[PICTURE, "blue"]], **given, **more) for more in ({}, {"guidance": EDITING}))
     assert np.array_equal(found, wanted)
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        bagel.draw(["a"], steps=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
+        ({"seed": "0"}, "seed must be a whole number, got '0'"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"guidance": "4"}, "guidance must be a number, got '4'"),
+    ],
+)
+def test_choices_out_of_range_are_named(bagel, options, said):
+    with pytest.raises(ValueError, match=said):
+        bagel.draw(["a"], **{"steps": 1, "sizes": (32, 32), **options})
+
+
+def test_a_folder_without_a_tokenizer_says_what_is_missing(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer.json"))
+    (tmp_path / "mute" / "vocab.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"has no merges\.txt, without which no words can be read"):
+        Bagel.from_pretrained(tmp_path / "mute")
 
 
 def test_a_folder_of_ours_and_back_keeps_the_autoencoder(folder, tmp_path):
@@ -214,6 +235,7 @@ class TestCommand:
         monkeypatch.setattr(Bagel, "_batch", spied)
         self.call(folder, "--from", "image", PICTURE, "--from", "text", "a", "--to", "text", "--max-new-tokens", 1)
         assert seen == [["vision"]]
+        monkeypatch.setattr(Bagel, "from_pretrained", lambda *given, **options: pytest.fail("the model was loaded"))
         with pytest.raises(ValueError, match="no picture at"):
             self.call(folder, "--from", "image", "no.png", "--to", "text")
 

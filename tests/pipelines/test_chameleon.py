@@ -257,6 +257,8 @@ def test_by_the_name_of_the_zoo_from_the_hub(hub, bare, chameleon, file, tmp_pat
         (["a"], {"sizes": (8, 16)}, r"pictures of 8 x 8 pixels and no others, got \(8, 16\)"),
         (["a"], {"temperature": -1}, "temperature must be 0 or more"),
         (["a"], {"guidance": (1.0, 2.0, 3.0)}, "guidance must be a number"),
+        (["a"], {"guidance": "4"}, "guidance must be a number"),
+        (["a"], {"seed": "0"}, "seed must be a whole number, got '0'"),
         (["a" * 240], {}, "document 0 has 243 tokens, and with 16 more it passes the 256"),
     ],
 )

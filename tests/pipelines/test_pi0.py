@@ -300,6 +300,15 @@ def test_samples_that_mean_nothing(pi0, given, told):
         pi0.act(*given)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"steps": 2.5}, "steps must be a whole number, got 2.5"), ({"seed": -1}, "seed must be at least 0, got -1")],
+)
+def test_choices_out_of_range(pi0, options, told):
+    with pytest.raises(ValueError, match=told):
+        pi0.act([[picture(0)]], ["cup"], np.ones((1, 6)), **options)
+
+
 def test_noise_of_another_shape(pi0):
     with pytest.raises(ValueError, match=r"noise must be \(1, 5, 7\)"):
         pi0.act([[picture(0)]], ["cup"], np.ones((1, 6)), noise=torch.zeros(5, 7))

@@ -270,6 +270,11 @@ def test_a_copy_without_what_draws_only_answers(folder, tmp_path):
     [
         (["a kite"], {"sizes": (40, 48)}, "multiples of 16"),
         (["a kite"], {"num_frames": 0}, "num_frames must be at least 1"),
+        (["a kite"], {"num_frames": 5.0}, "num_frames must be a whole number, got 5.0"),
+        (["a kite"], {"fps": "24"}, "fps must be a number above 0, got '24'"),
+        (["a kite"], {"steps": 0}, "steps must be at least 1, got 0"),
+        (["a kite"], {"seed": 0.5}, "seed must be a whole number, got 0.5"),
+        (["a kite"], {"guidance": "6"}, "guidance must be a number"),
         ([["a kite", np.zeros((16, 16, 3), np.uint8)]], {"num_frames": 5}, "document 0 cannot be drawn"),
         ([[np.zeros((16, 16, 3), np.uint8), "a kite"]], {"num_frames": 1}, "document 0 cannot be drawn"),
         ("a kite", {}, "put it into a list"),
