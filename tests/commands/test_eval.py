@@ -97,7 +97,7 @@ def test_a_name_without_weights(capsys, tmp_path):
         (["mot_nano", "--metrics", "retrival"], "did you mean 'retrieval'"),
         (["mot_nano", "--untrained", "--raw", "nowhere"], "nowhere is not a built corpus"),
         (["mot_nano", "--untrained", "--candidates", "1"], "candidates must be sizes of at least 2"),
-        (["mot_nano", "--untrained", "--best-of", "0"], "best_of of image must be a whole number of at least 1, got 0"),
+        (["mot_nano", "--untrained", "--best-of", "0"], "best_of of image must be at least 1, got 0"),
         (["mot_nano", "--untrained", "--temperature", "-1"], "temperature must be 0 or more and finite, got -1"),
         (["mot_nano", "--best-of", "text=3"], "--best-of takes image=X and speech=X, got 'text'"),
         (["mot_nano", "--guidance", "text=3"], "--guidance takes image=X and speech=X, got 'text'"),
