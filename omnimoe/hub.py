@@ -175,7 +175,7 @@ def from_pretrained(
             do not need is neither fetched nor read, and the model is as much smaller.
         without: names of modalities or keys that are left out likewise.
         dtype: of the weights; ``"auto"`` takes that of the file.
-        device: where to put the model.
+        device: where to put the model; ``"meta"`` takes no memory, and of published weights on the Hub their headers.
         device_map: transformers' spreading over devices, in place of ``device``.
         strict: refuse a checkpoint with a missing, an unexpected or a misshapen key; otherwise log them.
         local_files_only: look on the Hub's local cache alone.

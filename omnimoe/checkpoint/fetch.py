@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from omnimoe.bars import bars_where_seen
 from omnimoe.checkpoint.errors import CheckpointError
@@ -133,11 +134,46 @@ class Source:
         required = [name for name in files if name not in TEXTS and not re.search(r"[*?\[]", name)]
         missing = [name for name in required if not (folder / name).is_file()]
         if missing and not self.is_folder:
-            raise CheckpointError(
-                f"{self.name!r} has no {', '.join(missing)} {self._where()}: the upload is not whole, or its "
-                "weights are pickles, which are not read; ask its owner for safetensors, or pass another revision"
-            )
+            raise self._without(missing)
         return folder
+
+    def fetch_header(self, file: str, *, at: Path) -> dict[str, Any]:
+        """The header of a safetensors file on the Hub, of which nothing else is fetched.
+
+        Args:
+            file: its name.
+            at: the folder that :meth:`fetch` returned, so that it is of the same commit.
+
+        Returns:
+            What the header holds: ``dtype``, ``shape`` and ``data_offsets`` by the tensor's name, and
+            ``__metadata__``.
+
+        Raises:
+            CheckpointError: if the file is missing, cannot be had, or is no safetensors file.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+
+        name = f"{self.subfolder}/{file}" if self.subfolder else file
+        commit = _root(at, self.subfolder).name
+        with hub_errors(self.name, self.hub.revision, token=self.hub.token):
+            try:
+                found = HfApi(token=self.hub.token).parse_safetensors_file_metadata(self.name, name, revision=commit)
+            except EntryNotFoundError as error:
+                raise self._without([name]) from error
+            except SafetensorsParsingError as error:
+                raise CheckpointError(f"{name} of {self.name!r} is no safetensors file: {error}") from error
+        tensors = {
+            key: {"dtype": held.dtype, "shape": held.shape, "data_offsets": held.data_offsets}
+            for key, held in found.tensors.items()
+        }
+        return {"__metadata__": found.metadata, **tensors}
+
+    def _without(self, files: Sequence[str]) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name!r} has no {', '.join(files)} {self._where()}: the upload is not whole, or its "
+            "weights are pickles, which are not read; ask its owner for safetensors, or pass another revision"
+        )
 
     def _snapshot(self, files: Sequence[str], at: Path | None) -> Path:
         from huggingface_hub import snapshot_download
@@ -161,6 +197,13 @@ class Source:
             if is_first:
                 self._say_if_renamed()
         return Path(folder)
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether it lies on the Hub and the Hub may be asked for it."""
+        from huggingface_hub import constants
+
+        return not (self.is_folder or self.hub.local_files_only or constants.HF_HUB_OFFLINE)
 
     def is_in_cache(self) -> bool:
         """Whether anything of the repository was fetched before; not so where the name is none of the Hub."""

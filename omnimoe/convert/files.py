@@ -233,16 +233,34 @@ def _write_file(
         dtype, shape = tensors[name]
         start, end = end, end + dtype.itemsize * prod(shape)
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    told = json.dumps(header, separators=(",", ":")).encode()
-    told += b" " * (-len(told) % 8)
+    told = _told(header)
     with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(told)) + told)
+        out.write(told)
         if read is None:
             return
         for name in order:
             for part in read(name):
                 data = part.to("cpu", tensors[name][0]).contiguous()
                 out.write(data.reshape(-1).view(torch.uint8).numpy().data)
-            written, wanted = out.tell() - 8 - len(told), header[name]["data_offsets"][1]
+            written, wanted = out.tell() - len(told), header[name]["data_offsets"][1]
             if written != wanted:
                 raise ValueError(f"{name} was to end at byte {wanted} of {path.name}, but its parts end at {written}")
+
+
+def write_outline(path: Path, header: Mapping[str, Any]) -> None:
+    """Writes a file that is a header alone.
+
+    Args:
+        path: of the file; its folder is made.
+        header: of a safetensors file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes = {**(header.get("__metadata__") or {}), **OUTLINE}
+    path.write_bytes(_told({**header, "__metadata__": notes}))
+
+
+def _told(header: Mapping[str, Any]) -> bytes:
+    """The start of a safetensors file, as far as its tensors."""
+    told = json.dumps(header, separators=(",", ":")).encode()
+    told += b" " * (-len(told) % 8)
+    return struct.pack("<Q", len(told)) + told

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from omnimoe.checkpoint.finite import check_finite as look_for_nan
 from omnimoe.checkpoint.manifest import verify_folder
 from omnimoe.checkpoint.pickles import has_pickles_alone
 from omnimoe.convert.converter import Converter
-from omnimoe.convert.files import file_names
+from omnimoe.convert.files import file_names, write_outline
 from omnimoe.convert.published import Published
 from omnimoe.model import OmniMoeForCausalLM
 
@@ -31,6 +35,38 @@ def fetch_weights(place: Source, folder: Path, converter: Converter) -> None:
     fetch_below(place, folder, converter)
     for names in file_names(folder, converter.weight_files).values():
         place.fetch(names, at=folder)
+
+
+@contextlib.contextmanager
+def outlined(place: Source, folder: Path, converter: Converter) -> Iterator[Path]:
+    """A folder with what tells of a checkpoint on the Hub and the headers of its weights, without their numbers.
+
+    Args:
+        place: where it lies.
+        folder: with its JSON files.
+        converter: of its family.
+
+    Yields:
+        A folder that goes with the ``with`` statement; ``folder`` itself where all weights were fetched before.
+
+    Raises:
+        CheckpointError: if a file is missing, cannot be had, or is malformed.
+    """
+    fetch_below(place, folder, converter)
+    files = sorted({name for names in file_names(folder, converter.weight_files).values() for name in names})
+    if all((folder / name).is_file() for name in files):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as at:
+        copy = Path(at) / place.name
+        shutil.copytree(folder, copy, ignore=lambda below, names: [name for name in names if _is_weights(name)])
+        for name in files:
+            write_outline(copy / name, place.fetch_header(name, at=folder))
+        yield copy
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pt", ".pth"))
 
 
 def load_converted(
@@ -83,12 +119,16 @@ def load_converted(
             "allow_pickle=True reads those of omnimoe's own models alone; take a copy in safetensors, or save it as "
             "such with the library it was made for"
         )
-    fetch_weights(place, folder, converter)
-    if verify:
-        weights = file_names(folder, converter.weight_files).values()
-        verify_folder(folder, needed={*converter.json_files, *(name for names in weights for name in names)})
     on_meta = torch.device(torch.get_default_device() if device is None else device).type == "meta"
-    with Published(folder, converter, strict=strict, outline=on_meta) as held:
+    with contextlib.ExitStack() as opened:
+        if on_meta and not verify and place.may_ask:
+            folder = opened.enter_context(outlined(place, folder, converter))
+        else:
+            fetch_weights(place, folder, converter)
+        if verify:
+            weights = file_names(folder, converter.weight_files).values()
+            verify_folder(folder, needed={*converter.json_files, *(name for names in weights for name in names)})
+        held = opened.enter_context(Published(folder, converter, strict=strict, outline=on_meta))
         model = held.load(dtype=dtype, device=device, attn_implementation=attn_implementation, check_size=check_size)
     look_for_nan(model, check_finite, folder)
     return model
